@@ -1,0 +1,150 @@
+"""What a user may ask for, read and checked before anything is loaded."""
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from storage.cpu import CpuDevice
+from storage.device import Device
+from storage.errors import BudgetTooSmall, ConfigError, PlatformError, gib
+
+IDENTICAL = "identical"
+ROUNDING = "rounding"
+
+_UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
+          "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+
+HOST_MARGIN_BYTES = 256 << 20
+"""Left free of a default CPU budget, for what the process still allocates by itself."""
+
+
+def parse_bytes(text: str | int | None, name: str = "size") -> int | None:
+    """`"12GiB"`, `"8 GB"`, `4096` to bytes; None stays None.
+
+    Raises:
+        ConfigError: if it cannot be read, or is not positive.
+    """
+    if text is None:
+        return None
+    if isinstance(text, int) and not isinstance(text, bool):
+        count = text
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+        unit = _UNITS.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            raise ConfigError(f'{name}={text!r} is not a size; write it like "8GiB", "500MB", or as a number of bytes')
+        count = int(float(match[1]) * unit)
+    if count <= 0:
+        raise ConfigError(f"{name}={text!r} must be more than nothing")
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Bytes that the runtime may hold on the device and, if the device has memory of its own, in CPU memory."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+def resolve_device(name: str) -> Device:
+    """The device called `name`: `auto`, `cpu`, `cuda`, `cuda:1`.
+
+    Raises:
+        ConfigError: if there is no such device.
+        PlatformError: anywhere but on Linux.
+    """
+    if sys.platform != "linux":
+        raise PlatformError(f"offload runs on Linux only (O_DIRECT, statx, /proc); this is {sys.platform}")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return CpuDevice()
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if match is None:
+        raise ConfigError(f"device={name!r} is not known; give auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r} was asked for, and torch {torch.__version__} sees no CUDA card; give device='cpu'")
+    index = int(match[1] or 0)
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r} was asked for, and there are {torch.cuda.device_count()} CUDA cards")
+    from storage.cuda import CudaDevice
+
+    return CudaDevice(index)
+
+
+def resolve_budgets(device: Device, gpu_memory: str | int | None, cpu_memory: str | int | None, held_bytes: int) -> Budgets:
+    """The budgets that were asked for, else the defaults.
+
+    Args:
+        held_bytes: of a model that is in CPU memory already: the runtime takes it over, so it counts as free.
+
+    Raises:
+        ConfigError: if a GPU budget is given for the CPU.
+        BudgetTooSmall: if nothing is left for a default.
+    """
+    gpu_bytes, cpu_bytes = parse_bytes(gpu_memory, "gpu_memory"), parse_bytes(cpu_memory, "cpu_memory")
+    if device.host_memory:
+        if gpu_bytes is not None:
+            raise ConfigError("gpu_memory was given, and the device is the CPU, which has one budget: give cpu_memory only")
+        return Budgets(cpu_bytes if cpu_bytes is not None else default_host_bytes(held_bytes), 0)
+    device_bytes = gpu_bytes if gpu_bytes is not None else device.free_bytes() * 9 // 10
+    return Budgets(device_bytes, cpu_bytes if cpu_bytes is not None else default_host_bytes(held_bytes))
+
+
+def default_host_bytes(held_bytes: int) -> int:
+    """The least of available RAM and what the control group allows, less a margin."""
+    room = psutil.virtual_memory().available + held_bytes
+    limit = cgroup_limit_bytes()
+    if limit is not None:
+        room = min(room, limit - process_bytes() + held_bytes)
+    if room <= HOST_MARGIN_BYTES:
+        raise BudgetTooSmall(
+            f"{gib(max(room, 0))} of CPU memory is free, of which {gib(HOST_MARGIN_BYTES)} is left to the process; "
+            "close other programs, or set cpu_memory yourself",
+            HOST_MARGIN_BYTES,
+        )
+    return room - HOST_MARGIN_BYTES
+
+
+def process_bytes() -> int:
+    """Anonymous memory of this process: Python, torch, and whatever is loaded."""
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
+
+
+def cgroup_limit_bytes() -> int | None:
+    """The memory limit of this process's control group or of one above it (v2 and v1); None without one."""
+    limits = []
+    try:
+        with open("/proc/self/cgroup") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return None
+    for _, controllers, path in groups:
+        if not controllers:
+            limits += _limits_along("/sys/fs/cgroup", path, "memory.max")
+        elif "memory" in controllers.split(","):
+            limits += _limits_along("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes")
+    return min(limits, default=None)
+
+
+def _limits_along(root: str, path: str, name: str) -> list[int]:
+    limits = []
+    parts = [part for part in path.split("/") if part]
+    for depth in range(len(parts) + 1):
+        try:
+            with open(os.path.join(root, *parts[:depth], name)) as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < 1 << 60:
+            limits.append(int(text))
+    return limits

@@ -1,0 +1,172 @@
+"""What is streamed as one: the blocks of a model, found by structure and not by name."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from scheduler.model_spec import BlockRole
+from storage.blocks import DTYPE_BYTES, BlockKey, BlockSpec, TensorSpec
+from storage.errors import UnsupportedCheckpoint
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+"""These have no forward: what they hold is called instead."""
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """A module whose call is a window: while it runs, its parameters are on the device.
+
+    Attributes:
+        key: the module's path in the model; also the key of the block that it owns.
+        role: what the planner makes of its block.
+        parameters: owned by this unit, by their paths in the model.
+        uses: keys of the blocks that hold the unit's parameters: its own, and those that own tied ones.
+        gathers: True for an embedding, which can do with the rows that it looks up.
+    """
+
+    key: BlockKey
+    module: nn.Module
+    role: BlockRole
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    uses: tuple[BlockKey, ...] = ()
+    gathers: bool = False
+
+    @property
+    def block(self) -> BlockSpec:
+        return BlockSpec(self.key, tuple(tensor_spec(name, value) for name, value in self.parameters.items()))
+
+
+@dataclass(slots=True)
+class Structure:
+    """A model taken apart.
+
+    Attributes:
+        units: in the order of the model's definition.
+        pinned: parameters of modules that contain blocks or units; they always stay on the device.
+        by_leaf: True if there is no repeated list, so that single leaf modules are streamed.
+    """
+
+    units: list[Unit]
+    pinned: dict[str, nn.Parameter]
+    by_leaf: bool
+
+
+def tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
+    """The tensor's description.
+
+    Raises:
+        UnsupportedCheckpoint: for a dtype or a kind of tensor that cannot be moved as plain bytes.
+    """
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPE_BYTES or type(tensor.data) is not torch.Tensor or tensor.layout is not torch.strided:
+        raise UnsupportedCheckpoint(f"{name} is a {type(tensor.data).__name__} of {tensor.dtype}, not a plain tensor")
+    return TensorSpec(name, dtype, tuple(tensor.shape))
+
+
+def find_structure(model: nn.Module, split: frozenset[BlockKey] = frozenset()) -> Structure:
+    """Take `model` apart: the children of every outermost repeated list, and the leaves outside of them.
+
+    Args:
+        split: keys of units that are too large for a slot and are taken apart further.
+    """
+    found = list(_modules_to_call(model, "", split))
+    units = [Unit(key, module, role) for key, module, role in found]
+    inside = {id(module) for unit in units for module in unit.module.modules()}
+    owners: dict[int, BlockKey | None] = {}
+    pinned: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        if id(module) not in inside:
+            for name, parameter in module.named_parameters(path, recurse=False):
+                if owners.setdefault(id(parameter), None) is None:
+                    pinned.setdefault(name, parameter)
+    for unit in units:
+        _assign_owner(unit, owners)
+    _mark_tables(units)
+    has_layers = any(unit.role is BlockRole.LAYER for unit in units)
+    return Structure([unit for unit in units if unit.uses], pinned, not has_layers)
+
+
+def _assign_owner(unit: Unit, owners: dict[int, BlockKey | None]) -> None:
+    """A parameter belongs to the first unit that holds it; a tied one is used by later units and not owned again."""
+    uses: dict[BlockKey, None] = {}
+    for name, parameter in unit.module.named_parameters(unit.key):
+        if not parameter.numel():
+            continue
+        if id(parameter) not in owners:
+            owners[id(parameter)] = unit.key
+            unit.parameters[name] = parameter
+        owner = owners[id(parameter)]
+        if owner is not None:
+            uses[owner] = None
+    unit.uses = tuple(uses)
+
+
+def _mark_tables(units: list[Unit]) -> None:
+    for unit in units:
+        module = unit.module
+        if isinstance(module, nn.Embedding) and module.max_norm is None and list(unit.parameters) == [f"{unit.key}.weight"]:
+            unit.gathers = True
+            if not any(unit.key in other.uses for other in units if other is not unit):
+                unit.role = BlockRole.TABLE
+
+
+def _modules_to_call(
+    module: nn.Module, path: str, split: frozenset[BlockKey]
+) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
+    """The modules whose calls are windows, below an ancestor of blocks."""
+    repeated = _is_repeated_list(module)
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}" if path else name
+        if repeated:
+            yield from _block(child, child_path, split)
+        elif _holds_repeated_list(child):
+            yield from _modules_to_call(child, child_path, split)
+        else:
+            yield from _leaves(child, child_path, split)
+
+
+def _block(
+    block: nn.Module, path: str, split: frozenset[BlockKey]
+) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
+    if isinstance(block, _CONTAINERS):
+        yield from _modules_to_call(block, path, split)
+    elif path in split:
+        for name, child in block.named_children():
+            yield from _leaves(child, f"{path}.{name}", split, BlockRole.LAYER)
+    elif _has_parameters(block):
+        yield path, block, BlockRole.LAYER
+
+
+def _leaves(
+    module: nn.Module, path: str, split: frozenset[BlockKey], role: BlockRole = BlockRole.OTHER
+) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
+    """A module with parameters of its own is called as a whole: it may read its children's without calling them."""
+    own = any(True for _ in module.parameters(recurse=False))
+    if own and path not in split:
+        yield path, module, role
+        return
+    for name, child in module.named_children():
+        yield from _leaves(child, f"{path}.{name}", split, role)
+
+
+def can_split(unit: Unit) -> bool:
+    """True if the unit consists of smaller modules that can be streamed by themselves."""
+    return any(_has_parameters(child) for child in unit.module.children())
+
+
+def _is_repeated_list(module: nn.Module) -> bool:
+    """A list of at least two modules with parameters, two of which are of one class."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
+    kinds = [type(child) for child in module.children() if _has_parameters(child)]
+    return len(kinds) > len(set(kinds))
+
+
+def _holds_repeated_list(module: nn.Module) -> bool:
+    return any(_is_repeated_list(child) for child in module.modules())
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

@@ -1,0 +1,157 @@
+"""Where a parameter's values are while it is not on the device, and how it gets them back in the end."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import nn
+
+from storage.blocks import FileRange
+from storage.errors import SessionError
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_PRESENT, _SWAPPED, _FILE_PAGE = 1 << 63, 1 << 62, 1 << 61
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapping:
+    start: int
+    end: int
+    offset: int
+    path: str
+
+
+class FileMaps:
+    """Tells which tensors are unmodified views of files, from the process's own memory map."""
+
+    def __init__(self) -> None:
+        self._mappings: list[_Mapping] = []
+        self._starts: list[int] = []
+
+    def locate(self, tensor: torch.Tensor) -> FileRange | None:
+        """The bytes of the file that `tensor` is a view of; None if it is ordinary memory, or was written to."""
+        if tensor.device.type != "cpu" or not tensor.nbytes or not tensor.is_contiguous():
+            return None
+        address, nbytes = tensor.data_ptr(), tensor.nbytes
+        mapping = self._find(address, nbytes) or self._refresh()._find(address, nbytes)
+        if mapping is None or not _untouched(address, nbytes):
+            return None
+        return FileRange(mapping.path, address - mapping.start + mapping.offset, nbytes)
+
+    def _find(self, address: int, nbytes: int) -> _Mapping | None:
+        index = bisect_right(self._starts, address) - 1
+        if index < 0 or self._mappings[index].end < address + nbytes:
+            return None
+        return self._mappings[index]
+
+    def _refresh(self) -> "FileMaps":
+        self._mappings = sorted(_file_mappings(), key=lambda mapping: mapping.start)
+        self._starts = [mapping.start for mapping in self._mappings]
+        return self
+
+
+def _file_mappings() -> Iterable[_Mapping]:
+    with open("/proc/self/maps") as file:
+        for line in file:
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith("/") and not fields[5].endswith(" (deleted)"):
+                start, end = (int(part, 16) for part in fields[0].split("-"))
+                if _names_this_file(fields[5], int(fields[4])):
+                    yield _Mapping(start, end, int(fields[2], 16), fields[5])
+
+
+def _names_this_file(path: str, inode: int) -> bool:
+    """False if the path leads to another file by now: then only the mapping still has the bytes."""
+    try:
+        return os.stat(path).st_ino == inode
+    except OSError:
+        return False
+
+
+def _untouched(address: int, nbytes: int) -> bool:
+    """True if no page of a private mapping was written to: its bytes are still the file's.
+
+    A page that was written is the process's own copy (not a file page) or swapped out; see the kernel's pagemap.rst.
+    """
+    first = address // _PAGE_BYTES
+    count = (address + nbytes - 1) // _PAGE_BYTES - first + 1
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        file.seek(first * 8)
+        entries = numpy.frombuffer(file.read(count * 8), dtype=numpy.uint64)
+    if len(entries) != count:
+        return False
+    swapped = entries & numpy.uint64(_SWAPPED) != 0
+    own_copy = (entries & numpy.uint64(_PRESENT) != 0) & (entries & numpy.uint64(_FILE_PAGE) == 0)
+    return not bool((swapped | own_copy).any())
+
+
+@dataclass(slots=True, eq=False)
+class ParameterHome:
+    """A parameter, and the CPU tensor that holds its values outside of its windows.
+
+    Attributes:
+        tensor: a real tensor of the parameter's shape; `parameter.data` whenever no window is open.
+        original: what `parameter.data` becomes when the session ends; None if those bytes were given up, and the
+            values are copied into new memory then.
+        modified: True once the values differ from those that the block's source delivers.
+        version: the parameter's version counter when it was last looked at.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    tensor: torch.Tensor
+    original: torch.Tensor | None
+    modified: bool = False
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        self.version = self.parameter._version
+
+    def notice_changes(self) -> None:
+        """See what the user did to the parameter since the last window: written in place, or given other data.
+
+        Raises:
+            SessionError: if it has another dtype or shape by now.
+        """
+        data = self.parameter.data
+        if data.data_ptr() != self.tensor.data_ptr() or data.dtype != self.tensor.dtype:
+            if data.dtype != self.tensor.dtype or data.shape != self.tensor.shape or data.device.type != "cpu":
+                raise SessionError(
+                    f"{self.name} was {self.tensor.dtype}{list(self.tensor.shape)} and is {data.dtype}{list(data.shape)} on "
+                    f"{data.device} now. Convert or move the model before offloading it, not inside the context."
+                )
+            self.tensor = data
+            self.modified = True
+        if self.parameter._version != self.version:
+            self.version = self.parameter._version
+            self.modified = True
+
+    def bind(self, view: torch.Tensor) -> None:
+        """A window opens: the parameter is in the slot now."""
+        if self.modified:
+            view.copy_(self.tensor)
+        self.parameter.data = view
+
+    def unbind(self) -> None:
+        """A window closes; what the window wrote to the parameter is kept."""
+        if self.parameter._version != self.version:
+            self.version = self.parameter._version
+            with torch.no_grad():
+                self.tensor.copy_(self.parameter.data)
+            self.modified = True
+        self.parameter.data = self.tensor
+
+    def restore(self) -> None:
+        """The session ends: the parameter is as it was, with the values that it has now."""
+        current = self.parameter.data
+        with torch.no_grad(), torch.inference_mode(False):
+            if self.original is None:
+                current = current.to("cpu", copy=True)
+            elif current is not self.original and current.data_ptr() != self.original.data_ptr():
+                if self.modified or self.parameter._version != self.version:
+                    self.original.copy_(current)
+                current = self.original
+        self.parameter.data = current

@@ -1,0 +1,1 @@
+"""What happened: collected, printed, saved."""

@@ -1,0 +1,80 @@
+"""Where the time of each forward pass went."""
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+PREFILL = "prefill"
+DECODE = "decode"
+OUTSIDE = "outside"
+"""Blocks called by themselves, not through the model: an encoder that `generate` runs first."""
+
+
+@dataclass(slots=True)
+class PhaseTimes:
+    """Sums over the passes of one phase.
+
+    Attributes:
+        tokens: processed in prefill; in decode, the steps forward of one sequence.
+        compute_seconds: inside windows, after the waiting.
+        wait_seconds: for blocks that had not arrived, by link.
+    """
+
+    passes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    compute_seconds: float = 0.0
+    wait_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def other_seconds(self) -> float:
+        """What is neither compute in a window nor waiting: hooks, code between the blocks."""
+        return max(0.0, self.seconds - self.compute_seconds - sum(self.wait_seconds.values()))
+
+
+class PassClock:
+    """Charges time to the phase of the pass that is under way."""
+
+    def __init__(self) -> None:
+        self.phases: defaultdict[str, PhaseTimes] = defaultdict(PhaseTimes)
+        self.phase = OUTSIDE
+        self._begun = 0.0
+        self._decode_start_length: int | None = None
+
+    def begin_pass(self, phase: str, tokens: int, batch_size: int, cached_tokens: int) -> None:
+        """A call of the model begins.
+
+        Args:
+            tokens: positions of one sequence in this pass.
+            batch_size: sequences.
+            cached_tokens: positions that the KV cache holds already.
+        """
+        self.phase = phase
+        times = self.phases[phase]
+        times.passes += 1
+        if phase == PREFILL:
+            times.tokens += tokens * batch_size
+            self._decode_start_length = None
+        else:
+            # A pass may add several tokens (speculation): how many is seen when the next one begins.
+            if self._decode_start_length is not None:
+                times.tokens += max(0, cached_tokens - self._decode_start_length - 1)
+            times.tokens += 1
+            self._decode_start_length = cached_tokens
+        self._begun = time.perf_counter()
+
+    def end_pass(self) -> None:
+        self.phases[self.phase].seconds += time.perf_counter() - self._begun
+        self.phase = OUTSIDE
+
+    def charge_compute(self, seconds: float) -> None:
+        times = self.phases[self.phase]
+        times.compute_seconds += seconds
+        if self.phase == OUTSIDE:
+            times.seconds += seconds
+
+    def charge_wait(self, link: str, seconds: float) -> None:
+        times = self.phases[self.phase]
+        times.wait_seconds[link] += seconds
+        if self.phase == OUTSIDE:
+            times.seconds += seconds

@@ -1,0 +1,161 @@
+"""The one loop: wait for the slot, compute, release, prefetch."""
+
+import threading
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from offload.runtime.clock import PassClock
+from offload.runtime.weights import Arrival, SlotRegion, StreamedBlock
+from scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
+from storage.blocks import BlockKey
+from storage.device import Device, DeviceBuffer, Event
+
+
+class LayerExecutor:
+    """Carries out what the schedule decides, window by window.
+
+    A window is opened by the thread that computes, used, and closed by it; the loads run elsewhere. One thread at a
+    time: a second one waits in `lock`.
+
+    Args:
+        device: what computes.
+        slot_bytes: size of one slot.
+        slot_count: how many; 0 if nothing is streamed.
+        blocks: the streamed blocks in the expected order.
+        clock: told what was waited for.
+    """
+
+    def __init__(
+        self, device: Device, slot_bytes: int, slot_count: int, blocks: Sequence[StreamedBlock], clock: PassClock
+    ) -> None:
+        self.lock = threading.RLock()
+        self.blocks = {block.key: block for block in blocks}
+        self.slot_bytes = slot_bytes
+        self.slot_count = slot_count
+        self._device = device
+        self._clock = clock
+        self._schedule = SlotSchedule(slot_count, {key: self._slots(block) for key, block in self.blocks.items()})
+        self._arena: DeviceBuffer | None = device.allocate(slot_bytes * slot_count) if slot_count else None
+        self._arena_range = _address_range(self._arena)
+        self._arrivals: dict[int, Arrival] = {}
+        self._bound: set[int] = set()
+        self._last_use: dict[int, tuple[int, Event]] = {}
+        self._regions: dict[tuple[int, int], SlotRegion] = {}
+
+    def open(self, keys: Sequence[BlockKey]) -> None:
+        """The blocks `keys` are needed: returns when compute may be submitted that uses them.
+
+        Raises:
+            ReadError: if the disk failed; no window is open then.
+        """
+        held = [key for key in keys if key in self.blocks]
+        if not held:
+            return
+        nested = {key for key in held if self._schedule.is_open(key)}
+        phase = self._clock.phase
+        instructions = self._schedule.open(held, phase)
+        try:
+            self._carry_out(instructions)
+            self._carry_out(self._schedule.look_ahead(phase))
+            for key in held:
+                if key not in nested:
+                    self._enter(key)
+        except BaseException:
+            self._leave(held)
+            raise
+
+    def close(self, keys: Iterable[BlockKey]) -> None:
+        """The compute that uses `keys` has been submitted; their slots are free once the device is through with it."""
+        held = [key for key in keys if key in self.blocks]
+        if held:
+            self._leave(held)
+            self._carry_out(self._schedule.look_ahead(self._clock.phase))
+
+    def settle(self) -> None:
+        """Drop everything that was loaded ahead; afterwards nothing is under way."""
+        self._carry_out(self._schedule.forget())
+        self._device.synchronize()
+
+    def close_all(self) -> None:
+        """Close windows that an exception or an interrupt left open, and settle."""
+        for key in self.blocks:
+            while self._schedule.is_open(key):
+                self._leave([key])
+        self.settle()
+
+    def free(self) -> None:
+        """Give the slots' memory back; the executor is at its end."""
+        self.settle()
+        self._arena = None
+        self._regions.clear()
+        self.blocks.clear()
+
+    def in_slots(self, tensor: torch.Tensor) -> bool:
+        """True if the tensor's memory is a slot, so that it will hold other values soon."""
+        low, high = self._arena_range
+        return low < high and tensor.device.type == self._device.torch_device.type and low <= tensor.data_ptr() < high
+
+    def generation_at(self, tensor: torch.Tensor) -> int:
+        """The generation of the lease whose slots hold `tensor` now; -1 if nothing does."""
+        slot = (tensor.data_ptr() - self._arena_range[0]) // self.slot_bytes
+        return self._schedule.generation_of(slot)
+
+    def _slots(self, block: StreamedBlock) -> int:
+        return -(-block.source.slot_bytes // self.slot_bytes)
+
+    def _carry_out(self, instructions: Sequence[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Load(lease):
+                    after = self._after(lease)
+                    self._arrivals[lease.generation] = self.blocks[lease.key].source.start(self._region(lease), after)
+                case Evict(lease):
+                    # Its load may still be writing: the slots are not free before that is over.
+                    self._arrivals.pop(lease.generation).cancel()
+
+    def _enter(self, key: BlockKey) -> None:
+        lease = self._schedule.lease(key)
+        block = self.blocks[key]
+        arrival = self._arrivals[lease.generation]
+        for link, seconds in arrival.wait().items():
+            self._clock.charge_wait(link, seconds)
+        for home in block.homes:
+            home.notice_changes()
+        block.bind(lease.first_slot, self._region(lease).tensor)
+        self._bound.add(lease.generation)
+
+    def _leave(self, keys: Sequence[BlockKey]) -> None:
+        for lease in self._schedule.close(keys):
+            arrival = self._arrivals.pop(lease.generation, None)
+            if lease.generation in self._bound:
+                self._bound.remove(lease.generation)
+                self.blocks[lease.key].unbind()
+            elif arrival is not None:
+                # The wait was interrupted: the bytes may still be on their way.
+                arrival.cancel()
+            use = (lease.generation, self._device.record())
+            for slot in lease.slots:
+                self._last_use[slot] = use
+
+    def _after(self, lease: Lease) -> Event | None:
+        """The compute that used these slots last: events of one stream, so the latest covers the earlier ones."""
+        uses = [self._last_use[slot] for slot in lease.slots if slot in self._last_use]
+        return max(uses, key=lambda use: use[0])[1] if uses else None
+
+    def _region(self, lease: Lease) -> SlotRegion:
+        at = (lease.first_slot, lease.slot_count)
+        if at not in self._regions:
+            assert self._arena is not None
+            start, end = self.slot_bytes * lease.first_slot, self.slot_bytes * (lease.first_slot + lease.slot_count)
+            memory = getattr(self._arena, "memory", None) if self._device.host_memory else None
+            with torch.inference_mode(False):
+                tensor = self._arena.tensor[start:end]
+            self._regions[at] = SlotRegion(tensor, None if memory is None else memory[start:end])
+        return self._regions[at]
+
+
+def _address_range(buffer: DeviceBuffer | None) -> tuple[int, int]:
+    if buffer is None:
+        return 0, 0
+    return buffer.tensor.data_ptr(), buffer.tensor.data_ptr() + buffer.nbytes

@@ -1,0 +1,1 @@
+"""Decisions: what lives where, what moves when. Pure, and without torch."""

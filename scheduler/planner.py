@@ -1,0 +1,167 @@
+"""Which blocks stay on the device. A simple rule for now, behind the interface that a cost model will fill."""
+
+from collections.abc import Sequence
+
+from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock, Workload
+from scheduler.plan import Plan
+from storage.blocks import align_up
+from storage.errors import BudgetTooSmall, gib
+
+_SLOT_COUNT = 3
+"""One in use, one that is ready, one being filled."""
+
+_SMALL_FRACTION = 64
+"""A block this many times smaller than the largest is not worth a transfer of its own."""
+
+
+def make_plan(model: ModelSpec, budget_bytes: int, workload: Workload, host_bytes: int = 0) -> Plan:
+    """Place every block: what fits is resident, spread evenly among the layers; the rest is streamed.
+
+    Args:
+        model: the blocks.
+        budget_bytes: of the device, all included.
+        workload: what KV cache and activations are reserved for.
+        host_bytes: CPU memory for blocks that a device with memory of its own streams.
+
+    Raises:
+        BudgetTooSmall: if not even one block at a time fits; `least_bytes` is the budget that would do.
+    """
+    room = budget_bytes - model.pinned_bytes - workload.kv_bytes(model) - workload.activation_bytes(model)
+    if sum(block.resident_bytes for block in model.blocks) <= room:
+        return _assemble(model, workload, {block.key for block in model.blocks}, 0, 0, 0)
+    small = _small_blocks(model)
+    room -= sum(block.resident_bytes for block in model.blocks if block.key in small)
+    slot_bytes, least_slots = _least_slots(model, small)
+    if slot_bytes * least_slots > room:
+        raise _too_small(model, budget_bytes, workload, slot_bytes * least_slots - room)
+    resident, slot_bytes, slot_count = _best_residents(model, small, room)
+    return _assemble(model, workload, resident | small, slot_bytes, slot_count, host_bytes)
+
+
+def least_budget_bytes(model: ModelSpec, workload: Workload) -> int:
+    """The smallest budget that `make_plan` takes."""
+    small = _small_blocks(model)
+    slot_bytes, least_slots = _least_slots(model, small)
+    held = sum(block.resident_bytes for block in model.blocks if block.key in small)
+    reserved = model.pinned_bytes + workload.kv_bytes(model) + workload.activation_bytes(model)
+    everything = sum(block.resident_bytes for block in model.blocks)
+    return reserved + min(held + slot_bytes * least_slots, everything)
+
+
+def _best_residents(model: ModelSpec, small: set[str], room: int) -> tuple[set[str], int, int]:
+    """Big single blocks first, since each that is streamed makes the slots larger; then layers; tables last."""
+    chosen: set[str] = set()
+    for candidates in _candidate_orders(model, small):
+        for block in candidates:
+            trial = chosen | {block.key}
+            slot_bytes, least = _least_slots(model, small | trial)
+            taken = sum(item.resident_bytes for item in model.blocks if item.key in trial)
+            if taken + slot_bytes * max(least, _wanted_slots(slot_bytes, least, room)) <= room:
+                chosen = trial
+    slot_bytes, least = _least_slots(model, small | chosen)
+    taken = sum(item.resident_bytes for item in model.blocks if item.key in chosen)
+    fitting = (room - taken) // slot_bytes if slot_bytes else 0
+    return chosen, slot_bytes, min(fitting, max(least, _wanted_slots(slot_bytes, least, room)))
+
+
+def _candidate_orders(model: ModelSpec, small: set[str]) -> list[list[PlacedBlock]]:
+    rest = [block for block in model.blocks if block.key not in small]
+    layers = [block for block in rest if block.role is BlockRole.LAYER]
+    others = sorted((block for block in rest if block.role is BlockRole.OTHER), key=lambda block: -block.slot_bytes)
+    tables = [block for block in rest if block.role is BlockRole.TABLE]
+    return [others, spread(layers), tables]
+
+
+def spread(layers: Sequence[PlacedBlock]) -> list[PlacedBlock]:
+    """The layers in an order of which every beginning lies evenly among them (van der Corput, base 2)."""
+
+    def reversed_bits(index: int) -> float:
+        value, weight = 0.0, 0.5
+        while index:
+            value += weight * (index & 1)
+            index >>= 1
+            weight /= 2
+        return value
+
+    count = len(layers)
+    order = sorted(range(1 << max(count - 1, 0).bit_length()), key=reversed_bits)
+    return [layers[index] for index in order if index < count]
+
+
+def _wanted_slots(slot_bytes: int, least: int, room: int) -> int:
+    """Three slots keep the link busy through a jittery read; in a small budget two, and residents for the rest."""
+    wanted = _SLOT_COUNT if slot_bytes * 2 * _SLOT_COUNT <= room else _SLOT_COUNT - 1
+    return max(least, wanted)
+
+
+def _small_blocks(model: ModelSpec) -> set[str]:
+    """Norms and the like, always resident; never so many that they add up to a block."""
+    largest = max((block.slot_bytes for block in model.blocks), default=0)
+    small: set[str] = set()
+    total = 0
+    for block in sorted(model.blocks, key=lambda block: block.resident_bytes):
+        total += block.resident_bytes
+        if block.resident_bytes * _SMALL_FRACTION > largest or total > largest // 4:
+            break
+        small.add(block.key)
+    return small
+
+
+def _least_slots(model: ModelSpec, resident: set[str]) -> tuple[int, int]:
+    """The size of a slot, and the least number of them, with which everything outside of `resident` can run."""
+    blocks = {block.key: block for block in model.blocks}
+    streamed = [
+        block for block in model.blocks if block.key not in resident and block.role is not BlockRole.TABLE
+    ]
+    if not streamed:
+        return 0, 0
+    layers = [block.slot_bytes for block in streamed if block.role is BlockRole.LAYER]
+    slot_bytes = align_up(max(layers or [block.slot_bytes for block in streamed]), 4096)
+    least = 1
+    for window in model.windows:
+        needed = [blocks[key] for key in window if blocks[key] in streamed]
+        least = max(least, sum(-(-block.slot_bytes // slot_bytes) for block in needed))
+    return slot_bytes, least
+
+
+def _host_blocks(streamed: Sequence[PlacedBlock], host_bytes: int) -> set[str]:
+    """The streamed blocks that CPU memory has room for, spread evenly, so that the disk has time for the others."""
+    chosen: set[str] = set()
+    for block in spread(streamed):
+        if block.slot_bytes <= host_bytes:
+            host_bytes -= block.slot_bytes
+            chosen.add(block.key)
+    return chosen
+
+
+def _assemble(
+    model: ModelSpec, workload: Workload, resident: set[str], slot_bytes: int, slot_count: int, host_bytes: int
+) -> Plan:
+    outside = [block for block in model.blocks if block.key not in resident]
+    streamed = [block for block in outside if block.role is not BlockRole.TABLE]
+    in_host = _host_blocks(streamed, host_bytes)
+    return Plan(
+        resident=tuple(block.key for block in model.blocks if block.key in resident),
+        streamed=tuple(block.key for block in streamed),
+        in_host_memory=tuple(block.key for block in streamed if block.key in in_host),
+        gathered=tuple(block.key for block in outside if block.role is BlockRole.TABLE),
+        slot_bytes=slot_bytes,
+        slot_count=slot_count,
+        kv_bytes=workload.kv_bytes(model),
+        activation_bytes=workload.activation_bytes(model),
+        pinned_bytes=model.pinned_bytes,
+        resident_bytes=sum(block.resident_bytes for block in model.blocks if block.key in resident),
+        streamed_bytes=sum(block.streamed_bytes for block in streamed),
+    )
+
+
+def _too_small(model: ModelSpec, budget_bytes: int, workload: Workload, missing_bytes: int) -> BudgetTooSmall:
+    least = budget_bytes + missing_bytes
+    slot_bytes, slots = _least_slots(model, _small_blocks(model))
+    return BudgetTooSmall(
+        f"the memory budget is {gib(budget_bytes)}, and this model needs at least {gib(least)} ({least} bytes): "
+        f"{gib(slot_bytes * slots)} for the largest part that must be there at once, {gib(workload.kv_bytes(model))} for the KV "
+        f"cache of {workload.batch_size} x {workload.total_tokens} tokens, {gib(workload.activation_bytes(model))} for "
+        f"temporaries. Give a larger budget, or a shorter prompt, fewer new tokens, or a smaller batch.",
+        least,
+    )

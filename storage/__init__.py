@@ -1,0 +1,1 @@
+"""Bytes and their movement between tiers. Knows nothing of models."""

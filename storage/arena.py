@@ -1,0 +1,46 @@
+"""Host memory for weights: aligned, prefaulted, given back exactly."""
+
+import mmap
+
+import torch
+
+from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; absent from Python's mmap module
+
+
+class HostBuffer:
+    """Anonymous private memory of an exact size, starting on a page.
+
+    Not `torch.empty`: O_DIRECT wants page-aligned addresses, which torch does not give, and page-locking through
+    `pin_memory` rounds sizes up to a power of two.
+
+    Args:
+        nbytes: size; rounded up to whole pages.
+        prefault: touch every page now, so that no page fault falls into a timed copy.
+    """
+
+    def __init__(self, nbytes: int, *, prefault: bool = True) -> None:
+        self.nbytes = align_up(max(nbytes, 1), BLOCK_ALIGNMENT_BYTES)
+        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        _advise(self._map, getattr(mmap, "MADV_HUGEPAGE", None))
+        if prefault:
+            _advise(self._map, _MADV_POPULATE_WRITE)
+        self.memory = memoryview(self._map)
+        with torch.inference_mode(False):
+            self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.address = self.tensor.data_ptr()
+
+    def own_storage(self, offset: int, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] over this memory whose storage is just those bytes, so that saving it writes no more."""
+        with torch.inference_mode(False):
+            return torch.frombuffer(self.memory[offset : offset + nbytes], dtype=torch.uint8)
+
+
+def _advise(memory: mmap.mmap, advice: int | None) -> None:
+    """Advice is an optimisation: an old kernel that does not know it changes nothing but speed."""
+    if advice is not None:
+        try:
+            memory.madvise(advice)
+        except OSError:
+            pass

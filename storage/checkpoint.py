@@ -1,0 +1,151 @@
+"""Where each tensor of a safetensors checkpoint lies, from the headers alone."""
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from storage.blocks import DTYPE_BYTES, FileRange, TensorSpec
+from storage.errors import CheckpointError, CorruptCheckpoint, MissingShard, UnsupportedCheckpoint
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16",
+    "I8": "int8", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
+}  # fmt: skip
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a checkpoint and the bytes that hold it."""
+
+    spec: TensorSpec
+    range: FileRange
+
+
+def read_checkpoint(folder: str) -> dict[str, StoredTensor]:
+    """All tensors of the checkpoint in `folder`, by their names in the files.
+
+    Raises:
+        MissingShard: if the index names a file that is not there.
+        CorruptCheckpoint: if a header cannot be read or a file is shorter than its header says.
+        UnsupportedCheckpoint: if the folder holds no safetensors, or a dtype that torch lacks.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        tensors.update(read_header(path))
+    return tensors
+
+
+def weight_files(folder: str) -> list[str]:
+    """The safetensors files of the checkpoint in `folder`, each of which exists."""
+    index = Path(folder, INDEX_NAME)
+    single = Path(folder, SINGLE_NAME)
+    if single.exists():
+        return [str(single)]
+    if not index.exists():
+        raise _no_safetensors(folder)
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpoint(f"{index} is not a safetensors index: {error!r}") from error
+    missing = [name for name in names if not Path(folder, name).exists()]
+    if missing:
+        raise MissingShard(
+            f"{index} names {len(names)} files, and {len(missing)} of them are not in the folder: "
+            f"{', '.join(missing[:4])}. Download the checkpoint again, or copy the missing files beside the index."
+        )
+    return [str(Path(folder, name)) for name in names]
+
+
+def read_header(path: str) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        CorruptCheckpoint, UnsupportedCheckpoint: as `read_checkpoint` does.
+    """
+    header, data_start, size = _raw_header(path)
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            tensors[name] = _stored(path, name, entry, data_start)
+    longest = max((tensor.range.end for tensor in tensors.values()), default=data_start)
+    if longest > size:
+        raise CorruptCheckpoint(
+            f"{path} has {size:,} bytes and its header describes {longest:,}: the file is truncated. Download it again."
+        )
+    return tensors
+
+
+def identity(path: str) -> dict[str, Any]:
+    """What distinguishes a file from another under the same name: enough to key files derived from it.
+
+    A file in the hub's cache is a link to a blob whose name is a hash of its content; any other file is told by its
+    header, size, time and inode.
+    """
+    real = os.path.realpath(path)
+    if os.path.basename(os.path.dirname(real)) == "blobs":
+        return {"blob": os.path.basename(real)}
+    status = os.stat(real)
+    with open(real, "rb") as file:
+        header = file.read(min(struct.unpack("<Q", file.read(8))[0], _LARGEST_HEADER_BYTES))
+    digest = hashlib.sha256(header).hexdigest()
+    return {"header": digest, "size": status.st_size, "mtime": status.st_mtime_ns, "inode": status.st_ino}
+
+
+def _raw_header(path: str) -> tuple[dict[str, Any], int, int]:
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _LARGEST_HEADER_BYTES + 1
+        if length > min(size, _LARGEST_HEADER_BYTES):
+            raise CorruptCheckpoint(
+                f"{path} ({size:,} bytes) does not begin as a safetensors file does. Download it again."
+            )
+        try:
+            header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise CorruptCheckpoint(f"{path}: the safetensors header cannot be read: {error}") from error
+    return header, 8 + length, size
+
+
+def _stored(path: str, name: str, entry: Any, data_start: int) -> StoredTensor:
+    try:
+        begin, end = entry["data_offsets"]
+        shape = tuple(int(size) for size in entry["shape"])
+        kind = str(entry["dtype"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise CorruptCheckpoint(f"{path}: the header's entry for {name} cannot be read: {error!r}") from error
+    dtype = _DTYPES.get(kind)
+    if dtype is None:
+        raise UnsupportedCheckpoint(f"{path}: {name} has the dtype {kind}, which offload cannot stream")
+    if begin < 0 or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
+        raise CorruptCheckpoint(f"{path}: {name} is {kind}{list(shape)}, and its bytes are {begin:,} to {end:,}")
+    return StoredTensor(TensorSpec(name, dtype, shape), FileRange(path, data_start + begin, end - begin))
+
+
+def _no_safetensors(folder: str) -> CheckpointError:
+    pickles = sorted(path.name for path in Path(folder).glob("*") if path.name.endswith(_PICKLE_SUFFIXES))
+    if not pickles:
+        return UnsupportedCheckpoint(
+            f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}. Give a folder that `save_pretrained` wrote."
+        )
+    return UnsupportedCheckpoint(
+        f"{folder} holds its weights as pickle files ({', '.join(pickles[:3])}), which cannot be streamed. Convert once, "
+        "on a machine with enough memory: python -c \"from transformers import AutoModelForCausalLM as M; "
+        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\" "
+        "(and copy the tokenizer's files)."
+    )

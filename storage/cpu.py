@@ -1,0 +1,60 @@
+"""The CPU as the device that computes: its memory is the host's."""
+
+import psutil
+import torch
+
+from storage.arena import HostBuffer
+from storage.device import Event
+
+
+class Done:
+    """The event of work that was over when it was submitted."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+DONE = Done()
+
+
+class CpuDevice:
+    """Computes where the disk's bytes land: no copy between host and device, and every call is synchronous."""
+
+    name = "cpu"
+    torch_device = torch.device("cpu")
+    host_memory = True
+    copy_link = "ram"
+
+    def allocate(self, nbytes: int) -> HostBuffer:
+        return HostBuffer(nbytes)
+
+    def lock_pages(self, buffer: object) -> bool:
+        return False
+
+    def unlock_pages(self, buffer: object) -> None:
+        pass
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+        target.copy_(source)
+        return DONE
+
+    def copy_seconds(self) -> float:
+        return 0.0
+
+    def record(self) -> Event:
+        return DONE
+
+    def wait(self, event: Event) -> None:
+        event.synchronize()
+
+    def stall_seconds(self) -> float:
+        return 0.0
+
+    def synchronize(self) -> None:
+        pass
+
+    def free_bytes(self) -> int:
+        return int(psutil.virtual_memory().available)
+
+    def peak_bytes(self) -> int | None:
+        return None

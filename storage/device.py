@@ -1,0 +1,73 @@
+"""What the runtime asks of the device that computes."""
+
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A point in a device's order of work."""
+
+    def synchronize(self) -> None:
+        """Block this thread until the point is passed."""
+
+
+class DeviceBuffer(Protocol):
+    """Memory of the device, as bytes.
+
+    Attributes:
+        tensor: uint8 [nbytes] on the device; starts at a multiple of 4,096 bytes.
+        nbytes: its size.
+    """
+
+    tensor: torch.Tensor
+    nbytes: int
+
+
+class Device(Protocol):
+    """A device that computes, with memory of its own or with the host's.
+
+    Attributes:
+        name: `cpu`, `cuda:0`.
+        torch_device: where its tensors live.
+        host_memory: True if its memory is the host's, so that the disk writes straight into it.
+        copy_link: the name of the link from host memory to it.
+    """
+
+    name: str
+    torch_device: torch.device
+    host_memory: bool
+    copy_link: str
+
+    def allocate(self, nbytes: int) -> DeviceBuffer:
+        """Memory for weights; given back when the last reference to it goes."""
+
+    def lock_pages(self, buffer: object) -> bool:
+        """Page-lock a `HostBuffer` so that copies from it are asynchronous; False if that is not to be had."""
+
+    def unlock_pages(self, buffer: object) -> None:
+        """Undo `lock_pages`."""
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+        """Start copying host bytes to the device, once `after` is passed; the event marks the end of the copy."""
+
+    def copy_seconds(self) -> float:
+        """Seconds that the link was copying, over all copies that have ended."""
+
+    def record(self) -> Event:
+        """The point at which all compute submitted so far is done."""
+
+    def wait(self, event: Event) -> None:
+        """Compute submitted from now on starts after `event`."""
+
+    def stall_seconds(self) -> float:
+        """Seconds that the device's compute stood still in `wait`, where the host did not."""
+
+    def synchronize(self) -> None:
+        """Block until everything submitted is done."""
+
+    def free_bytes(self) -> int:
+        """Device memory that nobody holds."""
+
+    def peak_bytes(self) -> int | None:
+        """The most that this process held at once, by the device's own count; None where it keeps none."""

@@ -1,0 +1,80 @@
+"""Every error that offload raises on purpose. Torch-free.
+
+Each message says what was asked, what there is, and what to change.
+"""
+
+
+def gib(count: int) -> str:
+    """A byte count for people: `1.50 GiB`, `12.3 MiB`, `512 B`."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}" if unit == "GiB" else f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+class OffloadError(Exception):
+    """The root of the tree: catch this to catch everything that offload raises on purpose."""
+
+
+class ConfigError(OffloadError, ValueError):
+    """What the user asked for contradicts itself or cannot be read."""
+
+
+class PlatformError(OffloadError):
+    """This operating system lacks what offload stands on."""
+
+
+class BudgetTooSmall(OffloadError):
+    """No plan fits the budget. Nothing was loaded.
+
+    Attributes:
+        least_bytes: the smallest budget of that tier with which the same call works.
+    """
+
+    def __init__(self, message: str, least_bytes: int) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
+
+
+class BudgetExceeded(OffloadError):
+    """A running job needs more of a tier than its budget allows, and nothing is left to give up."""
+
+
+class CheckpointError(OffloadError):
+    """The checkpoint cannot be used as it is."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """A safetensors or block file is truncated, unreadable, or fails its checksum."""
+
+
+class MissingShard(CheckpointError):
+    """The index names a file that is not there."""
+
+
+class CheckpointChanged(CheckpointError):
+    """A file that weights are streamed from was changed while it was in use."""
+
+
+class UnsupportedCheckpoint(CheckpointError):
+    """A format, dtype or quantisation that cannot be streamed."""
+
+
+class DiskFolderError(OffloadError):
+    """The disk folder does not exist, or cannot be written."""
+
+
+class DiskFull(OffloadError):
+    """Writing a block file ran out of space; the unfinished file was removed."""
+
+
+class ReadError(OffloadError):
+    """Reading weights failed in the middle of a run."""
+
+
+class StaleSlot(OffloadError):
+    """Something kept a reference into a slot that holds other bytes by now."""
+
+
+class SessionError(OffloadError, RuntimeError):
+    """An operation that cannot be done to a model while it is offloaded."""

@@ -1,0 +1,79 @@
+"""Who holds how much of a tier, against a hard budget."""
+
+import threading
+from collections import defaultdict
+
+from storage.blocks import Tier
+from storage.errors import BudgetExceeded, gib
+
+
+class MemoryLedger:
+    """Counts every byte that the runtime holds on one tier, by category.
+
+    Args:
+        tier: the tier that is counted.
+        budget_bytes: what may be held at most; None for a tier without a limit.
+    """
+
+    def __init__(self, tier: Tier, budget_bytes: int | None) -> None:
+        self.tier = tier
+        self.budget_bytes = budget_bytes
+        self.peak_bytes = 0
+        self._held: defaultdict[str, int] = defaultdict(int)
+        self._peak_held: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(self._held.values())
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Bytes left under the budget; None without one."""
+        return None if self.budget_bytes is None else self.budget_bytes - self.used_bytes
+
+    def held_bytes(self, category: str) -> int:
+        return self._held.get(category, 0)
+
+    def by_category_at_peak(self) -> dict[str, int]:
+        return dict(self._peak_held)
+
+    def charge(self, category: str, nbytes: int) -> None:
+        """Count `nbytes` more.
+
+        Raises:
+            BudgetExceeded: if that would pass the budget; nothing is counted then.
+        """
+        with self._lock:
+            if self.budget_bytes is not None and self.used_bytes + nbytes > self.budget_bytes:
+                raise BudgetExceeded(self._refusal(category, nbytes))
+            self._held[category] += nbytes
+            if self.used_bytes > self.peak_bytes:
+                self.peak_bytes = self.used_bytes
+                self._peak_held = {name: held for name, held in self._held.items() if held}
+
+    def release(self, category: str, nbytes: int) -> None:
+        with self._lock:
+            if nbytes > self._held[category]:
+                raise AssertionError(f"{category} gives back {nbytes} bytes and holds {self._held[category]}")
+            self._held[category] -= nbytes
+
+    def set(self, category: str, nbytes: int) -> None:
+        """Make the category hold exactly `nbytes`.
+
+        Raises:
+            BudgetExceeded: as `charge` does.
+        """
+        change = nbytes - self.held_bytes(category)
+        if change >= 0:
+            self.charge(category, change)
+        else:
+            self.release(category, -change)
+
+    def _refusal(self, category: str, nbytes: int) -> str:
+        held = ", ".join(f"{name} {gib(count)}" for name, count in sorted(self._held.items()) if count)
+        return (
+            f"{category} needs {gib(nbytes)} more of the {self.tier.value} memory, whose budget is "
+            f"{gib(self.budget_bytes or 0)} and of which {gib(self.used_bytes)} is held ({held or 'nothing'}). "
+            f"Give a larger budget, a shorter prompt or a smaller batch."
+        )

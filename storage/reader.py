@@ -1,0 +1,127 @@
+"""Blocks from disk into host memory: the landing recipe, run by the disk link's threads."""
+
+import ctypes
+import time
+import zlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from storage.arena import HostBuffer
+from storage.blocks import FileRange, align_down
+from storage.engines.base import ReadEngine
+from storage.errors import CorruptCheckpoint
+from storage.landing import Landing, plan_landing
+from storage.transfer import Link, Part, Transfer
+
+_PART_BYTES = 8 << 20
+"""Large enough for the disk's full speed, small enough that a block's parts keep all threads busy."""
+
+
+class DiskReader:
+    """Reads blocks with one engine over one link.
+
+    Args:
+        engine: how files are read.
+        link: whose threads read.
+    """
+
+    def __init__(self, engine: ReadEngine, link: Link) -> None:
+        self.engine = engine
+        self.link = link
+        self._verified: set[FileRange] = set()
+
+    def plan(self, ranges: Sequence[FileRange]) -> Landing:
+        """Open the files of `ranges` and lay them out for `read`."""
+        for path in {item.path for item in ranges}:
+            self.engine.open(path)
+        return plan_landing(ranges, self.engine.unit_bytes)
+
+    def read(
+        self,
+        ranges: Sequence[FileRange],
+        landing: Landing,
+        memory: memoryview,
+        then: Callable[[], None] | None = None,
+    ) -> Transfer:
+        """Start filling `memory`, which starts at a multiple of the engine's unit and holds `landing.slot_bytes`.
+
+        Args:
+            then: runs in a link thread when the tensors are in place.
+        """
+
+        def finish() -> None:
+            self._settle(ranges, landing, memory)
+            if then is not None:
+                then()
+
+        return self.link.submit(landing.payload_bytes, list(self._parts(ranges, landing, memory)), finish)
+
+    def read_rows(self, table: FileRange, rows: Sequence[int], row_bytes: int, target: torch.Tensor) -> None:
+        """Read single rows of a table into `target` (contiguous, [len(rows), row_bytes] as bytes), and wait for them.
+
+        Raises:
+            ReadError: as the engine does.
+        """
+        memory = memoryview(target.view(-1).view(torch.uint8).numpy())
+        self.engine.open(table.path)
+
+        def part(index: int) -> Part:
+            lane = memory[index * row_bytes : (index + 1) * row_bytes]
+            return lambda: self.engine.read_unaligned(table.path, table.offset + rows[index] * row_bytes, lane)
+
+        if rows:
+            self.link.submit_first(len(memory), [part(index) for index in range(len(rows))]).wait()
+
+    def measure(self, path: str, span_bytes: int) -> float:
+        """Bytes a second of this engine on the first `span_bytes` of `path`, read in parts and thrown away."""
+        self.engine.open(path)
+        part_bytes = min(_PART_BYTES, span_bytes)
+        buffer = HostBuffer(part_bytes * 4)
+        lanes = [buffer.memory[lane * part_bytes : (lane + 1) * part_bytes] for lane in range(4)]
+        link = Link("probe", len(lanes))
+        offsets = range(0, align_down(span_bytes, part_bytes), part_bytes)
+
+        def part(offset: int) -> Part:
+            lane = lanes[offset // part_bytes % len(lanes)]
+            return lambda: self.engine.read(path, offset, lane, part_bytes)
+
+        begun = time.perf_counter()
+        try:
+            link.submit(span_bytes, [part(offset) for offset in offsets]).wait()
+        finally:
+            link.close()
+        return len(offsets) * part_bytes / (time.perf_counter() - begun)
+
+    def _parts(self, ranges: Sequence[FileRange], landing: Landing, memory: memoryview) -> list[Part]:
+        ends = {(read.path, read.file_offset): _needed_end(ranges, read.path, read.file_offset, read.nbytes) for read in landing.reads}
+        parts: list[Part] = []
+        for read in landing.reads:
+            needed_end = ends[read.path, read.file_offset]
+            for start in range(0, read.nbytes, _PART_BYTES):
+                size = min(_PART_BYTES, read.nbytes - start)
+                target = memory[read.slot_offset + start : read.slot_offset + start + size]
+                needed = min(size, needed_end - read.file_offset - start)
+                parts.append(_part(self.engine, read.path, read.file_offset + start, target, needed))
+        return parts
+
+    def _settle(self, ranges: Sequence[FileRange], landing: Landing, memory: memoryview) -> None:
+        """Move the tensors to their places, and check at the first read those whose checksum is known."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for move in landing.moves:
+            ctypes.memmove(address + move.target, address + move.source, move.nbytes)
+        for item, offset in zip(ranges, landing.offsets, strict=True):
+            if item.crc32 is not None and item not in self._verified:
+                if zlib.crc32(memory[offset : offset + item.nbytes]) != item.crc32:
+                    raise CorruptCheckpoint(
+                        f"{item.path}: the bytes at {item.offset:,} do not match their checksum; delete the file, it is made again"
+                    )
+                self._verified.add(item)
+
+
+def _part(engine: ReadEngine, path: str, offset: int, target: memoryview, needed: int) -> Part:
+    return lambda: engine.read(path, offset, target, needed)
+
+
+def _needed_end(ranges: Sequence[FileRange], path: str, start: int, nbytes: int) -> int:
+    return max(item.end for item in ranges if item.path == path and start <= item.offset < start + nbytes)

@@ -1,0 +1,102 @@
+"""From disk to a device with memory of its own, by way of a ring of host buffers."""
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+
+from storage.arena import HostBuffer
+from storage.blocks import FileRange
+from storage.device import Device, Event
+from storage.landing import Landing
+from storage.reader import DiskReader
+from storage.transfer import Transfer
+
+
+class StagedTransfer:
+    """A block on its way from disk to the device: read into a staging buffer, then copied from there."""
+
+    def __init__(self, ranges: Sequence[FileRange], landing: Landing, target: torch.Tensor, after: Event | None) -> None:
+        self.ranges = ranges
+        self.landing = landing
+        self.target = target
+        self.after = after
+        self.cancelled = False
+        self.error: BaseException | None = None
+        self.copied: Event | None = None
+        self.issued = threading.Event()
+        """Set once the copy is in the device's queue, or never will be."""
+
+    def wait_issued(self) -> float:
+        """Block until the copy is in the device's queue; seconds spent. Raises what the read raised."""
+        begun = time.perf_counter()
+        self.issued.wait()
+        if self.error is not None:
+            raise self.error
+        return time.perf_counter() - begun
+
+    def cancel(self) -> None:
+        """Wait until nothing writes to the target any more."""
+        self.cancelled = True
+        self.issued.wait()
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+class StagedReader:
+    """Feeds blocks from disk to the device in the order in which they were asked for.
+
+    One thread hands out the staging buffers, so that neither the forward pass nor the disk's threads wait for one.
+
+    Args:
+        reader: the disk.
+        device: where the blocks go.
+        buffers: the staging ring; page-locked where that is to be had.
+    """
+
+    def __init__(self, reader: DiskReader, device: Device, buffers: Sequence[HostBuffer]) -> None:
+        self.reader = reader
+        self._device = device
+        self._free: queue.Queue[tuple[HostBuffer, Event | None]] = queue.Queue()
+        for buffer in buffers:
+            self._free.put((buffer, None))
+        self._asked: queue.Queue[StagedTransfer | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._feed, name="offload-staging", daemon=True)
+        self._thread.start()
+
+    def start(self, ranges: Sequence[FileRange], landing: Landing, target: torch.Tensor, after: Event | None) -> StagedTransfer:
+        """Queue a block; `target` is uint8 [at least the end of its last tensor] on the device."""
+        transfer = StagedTransfer(ranges, landing, target, after)
+        self._asked.put(transfer)
+        return transfer
+
+    def close(self) -> None:
+        self._asked.put(None)
+        self._thread.join()
+
+    def _feed(self) -> None:
+        while (transfer := self._asked.get()) is not None:
+            if transfer.cancelled:
+                transfer.issued.set()
+                continue
+            buffer, last_copy = self._free.get()
+            if last_copy is not None:
+                # The device may still be copying out of this buffer.
+                last_copy.synchronize()
+            self._read(transfer, buffer)
+
+    def _read(self, transfer: StagedTransfer, buffer: HostBuffer) -> None:
+        def copy() -> None:
+            if not transfer.cancelled:
+                size = transfer.target.numel()
+                transfer.copied = self._device.copy_in(transfer.target, buffer.tensor[:size], transfer.after)
+
+        read = self.reader.read(transfer.ranges, transfer.landing, buffer.memory[: transfer.landing.slot_bytes], copy)
+        read.when_over(lambda: self._read_over(transfer, buffer, read))
+
+    def _read_over(self, transfer: StagedTransfer, buffer: HostBuffer, read: Transfer) -> None:
+        transfer.error = read.error
+        self._free.put((buffer, transfer.copied))
+        transfer.issued.set()

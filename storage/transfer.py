@@ -1,0 +1,170 @@
+"""One queue a link: every copy is timed, counted, and waited for by whoever asked for it."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+Part = Callable[[], None]
+
+
+class Transfer:
+    """One block on its way over one link.
+
+    A transfer consists of parts that worker threads run in any order, and of a finish that runs after the last of
+    them. An error in either surfaces in `wait`, in the thread that needs the bytes.
+    """
+
+    def __init__(self, link: "Link", nbytes: int, parts: Sequence[Part], finish: Part | None) -> None:
+        self.link = link
+        self.nbytes = nbytes
+        self.error: BaseException | None = None
+        self._finish = finish
+        self._parts_left = len(parts)
+        self._cancelled = False
+        self._over = threading.Event()
+        self._then: Part | None = None
+
+    @property
+    def over(self) -> bool:
+        """True once nothing of it runs any more, whether it succeeded or not."""
+        return self._over.is_set()
+
+    def wait(self) -> float:
+        """Block until the bytes are there.
+
+        Returns:
+            Seconds spent waiting.
+
+        Raises:
+            Whatever a part or the finish raised.
+        """
+        waited = 0.0
+        if not self._over.is_set():
+            begun = time.perf_counter()
+            self._over.wait()
+            waited = time.perf_counter() - begun
+        if self.error is not None:
+            raise self.error
+        return waited
+
+    def cancel(self) -> None:
+        """Skip the parts that have not begun and wait for those that have: the target may be reused afterwards."""
+        self._cancelled = True
+        self._over.wait()
+
+    def when_over(self, then: Part) -> None:
+        """Run `then` once, in a link thread or, if the transfer is over already, at once."""
+        with self.link._lock:
+            if not self._over.is_set():
+                self._then = then
+                return
+        then()
+
+    def _end(self) -> None:
+        with self.link._lock:
+            self._over.set()
+            then = self._then
+        if then is not None:
+            then()
+
+    def _run(self, part: Part) -> bool:
+        """Run one part; True if it was the last of them."""
+        if not self._cancelled and self.error is None:
+            self._guarded(part)
+        with self.link._lock:
+            self._parts_left -= 1
+            return self._parts_left == 0
+
+    def _complete(self) -> bool:
+        """Run the finish; True if the bytes arrived."""
+        arrived = not self._cancelled and self.error is None
+        if arrived and self._finish is not None:
+            self._guarded(self._finish)
+        return arrived and self.error is None
+
+    def _guarded(self, step: Part) -> None:
+        try:
+            step()
+        except BaseException as error:  # handed to the waiter, whatever it is
+            self.error = error
+
+
+class Link:
+    """A first-in-first-out queue of transfers, served by a few threads.
+
+    Args:
+        name: as the report prints it, such as `disk`.
+        threads: how many parts are under way at once.
+    """
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.name = name
+        self.bytes_moved = 0
+        self.busy_seconds = 0.0
+        self.transfers = 0
+        self._queue: deque[tuple[Transfer, Part]] = deque()
+        self._active_parts = 0
+        self._busy_since = 0.0
+        self._closed = False
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"offload-{name}-{index}", daemon=True) for index in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, nbytes: int, parts: Sequence[Part], finish: Part | None = None) -> Transfer:
+        """Queue a transfer that counts as `nbytes` once it has arrived."""
+        transfer = Transfer(self, nbytes, parts, finish)
+        with self._work:
+            if self._closed:
+                raise RuntimeError(f"the {self.name} link is closed")
+            self._queue.extend((transfer, part) for part in parts)
+            self._work.notify(len(parts))
+        return transfer
+
+    def submit_first(self, nbytes: int, parts: Sequence[Part]) -> Transfer:
+        """Queue a transfer that somebody is waiting for already, before those that were queued ahead of need."""
+        transfer = Transfer(self, nbytes, parts, None)
+        with self._work:
+            if self._closed:
+                raise RuntimeError(f"the {self.name} link is closed")
+            self._queue.extendleft((transfer, part) for part in reversed(parts))
+            self._work.notify(len(parts))
+        return transfer
+
+    def close(self) -> None:
+        """Finish what is queued, then end the threads."""
+        with self._work:
+            self._closed = True
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self) -> None:
+        while True:
+            with self._work:
+                while not self._queue and not self._closed:
+                    self._work.wait()
+                if not self._queue:
+                    return
+                transfer, part = self._queue.popleft()
+                if self._active_parts == 0:
+                    self._busy_since = time.perf_counter()
+                self._active_parts += 1
+            last = transfer._run(part)
+            self._end_part()
+            if last:
+                arrived = transfer._complete()
+                with self._lock:
+                    self.bytes_moved += transfer.nbytes if arrived else 0
+                    self.transfers += arrived
+                transfer._end()
+
+    def _end_part(self) -> None:
+        with self._lock:
+            self._active_parts -= 1
+            if self._active_parts == 0:
+                self.busy_seconds += time.perf_counter() - self._busy_since
