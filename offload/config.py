@@ -12,8 +12,8 @@ from storage.cpu import CpuDevice
 from storage.device import Device
 from storage.errors import BudgetTooSmall, ConfigError, PlatformError, gib
 
-IDENTICAL = "identical"
-ROUNDING = "rounding"
+IDENTICAL, ROUNDING = "identical", "rounding"
+EXACTNESS = (IDENTICAL, ROUNDING)
 
 _UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
           "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
@@ -45,10 +45,15 @@ def parse_bytes(text: str | int | None, name: str = "size") -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Bytes that the runtime may hold on the device and, if the device has memory of its own, in CPU memory."""
+    """Bytes that the runtime may hold.
+
+    Attributes:
+        device_bytes: on the device that computes.
+        host_bytes: in CPU memory; None if that is the device's own.
+    """
 
     device_bytes: int
-    host_bytes: int
+    host_bytes: int | None
 
 
 def resolve_device(name: str) -> Device:
@@ -91,7 +96,7 @@ def resolve_budgets(device: Device, gpu_memory: str | int | None, cpu_memory: st
     if device.host_memory:
         if gpu_bytes is not None:
             raise ConfigError("gpu_memory was given, and the device is the CPU, which has one budget: give cpu_memory only")
-        return Budgets(cpu_bytes if cpu_bytes is not None else default_host_bytes(held_bytes), 0)
+        return Budgets(cpu_bytes if cpu_bytes is not None else default_host_bytes(held_bytes), None)
     device_bytes = gpu_bytes if gpu_bytes is not None else device.free_bytes() * 9 // 10
     return Budgets(device_bytes, cpu_bytes if cpu_bytes is not None else default_host_bytes(held_bytes))
 

@@ -18,6 +18,7 @@ class Plan:
         gathered: embeddings of which only the rows in use are read.
         slot_bytes: size of one slot; a larger block takes several neighbouring ones.
         slot_count: how many.
+        staging_count: host buffers between disk and a device with memory of its own, each as large as a block.
         kv_bytes: device memory kept free for the KV cache.
         activation_bytes: device memory kept free for temporaries.
         pinned_bytes: parameters outside of all blocks.
@@ -30,6 +31,7 @@ class Plan:
     gathered: tuple[BlockKey, ...]
     slot_bytes: int
     slot_count: int
+    staging_count: int
     kv_bytes: int
     activation_bytes: int
     pinned_bytes: int

@@ -4,37 +4,50 @@ from collections.abc import Sequence
 
 from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock, Workload
 from scheduler.plan import Plan
-from storage.blocks import align_up
+from storage.blocks import BlockKey, align_up
 from storage.errors import BudgetTooSmall, gib
 
 _SLOT_COUNT = 3
 """One in use, one that is ready, one being filled."""
 
+_STAGING_BUFFERS = 3
+"""Between disk and a device with memory of its own: one being read, one being copied, one ready."""
+
 _SMALL_FRACTION = 64
 """A block this many times smaller than the largest is not worth a transfer of its own."""
 
 
-def make_plan(model: ModelSpec, budget_bytes: int, workload: Workload, host_bytes: int = 0) -> Plan:
+def make_plan(
+    model: ModelSpec,
+    budget_bytes: int,
+    workload: Workload,
+    host_bytes: int | None = None,
+    candidates: frozenset[BlockKey] | None = None,
+) -> Plan:
     """Place every block: what fits is resident, spread evenly among the layers; the rest is streamed.
 
     Args:
         model: the blocks.
         budget_bytes: of the device, all included.
         workload: what KV cache and activations are reserved for.
-        host_bytes: CPU memory for blocks that a device with memory of its own streams.
+        host_bytes: CPU memory for blocks that a device with memory of its own streams; None if the device has none.
+        candidates: the blocks that may be resident; None for all. A running job gives up blocks and takes none on.
 
     Raises:
         BudgetTooSmall: if not even one block at a time fits; `least_bytes` is the budget that would do.
     """
     room = budget_bytes - model.pinned_bytes - workload.kv_bytes(model) - workload.activation_bytes(model)
-    if sum(block.resident_bytes for block in model.blocks) <= room:
-        return _assemble(model, workload, {block.key for block in model.blocks}, 0, 0, 0)
-    small = _small_blocks(model)
+    everything = {block.key for block in model.blocks}
+    if candidates is None:
+        candidates = frozenset(everything)
+    if candidates >= everything and sum(block.resident_bytes for block in model.blocks) <= room:
+        return _assemble(model, workload, everything, 0, 0, host_bytes)
+    small = _small_blocks(model) & candidates
     room -= sum(block.resident_bytes for block in model.blocks if block.key in small)
     slot_bytes, least_slots = _least_slots(model, small)
     if slot_bytes * least_slots > room:
-        raise _too_small(model, budget_bytes, workload, slot_bytes * least_slots - room)
-    resident, slot_bytes, slot_count = _best_residents(model, small, room)
+        raise _too_small(model, budget_bytes, workload)
+    resident, slot_bytes, slot_count = _best_residents(model, small, candidates, room)
     return _assemble(model, workload, resident | small, slot_bytes, slot_count, host_bytes)
 
 
@@ -48,10 +61,12 @@ def least_budget_bytes(model: ModelSpec, workload: Workload) -> int:
     return reserved + min(held + slot_bytes * least_slots, everything)
 
 
-def _best_residents(model: ModelSpec, small: set[str], room: int) -> tuple[set[str], int, int]:
+def _best_residents(
+    model: ModelSpec, small: set[BlockKey], allowed: frozenset[BlockKey], room: int
+) -> tuple[set[BlockKey], int, int]:
     """Big single blocks first, since each that is streamed makes the slots larger; then layers; tables last."""
-    chosen: set[str] = set()
-    for candidates in _candidate_orders(model, small):
+    chosen: set[BlockKey] = set()
+    for candidates in _candidate_orders(model, allowed - small):
         for block in candidates:
             trial = chosen | {block.key}
             slot_bytes, least = _least_slots(model, small | trial)
@@ -64,8 +79,8 @@ def _best_residents(model: ModelSpec, small: set[str], room: int) -> tuple[set[s
     return chosen, slot_bytes, min(fitting, max(least, _wanted_slots(slot_bytes, least, room)))
 
 
-def _candidate_orders(model: ModelSpec, small: set[str]) -> list[list[PlacedBlock]]:
-    rest = [block for block in model.blocks if block.key not in small]
+def _candidate_orders(model: ModelSpec, allowed: frozenset[BlockKey]) -> list[list[PlacedBlock]]:
+    rest = [block for block in model.blocks if block.key in allowed]
     layers = [block for block in rest if block.role is BlockRole.LAYER]
     others = sorted((block for block in rest if block.role is BlockRole.OTHER), key=lambda block: -block.slot_bytes)
     tables = [block for block in rest if block.role is BlockRole.TABLE]
@@ -94,10 +109,10 @@ def _wanted_slots(slot_bytes: int, least: int, room: int) -> int:
     return max(least, wanted)
 
 
-def _small_blocks(model: ModelSpec) -> set[str]:
+def _small_blocks(model: ModelSpec) -> set[BlockKey]:
     """Norms and the like, always resident; never so many that they add up to a block."""
     largest = max((block.slot_bytes for block in model.blocks), default=0)
-    small: set[str] = set()
+    small: set[BlockKey] = set()
     total = 0
     for block in sorted(model.blocks, key=lambda block: block.resident_bytes):
         total += block.resident_bytes
@@ -107,7 +122,7 @@ def _small_blocks(model: ModelSpec) -> set[str]:
     return small
 
 
-def _least_slots(model: ModelSpec, resident: set[str]) -> tuple[int, int]:
+def _least_slots(model: ModelSpec, resident: set[BlockKey]) -> tuple[int, int]:
     """The size of a slot, and the least number of them, with which everything outside of `resident` can run."""
     blocks = {block.key: block for block in model.blocks}
     streamed = [
@@ -124,22 +139,38 @@ def _least_slots(model: ModelSpec, resident: set[str]) -> tuple[int, int]:
     return slot_bytes, least
 
 
-def _host_blocks(streamed: Sequence[PlacedBlock], host_bytes: int) -> set[str]:
-    """The streamed blocks that CPU memory has room for, spread evenly, so that the disk has time for the others."""
-    chosen: set[str] = set()
+def _host_blocks(model: ModelSpec, streamed: Sequence[PlacedBlock], host_bytes: int) -> tuple[set[BlockKey], int]:
+    """The streamed blocks that CPU memory has room for, spread evenly, so that the disk has time for the others.
+
+    Returns:
+        Their keys, and the number of staging buffers through which the others pass.
+    """
+    largest = max((block.slot_bytes for block in model.blocks), default=0)
+    if sum(block.slot_bytes for block in streamed) + largest <= host_bytes:
+        return {block.key for block in streamed}, 0
+    # One more than the ring: a block that is loaded once, to stay, passes through a buffer of its own.
+    if host_bytes < 2 * largest:
+        raise BudgetTooSmall(
+            f"the CPU memory budget is {gib(host_bytes)}, and blocks on their way from disk to the device take twice "
+            f"{gib(largest)} of it, the size of the largest. Give a larger cpu_memory.",
+            2 * largest,
+        )
+    staging = min(_STAGING_BUFFERS, host_bytes // largest - 1)
+    room = host_bytes - (staging + 1) * largest
+    chosen: set[BlockKey] = set()
     for block in spread(streamed):
-        if block.slot_bytes <= host_bytes:
-            host_bytes -= block.slot_bytes
+        if block.slot_bytes <= room:
+            room -= block.slot_bytes
             chosen.add(block.key)
-    return chosen
+    return chosen, staging
 
 
 def _assemble(
-    model: ModelSpec, workload: Workload, resident: set[str], slot_bytes: int, slot_count: int, host_bytes: int
+    model: ModelSpec, workload: Workload, resident: set[BlockKey], slot_bytes: int, slot_count: int, host_bytes: int | None
 ) -> Plan:
     outside = [block for block in model.blocks if block.key not in resident]
     streamed = [block for block in outside if block.role is not BlockRole.TABLE]
-    in_host = _host_blocks(streamed, host_bytes)
+    in_host, staging_count = _host_blocks(model, streamed, host_bytes) if host_bytes is not None else (set(), 0)
     return Plan(
         resident=tuple(block.key for block in model.blocks if block.key in resident),
         streamed=tuple(block.key for block in streamed),
@@ -147,6 +178,7 @@ def _assemble(
         gathered=tuple(block.key for block in outside if block.role is BlockRole.TABLE),
         slot_bytes=slot_bytes,
         slot_count=slot_count,
+        staging_count=staging_count,
         kv_bytes=workload.kv_bytes(model),
         activation_bytes=workload.activation_bytes(model),
         pinned_bytes=model.pinned_bytes,
@@ -155,8 +187,8 @@ def _assemble(
     )
 
 
-def _too_small(model: ModelSpec, budget_bytes: int, workload: Workload, missing_bytes: int) -> BudgetTooSmall:
-    least = budget_bytes + missing_bytes
+def _too_small(model: ModelSpec, budget_bytes: int, workload: Workload) -> BudgetTooSmall:
+    least = least_budget_bytes(model, workload)
     slot_bytes, slots = _least_slots(model, _small_blocks(model))
     return BudgetTooSmall(
         f"the memory budget is {gib(budget_bytes)}, and this model needs at least {gib(least)} ({least} bytes): "

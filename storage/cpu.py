@@ -24,6 +24,7 @@ class CpuDevice:
     torch_device = torch.device("cpu")
     host_memory = True
     copy_link = "ram"
+    copied_bytes = 0
 
     def allocate(self, nbytes: int) -> HostBuffer:
         return HostBuffer(nbytes)

@@ -36,6 +36,7 @@ class CudaDevice:
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         self._copy_spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._stall_spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.copied_bytes = 0
         self._copy_seconds = 0.0
         self._stall_seconds = 0.0
         self._locked: set[int] = set()
@@ -75,6 +76,7 @@ class CudaDevice:
             target.copy_(source, non_blocking=True)
             ended.record(self._copies)
         self._copy_spans.append((begun, ended))
+        self.copied_bytes += source.nbytes
         return ended
 
     def copy_seconds(self) -> float:

@@ -32,12 +32,14 @@ class Device(Protocol):
         torch_device: where its tensors live.
         host_memory: True if its memory is the host's, so that the disk writes straight into it.
         copy_link: the name of the link from host memory to it.
+        copied_bytes: what crossed that link so far.
     """
 
     name: str
     torch_device: torch.device
     host_memory: bool
     copy_link: str
+    copied_bytes: int
 
     def allocate(self, nbytes: int) -> DeviceBuffer:
         """Memory for weights; given back when the last reference to it goes."""

@@ -1,6 +1,8 @@
 """Blocks from disk into host memory: the landing recipe, run by the disk link's threads."""
 
 import ctypes
+import os
+import queue
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -8,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from storage.arena import HostBuffer
-from storage.blocks import FileRange, align_down
+from storage.blocks import FileRange
 from storage.engines.base import ReadEngine
 from storage.errors import CorruptCheckpoint
 from storage.landing import Landing, plan_landing
@@ -30,11 +32,13 @@ class DiskReader:
         self.engine = engine
         self.link = link
         self._verified: set[FileRange] = set()
+        self._sample: str | None = None
 
     def plan(self, ranges: Sequence[FileRange]) -> Landing:
         """Open the files of `ranges` and lay them out for `read`."""
         for path in {item.path for item in ranges}:
             self.engine.open(path)
+            self._sample = self._sample or path
         return plan_landing(ranges, self.engine.unit_bytes)
 
     def read(
@@ -73,25 +77,37 @@ class DiskReader:
         if rows:
             self.link.submit_first(len(memory), [part(index) for index in range(len(rows))]).wait()
 
-    def measure(self, path: str, span_bytes: int) -> float:
-        """Bytes a second of this engine on the first `span_bytes` of `path`, read in parts and thrown away."""
-        self.engine.open(path)
-        part_bytes = min(_PART_BYTES, span_bytes)
-        buffer = HostBuffer(part_bytes * 4)
-        lanes = [buffer.memory[lane * part_bytes : (lane + 1) * part_bytes] for lane in range(4)]
-        link = Link("probe", len(lanes))
-        offsets = range(0, align_down(span_bytes, part_bytes), part_bytes)
+    def measure(self, span_bytes: int) -> float | None:
+        """Bytes a second of the engine right now, on at most `span_bytes` of the file that was planned for first.
+
+        Reads with as many threads and in parts of the same size as the link does, and throws the bytes away. None if
+        the span or the file is too short to tell anything.
+        """
+        span_bytes = min(span_bytes, 0 if self._sample is None else os.path.getsize(self._sample))
+        offsets = range(0, span_bytes - _PART_BYTES + 1, _PART_BYTES)
+        if self._sample is None or len(offsets) < self.link.threads:
+            return None
+        path = self._sample
+        buffer = HostBuffer(_PART_BYTES * self.link.threads)
+        lanes = queue.SimpleQueue[memoryview]()
+        for lane in range(self.link.threads):
+            lanes.put(buffer.memory[lane * _PART_BYTES : (lane + 1) * _PART_BYTES])
 
         def part(offset: int) -> Part:
-            lane = lanes[offset // part_bytes % len(lanes)]
-            return lambda: self.engine.read(path, offset, lane, part_bytes)
+            def read() -> None:
+                lane = lanes.get()
+                self.engine.read(path, offset, lane, _PART_BYTES)
+                lanes.put(lane)
 
+            return read
+
+        probe = Link("probe", self.link.threads)
         begun = time.perf_counter()
         try:
-            link.submit(span_bytes, [part(offset) for offset in offsets]).wait()
+            probe.submit(len(offsets) * _PART_BYTES, [part(offset) for offset in offsets]).wait()
         finally:
-            link.close()
-        return len(offsets) * part_bytes / (time.perf_counter() - begun)
+            probe.close()
+        return len(offsets) * _PART_BYTES / (time.perf_counter() - begun)
 
     def _parts(self, ranges: Sequence[FileRange], landing: Landing, memory: memoryview) -> list[Part]:
         ends = {(read.path, read.file_offset): _needed_end(ranges, read.path, read.file_offset, read.nbytes) for read in landing.reads}

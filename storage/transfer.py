@@ -100,6 +100,7 @@ class Link:
 
     def __init__(self, name: str, threads: int) -> None:
         self.name = name
+        self.threads = threads
         self.bytes_moved = 0
         self.busy_seconds = 0.0
         self.transfers = 0
@@ -109,10 +110,10 @@ class Link:
         self._closed = False
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._threads = [
+        self._workers = [
             threading.Thread(target=self._serve, name=f"offload-{name}-{index}", daemon=True) for index in range(threads)
         ]
-        for thread in self._threads:
+        for thread in self._workers:
             thread.start()
 
     def submit(self, nbytes: int, parts: Sequence[Part], finish: Part | None = None) -> Transfer:
@@ -140,7 +141,7 @@ class Link:
         with self._work:
             self._closed = True
             self._work.notify_all()
-        for thread in self._threads:
+        for thread in self._workers:
             thread.join()
 
     def _serve(self) -> None:

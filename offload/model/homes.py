@@ -93,7 +93,8 @@ class ParameterHome:
     """A parameter, and the CPU tensor that holds its values outside of its windows.
 
     Attributes:
-        tensor: a real tensor of the parameter's shape; `parameter.data` whenever no window is open.
+        tensor: a real tensor of the parameter's shape; `parameter.data` whenever no window is open, unless the
+            only copy is on the device: then it is that copy.
         original: what `parameter.data` becomes when the session ends; None if those bytes were given up, and the
             values are copied into new memory then.
         modified: True once the values differ from those that the block's source delivers.

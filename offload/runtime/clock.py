@@ -33,9 +33,14 @@ class PhaseTimes:
 
 
 class PassClock:
-    """Charges time to the phase of the pass that is under way."""
+    """Charges time to the phase of the pass that is under way.
 
-    def __init__(self) -> None:
+    Args:
+        asynchronous: True if the device computes behind the host's back, so that what is not waiting is compute.
+    """
+
+    def __init__(self, asynchronous: bool = False) -> None:
+        self._asynchronous = asynchronous
         self.phases: defaultdict[str, PhaseTimes] = defaultdict(PhaseTimes)
         self.phase = OUTSIDE
         self._begun = 0.0
@@ -64,16 +69,22 @@ class PassClock:
         self._begun = time.perf_counter()
 
     def end_pass(self) -> None:
-        self.phases[self.phase].seconds += time.perf_counter() - self._begun
+        times = self.phases[self.phase]
+        times.seconds += time.perf_counter() - self._begun
+        if self._asynchronous:
+            times.compute_seconds = max(0.0, times.seconds - sum(times.wait_seconds.values()))
         self.phase = OUTSIDE
 
     def charge_compute(self, seconds: float) -> None:
         times = self.phases[self.phase]
-        times.compute_seconds += seconds
+        if not self._asynchronous or self.phase == OUTSIDE:
+            times.compute_seconds += seconds
         if self.phase == OUTSIDE:
             times.seconds += seconds
 
     def charge_wait(self, link: str, seconds: float) -> None:
+        if not seconds:
+            return
         times = self.phases[self.phase]
         times.wait_seconds[link] += seconds
         if self.phase == OUTSIDE:

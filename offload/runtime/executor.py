@@ -20,28 +20,45 @@ class LayerExecutor:
 
     Args:
         device: what computes.
-        slot_bytes: size of one slot.
-        slot_count: how many; 0 if nothing is streamed.
-        blocks: the streamed blocks in the expected order.
         clock: told what was waited for.
     """
 
-    def __init__(
-        self, device: Device, slot_bytes: int, slot_count: int, blocks: Sequence[StreamedBlock], clock: PassClock
-    ) -> None:
+    def __init__(self, device: Device, clock: PassClock) -> None:
         self.lock = threading.RLock()
-        self.blocks = {block.key: block for block in blocks}
-        self.slot_bytes = slot_bytes
-        self.slot_count = slot_count
+        self.blocks: dict[BlockKey, StreamedBlock] = {}
+        self.slot_bytes = 0
+        self.slot_count = 0
         self._device = device
         self._clock = clock
-        self._schedule = SlotSchedule(slot_count, {key: self._slots(block) for key, block in self.blocks.items()})
-        self._arena: DeviceBuffer | None = device.allocate(slot_bytes * slot_count) if slot_count else None
-        self._arena_range = _address_range(self._arena)
+        self._schedule = SlotSchedule(0, {})
+        self._arena: DeviceBuffer | None = None
+        self._arena_range = (0, 0)
         self._arrivals: dict[int, Arrival] = {}
         self._bound: set[int] = set()
         self._last_use: dict[int, tuple[int, Event]] = {}
         self._regions: dict[tuple[int, int], SlotRegion] = {}
+
+    def arrange(self, slot_bytes: int, slot_count: int, blocks: Sequence[StreamedBlock]) -> None:
+        """Take new slots for these blocks, and give the old ones back first. No window may be open.
+
+        Args:
+            slot_bytes: size of one slot.
+            slot_count: how many; 0 if nothing is streamed.
+            blocks: in the expected order.
+        """
+        self.free()
+        self.blocks = {block.key: block for block in blocks}
+        for block in blocks:
+            block.forget_slots()
+        self.slot_bytes, self.slot_count = slot_bytes, slot_count
+        self._arena = self._device.allocate(slot_bytes * slot_count) if slot_count else None
+        self._arena_range = _address_range(self._arena)
+        self._schedule = SlotSchedule(slot_count, {key: self._slots(block) for key, block in self.blocks.items()})
+
+    @property
+    def arena_tensor(self) -> torch.Tensor | None:
+        """All slots as bytes; None if there are none."""
+        return None if self._arena is None else self._arena.tensor
 
     def open(self, keys: Sequence[BlockKey]) -> None:
         """The blocks `keys` are needed: returns when compute may be submitted that uses them.
@@ -85,11 +102,12 @@ class LayerExecutor:
         self.settle()
 
     def free(self) -> None:
-        """Give the slots' memory back; the executor is at its end."""
+        """Give the slots' memory back."""
         self.settle()
-        self._arena = None
+        self._arena, self._arena_range = None, (0, 0)
         self._regions.clear()
-        self.blocks.clear()
+        self._last_use.clear()
+        self.blocks = {}
 
     def in_slots(self, tensor: torch.Tensor) -> bool:
         """True if the tensor's memory is a slot, so that it will hold other values soon."""

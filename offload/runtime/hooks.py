@@ -6,7 +6,7 @@ when activation checkpointing stops a recomputation early, and the slot would st
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from offload.model.blocks import Unit
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.weights import GatheredTable
+from storage.blocks import BlockKey
 from storage.errors import SessionError, StaleSlot
 
 Forward = Callable[..., Any]
@@ -32,33 +33,55 @@ class ForwardWrap:
     def __init__(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
         self._module = module
         self._before = module.__dict__.get("forward")
-        original = module.forward
-        wrapped = functools.wraps(original)(make(original))
-        wrapped._torchdynamo_disable = True  # type: ignore[attr-defined]
-        module.forward = wrapped  # type: ignore[method-assign]
+        module.forward = _Wrapped(module.forward, make)  # type: ignore[method-assign]
 
     def undo(self) -> None:
         if self._before is not None:
-            self._module.forward = self._before
+            self._module.forward = self._before  # type: ignore[method-assign]
         else:
             self._module.__dict__.pop("forward", None)
+
+
+class _Wrapped:
+    """A forward with a window around it, which looks like the one it wraps (signature, name) but is never copied."""
+
+    _torchdynamo_disable = True
+
+    def __init__(self, original: Forward, make: Callable[[Forward], Forward]) -> None:
+        functools.update_wrapper(self, original)
+        self._call = make(original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        # The copy would compute with the original's slots.
+        raise SessionError(
+            "a part of an offloaded model cannot be copied. Leave the context first, or save_pretrained and load it again."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SessionError("an offloaded model cannot be pickled. Use save_pretrained, or leave the context first.")
 
 
 class UnitWindow:
     """The window of one unit: open while its module computes."""
 
-    def __init__(self, unit: Unit, executor: LayerExecutor, clock: PassClock, table: GatheredTable | None) -> None:
+    def __init__(
+        self, unit: Unit, executor: LayerExecutor, clock: PassClock, tables: Mapping[BlockKey, GatheredTable]
+    ) -> None:
         self._unit = unit
         self._executor = executor
         self._clock = clock
-        self._table = table
+        self._tables = tables
         self._depth = 0
 
     def wrap(self, forward: Forward) -> Forward:
         def windowed(*args: Any, **kwargs: Any) -> Any:
             with self._executor.lock:
-                if self._table is not None:
-                    with _RowFetching(self._table):
+                table = self._tables.get(self._unit.uses[0]) if self._unit.gathers else None
+                if table is not None:
+                    with _RowFetching(table):
                         return forward(*args, **kwargs)
                 return self._run(forward, args, kwargs)
 
@@ -146,10 +169,16 @@ class _NoBackward(torch.autograd.Function):
         )
 
 
-def refuse(what: str, instead: str) -> Forward:
-    """A method that raises: `what` cannot be done to an offloaded model."""
+class Windows:
+    """The windows of all units of a model, until undone."""
 
-    def refused(*args: Any, **kwargs: Any) -> Any:
-        raise SessionError(f"{what} is not possible while the model is offloaded. {instead}")
+    def __init__(
+        self, units: Sequence[Unit], tables: Mapping[BlockKey, GatheredTable], executor: LayerExecutor, clock: PassClock
+    ) -> None:
+        self._wraps = [
+            ForwardWrap(unit.module, UnitWindow(unit, executor, clock, tables).wrap) for unit in units
+        ]
 
-    return refused
+    def undo(self) -> None:
+        while self._wraps:
+            self._wraps.pop().undo()

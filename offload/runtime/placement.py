@@ -4,6 +4,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import psutil
 import torch
@@ -20,6 +21,7 @@ from offload.runtime.weights import (
     StagedSource,
     StreamedBlock,
     packed_offsets,
+    views_of,
 )
 from scheduler.plan import Plan
 from storage.arena import HostBuffer
@@ -28,10 +30,9 @@ from storage.blocks import BlockKey, FileRange
 from storage.device import Device
 from storage.errors import DiskFull, gib
 from storage.ledger import MemoryLedger
+from storage.probe import copy_bytes_per_second
 from storage.reader import DiskReader
 from storage.staging import StagedReader
-
-_STAGING_BUFFERS = 3
 
 Progress = Callable[[str, int, int], None]
 """Told (what, done bytes, total bytes) during long steps."""
@@ -75,7 +76,7 @@ class Placement:
         self._progress = progress
         self._maps = FileMaps()
         self._spills: list[BlockFile] = []
-        self._locked: list[HostBuffer] = []
+        self._host_buffers: list[HostBuffer] = []
         self._staged: StagedReader | None = None
         self._homes: dict[str, ParameterHome] = {}
 
@@ -110,11 +111,12 @@ class Placement:
                 self.streamed[key] = self._to_host_memory(units[key])
         self._spill([units[key] for key in (*plan.streamed, *plan.gathered) if key not in in_host])
         from_disk = [units[key] for key in plan.streamed if key not in in_host]
-        self._open_staging(from_disk)
+        self._open_staging(from_disk, plan.staging_count)
         for unit in from_disk:
             self.streamed[unit.key] = StreamedBlock(unit.key, self._homes_of(unit), self._disk_source(unit))
-        for key in plan.gathered:
-            self.tables[key] = self._table(units[key])
+        for key in (*plan.streamed, *plan.gathered):
+            if units[key].gathers:
+                self.tables[key] = self._table(units[key])
         done = 0
         for key in plan.resident:
             self._progress("loading", done, plan.resident_bytes)
@@ -123,38 +125,57 @@ class Placement:
         self.streamed = {key: self.streamed[key] for key in plan.streamed}
         self._progress("loading", plan.resident_bytes, plan.resident_bytes)
 
-    def give_up(self, keys: Sequence[BlockKey], units: dict[BlockKey, Unit]) -> None:
-        """Turn resident blocks into streamed ones."""
-        for key in keys:
-            block = self.resident.pop(key)
+    def give_up(self, plan: Plan, structure: Structure) -> None:
+        """Turn the resident blocks that `plan` streams or gathers into such ones."""
+        units = {unit.key: unit for unit in structure.units if unit.parameters}
+        given_up = [units[key] for key in (*plan.streamed, *plan.gathered) if key in self.resident]
+        for unit in given_up:
+            block = self.resident.pop(unit.key)
             block.give_up()
             self._device_ledger.release("resident weights", block.nbytes)
-        self._spill([units[key] for key in keys])
-        for key in keys:
-            unit = units[key]
-            if unit.gathers and not any(unit.key in other.uses for other in units.values() if other is not unit):
-                self.tables[key] = self._table(unit)
-                continue
-            self._open_staging([unit])
-            self.streamed[key] = StreamedBlock(key, self._homes_of(unit), self._disk_source(unit))
+        self._spill(given_up)
+        self._open_staging([unit for unit in given_up if unit.key in plan.streamed], max(1, plan.staging_count))
+        for unit in given_up:
+            if unit.key in plan.streamed:
+                self.streamed[unit.key] = StreamedBlock(unit.key, self._homes_of(unit), self._disk_source(unit))
+            if unit.gathers:
+                self.tables[unit.key] = self._table(unit)
+        self.streamed = {key: self.streamed[key] for key in plan.streamed}
 
-    def hold_added(self, name: str, parameter: nn.Parameter) -> None:
-        """A parameter that came while the session was running: it is on the device from now on."""
-        self._hold_outside(name, parameter)
+    def as_placed(self, plan: Plan) -> Plan:
+        """The plan with what became of the blocks that were given up."""
+        in_host = tuple(key for key, block in self.streamed.items() if isinstance(block.source, HostSource))
+        return replace(plan, in_host_memory=in_host)
 
-    def homes(self) -> list[ParameterHome]:
-        return list(self._homes.values())
+    def adopt(self, model: nn.Module) -> None:
+        """Hold on the device what came while the session was running: new parameters, and those of another shape."""
+        for home in list(self._homes.values()):
+            if home.parameter.shape != home.tensor.shape:
+                self._forget(home)
+        known = {id(home.parameter) for home in self._homes.values()}
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in known:
+                self._hold_outside(name, parameter)
 
-    def forget(self, home: ParameterHome) -> None:
+    def measure_copy(self, target: torch.Tensor | None) -> float | None:
+        """Bytes a second from a host buffer to `target` (uint8 on the device); None if there is neither."""
+        buffer = max(self._host_buffers, key=lambda buffer: buffer.nbytes, default=None)
+        if buffer is None or target is None:
+            return None
+        size = min(buffer.nbytes, target.numel())
+        return copy_bytes_per_second(self._device, target[:size], buffer.tensor[:size])
+
+    def _forget(self, home: ParameterHome) -> None:
         """The user gave this parameter another shape: it is theirs from now on."""
         self._homes.pop(home.name)
+        self.tables = {key: table for key, table in self.tables.items() if home not in table.homes}
         for block in (*self.streamed.values(), *self.resident.values()):
             if home in block.homes:
                 block.drop(home)
 
     def restore(self) -> None:
         """Give every parameter its own memory back, with the values that it has now."""
-        anonymous = sum(home.tensor.nbytes for home in self._homes.values() if home.original is None)
+        anonymous = sum(home.parameter.nbytes for home in self._homes.values() if home.original is None)
         if anonymous > psutil.virtual_memory().available:
             warnings.warn(
                 f"leaving the context reads {gib(anonymous)} of weights back into memory, of which "
@@ -175,11 +196,11 @@ class Placement:
         """Give files, threads and page locks back. After `restore`."""
         if self._staged is not None:
             self._staged.close()
-        for buffer in self._locked:
+        for buffer in self._host_buffers:
             self._device.unlock_pages(buffer)
         for spill in self._spills:
             spill.close()
-        self._locked.clear()
+        self._host_buffers.clear()
         self._spills.clear()
 
     def _homes_of(self, unit: Unit) -> list[ParameterHome]:
@@ -214,28 +235,29 @@ class Placement:
         return self._copy_to_device(unit, homes, offsets, nbytes)
 
     def _copy_to_device(self, unit: Unit, homes: list[ParameterHome], offsets: list[int], nbytes: int) -> ResidentBlock:
-        staged, places = self._read_to_host(unit, self._host_ledger, "staging")
         buffer = self._device.allocate(nbytes)
-        for home, source, target in zip(homes, places, offsets, strict=True):
-            size = home.tensor.nbytes
-            self._device.copy_in(buffer.tensor[target : target + size], staged.tensor[source : source + size], None).synchronize()
-        self._host_ledger.release("staging", staged.nbytes)
+        on_disk = [self.source_of(home.name, home.parameter) for home in homes]
+        sources = [home.tensor for home in homes]
+        if all(on_disk):
+            staged, places = self._read_to_host(unit, self._host_ledger, "staging")
+            sources = views_of(homes, places, staged.tensor)
+        for view, source in zip(views_of(homes, offsets, buffer.tensor), sources, strict=True):
+            self._device.copy_in(view, source, None).synchronize()
+        if all(on_disk):
+            self._host_ledger.release("staging", staged.nbytes)
         block = ResidentBlock(unit.key, homes, buffer, offsets)
-        for home in homes:
-            if self.source_of(home.name, home.parameter) is None:
+        for home, source in zip(homes, on_disk, strict=True):
+            if source is None:
                 # The only copy is on the device now: the old one is released at once.
                 home.original = None
-                home.tensor = torch.empty(0)
+                home.tensor = home.parameter.data
         return block
 
     def _to_host_memory(self, unit: Unit) -> StreamedBlock:
         """Into page-locked memory of the block's own, from where one copy brings it to the device."""
         homes = self._homes_of(unit)
         buffer, offsets = self._read_to_host(unit, self._host_ledger, "streamed weights")
-        if self._device.lock_pages(buffer):
-            self._locked.append(buffer)
-        elif not any("page-locked" in sentence for sentence in self.fallbacks):
-            self.fallbacks.append("CPU memory could not be page-locked: copies to the device are slower and do not overlap")
+        self._lock_pages(buffer)
         for home, offset in zip(homes, offsets, strict=True):
             view = buffer.own_storage(offset, home.tensor.nbytes).view(home.tensor.dtype).view(home.tensor.shape)
             if self.source_of(home.name, home.parameter) is None:
@@ -243,6 +265,12 @@ class Placement:
             home.tensor = view
             home.parameter.data = view
         return StreamedBlock(unit.key, homes, HostSource(self._device, buffer, offsets, unit.block.nbytes))
+
+    def _lock_pages(self, buffer: HostBuffer) -> None:
+        self._host_buffers.append(buffer)
+        sentence = "CPU memory could not be page-locked: copies to the device are slower and do not overlap with compute"
+        if not self._device.lock_pages(buffer) and sentence not in self.fallbacks:
+            self.fallbacks.append(sentence)
 
     def _read_to_host(self, unit: Unit, ledger: MemoryLedger, category: str) -> tuple[HostBuffer, list[int]]:
         """The unit's tensors in one new host buffer, and where each lies in it."""
@@ -277,12 +305,13 @@ class Placement:
         home = self._homes_of(unit)[0]
         return GatheredTable(unit.key, home, self._reader, self._known.get(home.name))
 
-    def _open_staging(self, units: Sequence[Unit]) -> None:
+    def _open_staging(self, units: Sequence[Unit], count: int) -> None:
         if self._device.host_memory or self._staged is not None or not units:
             return
         largest = max(self._reader.plan([self._known[name] for name in unit.parameters]).slot_bytes for unit in units)
-        buffers = [self._charged_buffer(largest, self._host_ledger, "staging") for _ in range(_STAGING_BUFFERS)]
-        self._locked += [buffer for buffer in buffers if self._device.lock_pages(buffer)]
+        buffers = [self._charged_buffer(largest, self._host_ledger, "staging") for _ in range(count)]
+        for buffer in buffers:
+            self._lock_pages(buffer)
         self._staged = StagedReader(self._reader, self._device, buffers)
 
     def _spill(self, units: Sequence[Unit]) -> None:

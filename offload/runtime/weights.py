@@ -163,6 +163,10 @@ class StreamedBlock:
         for home in self.homes:
             home.unbind()
 
+    def forget_slots(self) -> None:
+        """The slots are others from now on."""
+        self._views.clear()
+
     def drop(self, home: ParameterHome) -> None:
         """Leave one parameter to the user; its bytes still come along."""
         index = self.homes.index(home)
@@ -195,6 +199,8 @@ class ResidentBlock:
     def give_up(self) -> None:
         """Free the device memory; the parameters are at home afterwards, with the values that they have now."""
         for home in self.homes:
+            if not self.in_place and home.tensor.data_ptr() == home.parameter.data_ptr():
+                home.tensor = home.parameter.data.to("cpu", copy=True)
             home.unbind()
 
 
@@ -234,6 +240,8 @@ class GatheredTable:
         home = self.homes[0]
         home.notice_changes()
         unique, places = torch.unique(indices, return_inverse=True)
+        if len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < len(home.tensor):
+            raise IndexError(f"{home.name} has {len(home.tensor)} rows, and row {int(unique[-1])} or {int(unique[0])} was looked up")
         if self._reader is None or self._source is None or home.modified:
             rows = home.tensor[unique.cpu()]
         else:

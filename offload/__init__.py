@@ -1,0 +1,42 @@
+"""Run any transformers model on a device too small for it: `with offload("org/model", gpu_memory="8GiB") as session:`."""
+
+from offload.api import Session, offload
+from storage.errors import (
+    BudgetExceeded,
+    BudgetTooSmall,
+    CheckpointChanged,
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpoint,
+    DiskFolderError,
+    DiskFull,
+    MissingShard,
+    OffloadError,
+    PlatformError,
+    ReadError,
+    SessionError,
+    StaleSlot,
+    UnsupportedCheckpoint,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetExceeded",
+    "BudgetTooSmall",
+    "CheckpointChanged",
+    "CheckpointError",
+    "ConfigError",
+    "CorruptCheckpoint",
+    "DiskFolderError",
+    "DiskFull",
+    "MissingShard",
+    "OffloadError",
+    "PlatformError",
+    "ReadError",
+    "Session",
+    "SessionError",
+    "StaleSlot",
+    "UnsupportedCheckpoint",
+    "offload",
+]

@@ -1,0 +1,320 @@
+"""`offload(...)`: the context manager. It owns the lifetime of everything that a session takes."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from offload.config import EXACTNESS, IDENTICAL, Budgets, process_bytes, resolve_budgets, resolve_device
+from offload.model.blocks import Unit, find_structure
+from offload.model.guise import Guise
+from offload.model.homes import FileMaps
+from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
+from offload.model.sizing import longest_sequence
+from offload.report.report import LinkUse, Report, TierUse, phase_uses
+from offload.runtime.buffers import DeviceBuffers
+from offload.runtime.changes import RegistrationWatch
+from offload.runtime.clock import PassClock
+from offload.runtime.decision import Decision, decide
+from offload.runtime.executor import LayerExecutor
+from offload.runtime.hooks import ForwardWrap, Windows
+from offload.runtime.kv_reserve import KvReserve
+from offload.runtime.passes import ModelPass
+from offload.runtime.placement import Placement, Progress
+from scheduler.model_spec import Workload
+from scheduler.plan import Plan
+from scheduler.planner import make_plan
+from storage.blocks import BlockKey, Tier
+from storage.device import Device
+from storage.engines.posix import PosixEngine
+from storage.errors import ConfigError, SessionError
+from storage.ledger import MemoryLedger
+from storage.reader import DiskReader
+from storage.transfer import Link
+
+_READ_THREADS = 4
+_DEFAULT_TOKENS = 2048
+_PROBE_BYTES = 256 << 20
+_PROBE_SHARE = 0.05
+"""The report's own measurement reads at most this part of what the session streamed."""
+
+
+def offload(
+    model_or_path: nn.Module | str | Path,
+    *,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
+    cpu_memory: str | int | None = None,
+    disk_dir: str | Path | None = None,
+    exactness: str = IDENTICAL,
+    batch_size: int = 1,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+    **loading: Any,
+) -> "Session":
+    """Run a model in less memory than it takes: use as `with offload(...) as session:`.
+
+    Args:
+        model_or_path: a folder with a safetensors checkpoint, a hub id, `demo`, or a module that exists already.
+        device: what computes: `auto`, `cuda`, `cuda:N` or `cpu`.
+        gpu_memory: budget on the GPU, `"8GiB"` or bytes; by default what is free, less 10%.
+        cpu_memory: budget of CPU memory; by default what is free, less the process and 256 MiB.
+        disk_dir: where weights are written that no file holds as they are needed.
+        exactness: how far the output may be from the plain model's: `identical` (the default) or `rounding`.
+        batch_size: how many sequences memory is reserved for.
+        max_tokens: of one sequence, prompt and answer, to reserve for; by default up to 2,048.
+        progress: told (what, done bytes, total bytes) during long steps.
+        loading: for a path, what `from_pretrained` takes: `dtype`, `revision`, `trust_remote_code`...
+
+    Raises (on entering):
+        ConfigError: for a request that contradicts itself.
+        CheckpointError: for a checkpoint that cannot be streamed.
+        BudgetTooSmall: if no plan fits; its `least_bytes` would do. Nothing is loaded then.
+    """
+    if exactness not in EXACTNESS:
+        raise ConfigError(f"exactness={exactness!r} is not known; give one of {', '.join(EXACTNESS)}")
+    if isinstance(model_or_path, nn.Module) and loading:
+        raise ConfigError(f"{', '.join(loading)}: only for a model that is loaded from a path")
+    return Session(
+        model_or_path if isinstance(model_or_path, nn.Module) else str(model_or_path),
+        resolve_device(device),
+        (gpu_memory, cpu_memory),
+        None if disk_dir is None else str(disk_dir),
+        (batch_size, max_tokens),
+        progress or (lambda what, done, total: None),
+        loading,
+    )
+
+
+class Session:
+    """An offloaded model, from `with` to the end of its block. Made by `offload`.
+
+    Attributes:
+        model: plain transformers code works on it, `generate` and `state_dict` included.
+        plan: where each block lives.
+    """
+
+    model: nn.Module
+    plan: Plan
+
+    def __init__(
+        self,
+        target: nn.Module | str,
+        device: Device,
+        budgets: tuple[str | int | None, str | int | None],
+        disk_dir: str | None,
+        reserve: tuple[int, int | None],
+        progress: Progress,
+        loading: dict[str, Any],
+    ) -> None:
+        self._target = target
+        self._device = device
+        self._asked = budgets
+        self._disk_dir = disk_dir
+        self._batch_size, self._max_tokens = reserve
+        self._progress = progress
+        self._loading = loading
+        self._stack: ExitStack | None = None
+        self._fallbacks: list[str] = []
+
+    def __enter__(self) -> "Session":
+        if self._stack is not None:
+            raise SessionError("this session was entered already; call offload(...) again for another one")
+        with ExitStack() as stack:
+            self._begin(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._stack is not None
+        self._stack.close()
+
+    def report(self) -> Report:
+        """What was moved and how fast, so far. Measures the disk for a moment."""
+        return Report(
+            model=self._target if isinstance(self._target, str) else type(self.model).__name__,
+            device=self._device.name,
+            exactness=IDENTICAL,
+            parameters=self._parameters,
+            weight_bytes=self._weight_bytes,
+            blocks={
+                "resident": len(self.plan.resident),
+                "streamed_from_cpu_memory": len(self.plan.in_host_memory),
+                "streamed_from_disk": len(self.plan.streamed) - len(self.plan.in_host_memory),
+                "gathered_by_row": len(self.plan.gathered),
+            },
+            slots={"count": self.plan.slot_count, "bytes": self.plan.slot_bytes},
+            streamed_bytes_per_pass=self.plan.streamed_bytes,
+            kv={"reserved_bytes": self.plan.kv_bytes, "peak_bytes": self._reserve.peak_bytes},
+            tiers={tier.value: TierUse.of(ledger) for tier, ledger in self._ledgers().items()},
+            links=self._link_uses(),
+            **phase_uses(self._clock.phases),
+            process_bytes=self._process_bytes,
+            peak_device_bytes=self._device.peak_bytes(),
+            fallbacks=list(dict.fromkeys((*self._fallbacks, *self._placement.fallbacks, *self._engine.fallbacks))),
+        )
+
+    def _begin(self, stack: ExitStack) -> None:
+        self._process_bytes = process_bytes()
+        loaded = self._load(stack)
+        self.model = loaded.model
+        self._fallbacks += loaded.fallbacks
+        self._open_storage(stack, loaded)
+        decision = self._decide()
+        self._take(decision)
+        self._guise(stack)
+        stack.callback(self._placement.restore)
+        self._placement.apply(decision.structure, self.plan)
+        self._ledger.charge("KV cache", self.plan.kv_bytes)
+        self._ledger.charge("temporaries", self.plan.activation_bytes)
+        stack.callback(self._release_slots)
+        self._take_slots()
+        self._open_windows(stack)
+
+    def _load(self, stack: ExitStack) -> LoadedModel:
+        if isinstance(self._target, nn.Module):
+            self._budgets = self._resolve_budgets(_anonymous_bytes(self._target))
+            return LoadedModel(self._target, {})
+        options = dict(self._loading)
+        folder = find_folder(self._target, options.pop("revision", None))
+        loader = CheckpointLoader(folder, **options)
+        self._budgets = self._resolve_budgets(0)
+        outline = loader.outline()
+        # What cannot fit is refused before anything is loaded.
+        decide(outline, self._budgets, self._workload(outline))
+        self._progress("opening", 0, 1)
+        loaded = loader.load(self._disk_dir)
+        for file in loaded.files:
+            stack.callback(file.close)
+        self._progress("opening", 1, 1)
+        return loaded
+
+    def _resolve_budgets(self, held_bytes: int) -> Budgets:
+        return resolve_budgets(self._device, *self._asked, held_bytes)
+
+    def _workload(self, model: nn.Module) -> Workload:
+        longest = longest_sequence(getattr(model, "config", None)) or _DEFAULT_TOKENS
+        tokens = self._max_tokens or min(longest, _DEFAULT_TOKENS)
+        return Workload(self._batch_size, tokens, tokens)
+
+    def _open_storage(self, stack: ExitStack, loaded: LoadedModel) -> None:
+        self._parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self._weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        self._ledger = MemoryLedger(Tier.DEVICE, self._budgets.device_bytes)
+        self._host_ledger = self._ledger
+        if self._budgets.host_bytes is not None:
+            self._host_ledger = MemoryLedger(Tier.CPU, self._budgets.host_bytes)
+        self._disk_ledger = MemoryLedger(Tier.DISK, None)
+        self._copy_speed: float | None = None
+        self._clock = PassClock(asynchronous=not self._device.host_memory)
+        self._executor = LayerExecutor(self._device, self._clock)
+        self._engine = PosixEngine()
+        stack.callback(self._engine.close)
+        self._link = Link("disk", _READ_THREADS)
+        stack.callback(self._link.close)
+        self._reader = DiskReader(self._engine, self._link)
+        self._placement = Placement(
+            self._device,
+            self._reader,
+            self._ledger,
+            self._host_ledger,
+            self._disk_ledger,
+            loaded.places,
+            self._disk_dir,
+            self._progress,
+        )
+        stack.callback(self._placement.close)
+
+    def _decide(self) -> Decision:
+        return decide(self.model, self._budgets, self._workload(self.model), self._placement.slot_bytes)
+
+    def _take(self, decision: Decision) -> None:
+        self._spec, self._split, self.plan = decision.spec, decision.split, decision.plan
+        self._structure = decision.structure
+        self._fallbacks += decision.fallbacks
+        self._owners = {id(value): unit.key for unit in decision.structure.units for value in unit.parameters.values()}
+        self._reserve = KvReserve(self._spec, self._workload(self.model), self._grow, self._budgets.device_bytes)
+
+    def _guise(self, stack: ExitStack) -> None:
+        stack.callback(Guise(self.model, self._device.torch_device, self._fallbacks.append).undo)
+        stack.callback(DeviceBuffers(self.model, self._device, self._ledger).undo)
+
+    def _take_slots(self) -> None:
+        self._ledger.charge("slots", self.plan.arena_bytes)
+        self._executor.arrange(self.plan.slot_bytes, self.plan.slot_count, list(self._placement.streamed.values()))
+        if self._copy_speed is None and not self._device.host_memory:
+            self._copy_speed = self._placement.measure_copy(self._executor.arena_tensor)
+
+    def _release_slots(self) -> None:
+        self._executor.close_all()
+        self._executor.free()
+        for category in ("slots", "KV cache", "temporaries"):
+            self._ledger.release(category, self._ledger.held_bytes(category))
+
+    def _open_windows(self, stack: ExitStack) -> None:
+        self._watch = RegistrationWatch()
+        stack.callback(self._watch.close)
+        root = ModelPass(self._device, self._executor, self._clock, self._reserve, self._before_pass)
+        stack.callback(ForwardWrap(self.model, root.wrap).undo)
+        self._windows = self._windows_of(self._structure.units)
+        stack.callback(lambda: self._windows.undo())
+
+    def _windows_of(self, units: list[Unit]) -> Windows:
+        return Windows(units, self._placement.tables, self._executor, self._clock)
+
+    def _before_pass(self) -> None:
+        self._engine.check_unchanged()
+        if self._watch.take():
+            self._adopt_changes()
+
+    def _adopt_changes(self) -> None:
+        """Modules or parameters were added or replaced: they are held on the device, and get windows."""
+        self._placement.adopt(self.model)
+        units = find_structure(self.model, self._split).units
+        for unit in units:
+            owners = (self._owners.get(id(value)) for value in unit.module.parameters())
+            unit.uses = tuple(dict.fromkeys(key for key in owners if key is not None))
+        self._windows.undo()
+        self._windows = self._windows_of([unit for unit in units if unit.uses])
+
+    def _grow(self, workload: Workload) -> None:
+        """Make room for a larger workload: give up resident blocks. Raises BudgetTooSmall if that is not enough."""
+        candidates = frozenset(self.plan.resident)
+        plan = make_plan(self._spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates)
+        self._executor.free()
+        self._ledger.release("slots", self._ledger.held_bytes("slots"))
+        given_up = len(self.plan.resident) - len(plan.resident)
+        self._placement.give_up(plan, self._structure)
+        self._ledger.set("KV cache", plan.kv_bytes)
+        self._ledger.set("temporaries", plan.activation_bytes)
+        self.plan = self._placement.as_placed(plan)
+        self._take_slots()
+        if given_up:
+            self._fallbacks.append(
+                f"the KV cache outgrew what was reserved: {given_up} resident blocks were given up and are streamed now"
+            )
+
+    def _ledgers(self) -> dict[Tier, MemoryLedger]:
+        ledgers = {Tier.DEVICE: self._ledger, Tier.CPU: self._host_ledger, Tier.DISK: self._disk_ledger}
+        if self._device.host_memory:
+            ledgers[Tier.DEVICE] = MemoryLedger(Tier.DEVICE, 0)
+        return ledgers
+
+    def _link_uses(self) -> dict[str, LinkUse]:
+        uses = {"disk": LinkUse.of(self._link.bytes_moved, self._link.busy_seconds, self._disk_speed())}
+        if not self._device.host_memory:
+            copied, seconds = self._device.copied_bytes, self._device.copy_seconds()
+            uses[self._device.copy_link] = LinkUse.of(copied, seconds, self._copy_speed)
+        return uses
+
+    def _disk_speed(self) -> float | None:
+        """What the disk gives right now, where what was streamed is enough to compare with."""
+        span = min(_PROBE_BYTES, int(self._link.bytes_moved * _PROBE_SHARE))
+        return self._reader.measure(span)
+
+
+def _anonymous_bytes(model: nn.Module) -> int:
+    maps = FileMaps()
+    return sum(value.nbytes for value in model.parameters() if maps.locate(value.data) is None)

@@ -1,0 +1,84 @@
+"""What an offloaded model answers to `device`, `to`, copying and pickling, for the time of the context."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from storage.errors import SessionError
+
+_MARK = "_offload_guise"
+
+
+class Guise:
+    """Gives a model a class of the same name that knows it is offloaded, until undone.
+
+    Args:
+        model: an instance of any module class.
+        device: what `model.device` says.
+        notice: told a sentence when something is used in a slower way than plain transformers would.
+
+    Raises:
+        SessionError: if the model, or a part of it, is offloaded already.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, notice: Any) -> None:
+        if any(_MARK in vars(type(module)) for module in model.modules()):
+            raise SessionError(f"this {type(model).__name__} is offloaded already; leave the other context first")
+        self._model = model
+        self._original = type(model)
+        model.__class__ = _offloaded_class(self._original, device, notice)
+
+    def undo(self) -> None:
+        self._model.__class__ = self._original
+
+
+def _offloaded_class(original: type, device: torch.device, notice: Any) -> Any:
+    members: dict[str, Any] = {
+        _MARK: True,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+        "to": _to(device),
+        "cuda": lambda self, index=None: self.to(torch.device("cuda", index or 0)),
+        "cpu": lambda self: self.to("cpu"),
+        "_apply": _refuse("Converting or moving the parameters", "Do it before offloading."),
+    }
+    if hasattr(original, "device"):
+        members["device"] = property(lambda self: device)
+    if hasattr(original, "_valid_auto_compile_criteria"):
+        members["_valid_auto_compile_criteria"] = _no_compilation(original, notice)
+    return type(original.__name__, (original,), members)
+
+
+def _to(device: torch.device) -> Any:
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        target, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and any(value.is_floating_point() and value.dtype != dtype for value in self.parameters()):
+            raise SessionError(
+                f".to({dtype}) is not possible while the model is offloaded. Give dtype= when loading, or convert before."
+            )
+        if target is not None and (target.type != device.type or target.index not in (None, device.index)):
+            raise SessionError(
+                f".to({str(target)!r}) is not possible while the model is offloaded to {device}. Leave the context first."
+            )
+        warnings.warn(f"the model computes on {device} already: .to() does nothing inside the context", stacklevel=2)
+        return self
+
+    return to
+
+
+def _refuse(what: str, instead: str) -> Any:
+    def refused(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise SessionError(f"{what} is not possible while the model is offloaded. {instead}")
+
+    return refused
+
+
+def _no_compilation(original: Any, notice: Any) -> Any:
+    def criteria(self: nn.Module, *args: Any, **kwargs: Any) -> bool:
+        if original._valid_auto_compile_criteria(self, *args, **kwargs):
+            notice("generate() would have compiled this model's forward: that is off while weights are streamed")
+        return False
+
+    return criteria

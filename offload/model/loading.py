@@ -1,0 +1,269 @@
+"""From a checkpoint folder or a hub id to a model whose parameters are views of files: loaded without being read."""
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import core_model_loading as converters
+
+from offload.model.homes import FileMaps
+from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of
+from storage.blocks import FileRange
+from storage.checkpoint import identity, read_checkpoint, weight_files
+from storage.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
+
+DEMO = "demo"
+_LAYOUT_VERSION = 1
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+
+_loading = threading.Lock()
+"""transformers' converters are wrapped while a model loads: one model at a time."""
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model from a checkpoint, and the files that its parameters are views of.
+
+    Attributes:
+        places: where tensors lie that were converted, by parameter name; all others lie in the checkpoint's own files.
+        fallbacks: a sentence for each thing that was slower than it could be.
+    """
+
+    model: nn.Module
+    places: dict[str, FileRange]
+    files: list[BlockFile] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+
+
+def find_folder(name: str, revision: str | None = None) -> str:
+    """The local folder of a model: a folder as it is, `demo` as shipped, a hub id from the hub's cache or the network.
+
+    Raises:
+        CheckpointError: if there is no such folder and the hub does not give it.
+    """
+    if name == DEMO:
+        return str(resources.files("offload") / "demo")
+    if os.path.isdir(name):
+        return name
+    if os.path.exists(name):
+        raise CheckpointError(f"{name} is a file; give the folder that holds the checkpoint, with its config.json")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES)
+    except HFValidationError as error:
+        raise CheckpointError(f"there is no folder {name}, and it is no hub id either") from error
+    except Exception as error:
+        raise CheckpointError(
+            f"there is no folder {name}, and the hub did not give a model of that name: {str(error).splitlines()[0]}"
+        ) from error
+
+
+class CheckpointLoader:
+    """One checkpoint, to be looked at first and then loaded.
+
+    Args:
+        folder: as `find_folder` gives it.
+        dtype: `auto` for the checkpoint's own, a torch dtype or its name.
+        trust_remote_code: run the model code that the checkpoint brings along.
+        options: anything else that `from_pretrained` takes.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be streamed. Nothing is loaded by then.
+    """
+
+    def __init__(self, folder: str, dtype: Any = "auto", trust_remote_code: bool = False, **options: Any) -> None:
+        self.folder = folder
+        if not Path(folder, "config.json").exists():
+            raise CheckpointError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
+        self.stored = read_checkpoint(folder)
+        self._trust = trust_remote_code
+        self._options = {key: value for key, value in options.items() if value is not None}
+        for refused in ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit"):
+            if refused in self._options:
+                raise ConfigError(f"{refused} cannot be given: offload decides what lives where, and streams plain weights")
+        self.config = self._options.pop("config", None) or self._read_config()
+        quantization = getattr(self.config, "quantization_config", None)
+        self._method = None if quantization is None else _method_of(quantization)
+        self.dtype = self._resolve_dtype(dtype)
+
+    def outline(self) -> nn.Module:
+        """The model without values, on torch's meta device: for planning."""
+        if self._method is not None:
+            raise UnsupportedCheckpoint(
+                f"{self.folder} is quantised with {self._method}, whose weights are not plain tensors that can be "
+                "streamed. Use the unquantised checkpoint."
+            )
+        with torch.device("meta"):
+            kind = self._class()
+            options = {"attn_implementation": self._options["attn_implementation"]} if "attn_implementation" in self._options else {}
+            if kind is AutoModelForCausalLM:
+                return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=self._trust, **options)
+            return kind._from_config(self.config, dtype=self.dtype, **options)
+
+    def load(self, disk_dir: str | None) -> LoadedModel:
+        """The model with real parameters, each a view of a file.
+
+        Args:
+            disk_dir: keeps tensors that had to be converted, for the next time; None to convert every time.
+        """
+        conversions = _Conversions(self._converted_key(), disk_dir)
+        with _loading, _threads_off(), conversions:
+            model = self._class().from_pretrained(
+                self.folder, config=self.config, dtype=self.dtype, trust_remote_code=self._trust, **self._options
+            )
+        model.eval()
+        file = conversions.finish()
+        if file is None:
+            return LoadedModel(model, {})
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in file.tensors:
+                parameter.data = file.view(name)
+        places = {name: stored.range for name, stored in file.tensors.items()}
+        loaded = LoadedModel(model, places, [file])
+        if disk_dir is None:
+            loaded.fallbacks.append(
+                f"{len(places)} tensors are stored otherwise than the model holds them: converted at each start, since no disk "
+                "folder was named to keep them (--disk, disk_dir=)"
+            )
+        return loaded
+
+    def _read_config(self) -> Any:
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust)
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(f"{self.folder}/config.json cannot be used: {error}") from error
+
+    def _class(self) -> Any:
+        names = getattr(self.config, "architectures", None) or []
+        known = getattr(transformers, names[0], None) if names else None
+        remote = getattr(self.config, "auto_map", None) and self._trust
+        if isinstance(known, type) and issubclass(known, PreTrainedModel) and not remote:
+            return known
+        return AutoModelForCausalLM
+
+    def _resolve_dtype(self, dtype: Any) -> torch.dtype:
+        if isinstance(dtype, str) and dtype != "auto":
+            found = getattr(torch, dtype, None)
+            if not isinstance(found, torch.dtype):
+                raise ConfigError(f"dtype={dtype!r} is not a dtype; give auto, bfloat16, float16 or float32")
+            dtype = found
+        if isinstance(dtype, torch.dtype):
+            if not dtype.is_floating_point:
+                raise ConfigError(f"dtype={dtype} is not a floating-point dtype; give auto, bfloat16, float16 or float32")
+            return dtype
+        if isinstance(self.config.dtype, torch.dtype):
+            return self.config.dtype
+        kinds = [getattr(torch, item.spec.dtype) for item in self.stored.values()]
+        return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
+
+    def _converted_key(self) -> str:
+        facts = {
+            "files": [identity(path) for path in weight_files(self.folder)],
+            "class": self._class().__name__,
+            "dtype": str(self.dtype),
+            "transformers": transformers.__version__,
+            "layout": _LAYOUT_VERSION,
+        }
+        return key_of(facts)
+
+
+def _method_of(quantization: Any) -> str:
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", None)
+    return str(getattr(method, "value", method) or "an unnamed method")
+
+
+@contextlib.contextmanager
+def _threads_off() -> Iterator[None]:
+    """Tensors are made one at a time: transformers' loading threads would hold many converted ones in memory at once."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class _Conversions:
+    """While active, what transformers' converters produce goes to a block file at once instead of staying in memory.
+
+    A converter's result is left alone where it is a view of a checkpoint file. A stand-in that takes no memory is put
+    into the model in place of the others, and replaced by a view of the block file after loading.
+    """
+
+    def __init__(self, key: str, disk_dir: str | None) -> None:
+        if disk_dir is not None:
+            check_folder(disk_dir)
+        self._key = key
+        self._disk_dir = disk_dir
+        self._kept = BlockFile.open(disk_dir, key) if disk_dir is not None else None
+        self._writer: BlockFileWriter | None = None
+        self._maps = FileMaps()
+        self._thread = threading.get_ident()
+        self._originals: list[tuple[type, Any]] = []
+
+    def __enter__(self) -> None:
+        for kind in (converters.WeightConverter, converters.WeightRenaming):
+            self._originals.append((kind, kind.convert))
+            kind.convert = self._wrap(kind.convert)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        for owner, original in self._originals:
+            owner.convert = original
+        if error is not None and self._writer is not None:
+            self._writer.abandon()
+            self._writer = None
+
+    def finish(self) -> BlockFile | None:
+        """The file with the converted tensors; None if nothing had to be converted."""
+        if self._kept is not None:
+            return self._kept
+        return None if self._writer is None else self._writer.finish()
+
+    def _wrap(self, original: Any) -> Any:
+        def convert(mapping: Any, layer_name: str, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return original(mapping, layer_name, *args, **kwargs)
+            if self._kept is not None and layer_name in self._kept.groups:
+                mapping.collected_tensors.clear()
+                return {name: self._kept.view(name) for name in self._kept.groups[layer_name]}
+            return self._spilled(layer_name, original(mapping, layer_name, *args, **kwargs), kwargs.get("model"))
+
+        return convert
+
+    def _spilled(self, layer_name: str, results: dict[str, Any], model: Any) -> dict[str, Any]:
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
+        parameters = {name for name in tensors if _is_parameter(model, name)}
+        on_disk = all(self._maps.locate(value) for value in tensors.values())
+        if self._kept is not None or on_disk or parameters != set(tensors):
+            return results
+        if self._writer is None:
+            self._writer = BlockFileWriter(self._disk_dir or tempfile.gettempdir(), self._key if self._disk_dir else None)
+        stand_ins = {}
+        for name, value in tensors.items():
+            self._writer.add(name, value, layer_name)
+            stand_ins[name] = torch.empty(1, dtype=value.dtype).expand(value.shape)
+        return stand_ins
+
+
+def _is_parameter(model: Any, name: str) -> bool:
+    try:
+        model.get_parameter(name)
+    except AttributeError:
+        return False
+    return True

@@ -1,0 +1,87 @@
+"""What the planner must know of a model: the bytes of its blocks, its KV cache and its temporaries."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.model.blocks import Structure, Unit
+from scheduler.model_spec import ModelSpec, PlacedBlock
+from storage.blocks import DTYPE_BYTES
+
+_HIDDEN_COPIES = 12
+"""Tensors as wide as the hidden state that a layer holds at once: input, residual, norm, q, k, v, attention, their casts."""
+
+_INTERMEDIATE_COPIES = 4
+"""Tensors as wide as the MLP: gate, up, their product, a cast."""
+
+_LOGITS_BYTES_EACH = 16
+"""Of one logit: in the model's dtype, in fp32, and sorted or soft-maxed while a token is drawn."""
+
+
+def model_spec(model: nn.Module, structure: Structure, slot_bytes: Callable[[Unit], int]) -> ModelSpec:
+    """Describe `model` to the planner.
+
+    Args:
+        slot_bytes: what a unit's block takes in the slots.
+    """
+    config = getattr(model, "config", None)
+    dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+    element_bytes = DTYPE_BYTES[str(dtype).removeprefix("torch.")]
+    owned = {unit.key for unit in structure.units if unit.parameters}
+    return ModelSpec(
+        blocks=tuple(_placed(unit, slot_bytes) for unit in structure.units if unit.parameters),
+        windows=tuple(tuple(key for key in unit.uses if key in owned) for unit in structure.units if not unit.gathers),
+        pinned_bytes=sum(value.nbytes for value in structure.pinned.values()),
+        kv_bytes_per_token=kv_bytes_per_token(config, element_bytes) if _generates(model) else 0,
+        activation_bytes_per_token=_activation_bytes(config, element_bytes),
+        logits_bytes_per_sequence=_LOGITS_BYTES_EACH * int(getattr(_text_config(config), "vocab_size", 0) or 0),
+    )
+
+
+def kv_bytes_per_token(config: Any, element_bytes: int) -> int:
+    """Keys and values of one token in all layers; 0 where the config does not tell.
+
+    An upper bound: sliding windows and layers without a cache are counted as full ones.
+    """
+    text = _text_config(config)
+    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    layers = getattr(text, "decoder_layers", None) or getattr(text, "num_hidden_layers", None)
+    if not (hidden and heads and layers):
+        return 0
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    key_dim = (getattr(text, "qk_nope_head_dim", None) or 0) + (getattr(text, "qk_rope_head_dim", None) or 0) or head_dim
+    value_dim = getattr(text, "v_head_dim", None) or head_dim
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    attentions = 2 if getattr(config, "is_encoder_decoder", False) else 1
+    return int(attentions * layers * kv_heads * (key_dim + value_dim) * element_bytes)
+
+
+def longest_sequence(config: Any) -> int | None:
+    """The tokens of one sequence that the model was made for; None where the config does not tell."""
+    length = getattr(_text_config(config), "max_position_embeddings", None)
+    return int(length) if isinstance(length, int) and length > 0 else None
+
+
+def _placed(unit: Unit, slot_bytes: Callable[[Unit], int]) -> PlacedBlock:
+    block = unit.block
+    return PlacedBlock(unit.key, unit.role, block.packed_bytes, slot_bytes(unit), block.nbytes)
+
+
+def _activation_bytes(config: Any, element_bytes: int) -> int:
+    text = _text_config(config)
+    hidden = int(getattr(text, "hidden_size", 0) or 0)
+    intermediate = getattr(text, "intermediate_size", None)
+    intermediate = intermediate if isinstance(intermediate, int) else 4 * hidden
+    return element_bytes * (_HIDDEN_COPIES * hidden + _INTERMEDIATE_COPIES * intermediate)
+
+
+def _text_config(config: Any) -> Any:
+    get = getattr(config, "get_text_config", None)
+    return config if get is None else get(decoder=True)
+
+
+def _generates(model: nn.Module) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    return callable(can_generate) and bool(can_generate())

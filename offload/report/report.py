@@ -1,0 +1,124 @@
+"""What happened: the facts of a session, and their stable JSON."""
+
+import json
+import resource
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from offload.runtime.clock import DECODE, OUTSIDE, PREFILL, PhaseTimes
+from storage.ledger import MemoryLedger
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """Bytes on one tier.
+
+    Attributes:
+        budget_bytes: None where there is no limit.
+        at_peak_bytes: by category, at the moment of the peak.
+    """
+
+    budget_bytes: int | None
+    peak_bytes: int
+    used_bytes: int
+    at_peak_bytes: dict[str, int]
+
+    @classmethod
+    def of(cls, ledger: MemoryLedger) -> "TierUse":
+        return cls(ledger.budget_bytes, ledger.peak_bytes, ledger.used_bytes, ledger.by_category_at_peak())
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUse:
+    """What crossed one link.
+
+    Attributes:
+        bytes: of weights that arrived.
+        seconds: during which the link was busy.
+        bytes_per_second: the one over the other; None if nothing crossed.
+        measured_bytes_per_second: the link's own speed, measured at the time of the report; None where it was not.
+    """
+
+    bytes: int
+    seconds: float
+    bytes_per_second: float | None
+    measured_bytes_per_second: float | None = None
+
+    @classmethod
+    def of(cls, nbytes: int, seconds: float, measured: float | None = None) -> "LinkUse":
+        return cls(nbytes, seconds, nbytes / seconds if nbytes and seconds else None, measured)
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseUse:
+    """Where the time of one phase went."""
+
+    passes: int
+    tokens: int
+    seconds: float
+    seconds_per_token: float | None
+    tokens_per_second: float | None
+    compute_seconds: float
+    wait_seconds: dict[str, float]
+    other_seconds: float
+
+    @classmethod
+    def of(cls, times: PhaseTimes) -> "PhaseUse":
+        return cls(
+            passes=times.passes,
+            tokens=times.tokens,
+            seconds=times.seconds,
+            seconds_per_token=times.seconds / times.tokens if times.tokens else None,
+            tokens_per_second=times.tokens / times.seconds if times.seconds else None,
+            compute_seconds=times.compute_seconds,
+            wait_seconds=dict(times.wait_seconds),
+            other_seconds=times.other_seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A session so far. `print` it, or take `to_dict` and `to_json`: their keys are stable (docs/report.md).
+
+    Attributes:
+        exactness: `identical`, `rounding` or `lossy`: what the outputs are compared with the plain model's.
+        process_bytes: anonymous memory of the process before the session: Python, torch, what was loaded already.
+        peak_rss_bytes: the most that the whole process held in RAM at once, mapped files included.
+        fallbacks: a sentence for everything that was slower than it could be, and why.
+    """
+
+    model: str
+    device: str
+    exactness: str
+    parameters: int
+    weight_bytes: int
+    blocks: dict[str, int]
+    slots: dict[str, int]
+    streamed_bytes_per_pass: int
+    kv: dict[str, int]
+    tiers: dict[str, TierUse]
+    links: dict[str, LinkUse]
+    prefill: PhaseUse
+    decode: PhaseUse
+    outside: PhaseUse
+    process_bytes: int
+    peak_device_bytes: int | None
+    fallbacks: list[str]
+    peak_rss_bytes: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        from offload.report.text import as_text
+
+        return as_text(self)
+
+
+def phase_uses(phases: Mapping[str, PhaseTimes]) -> dict[str, PhaseUse]:
+    """The phases by the names of the report's fields, those that never ran included."""
+    return {name: PhaseUse.of(phases.get(name, PhaseTimes())) for name in (PREFILL, DECODE, OUTSIDE)}

@@ -1,0 +1,88 @@
+"""The report as a table for a terminal."""
+
+from io import StringIO
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from offload.report.report import PhaseUse, Report, TierUse
+from storage.errors import gib
+
+_WIDTH = 100
+
+
+def as_text(report: Report) -> str:
+    """Plain text, without colours."""
+    out = StringIO()
+    Console(file=out, width=_WIDTH, color_system=None, legacy_windows=False).print(as_renderable(report))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def as_renderable(report: Report) -> RenderableType:
+    parts: list[RenderableType] = [_headline(report), _tiers(report)]
+    if any(use.bytes for use in report.links.values()):
+        parts.append(_links(report))
+    phases = {"prefill": report.prefill, "decode": report.decode, "outside the model's forward": report.outside}
+    ran = {name: use for name, use in phases.items() if use.seconds}
+    if ran:
+        parts.append(_phases(ran))
+    parts += [Text(f"fell back: {sentence}") for sentence in report.fallbacks]
+    return Group(*parts)
+
+
+def _headline(report: Report) -> Text:
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.blocks.items() if count)
+    slots = f"; {report.slots['count']} slots of {gib(report.slots['bytes'])}" if report.slots["count"] else ""
+    return Text(
+        f"{report.model} on {report.device}: {gib(report.weight_bytes)} of weights, exactness {report.exactness}\n"
+        f"blocks: {counts}{slots}; {gib(report.streamed_bytes_per_pass)} streamed a pass\n"
+        f"process: {gib(report.process_bytes)} before the session, {gib(report.peak_rss_bytes)} at its peak (mapped files included)"
+    )
+
+
+def _tiers(report: Report) -> Table:
+    table = _table("memory", "budget", "peak", "now", "at the peak")
+    for name, tier in report.tiers.items():
+        if tier.budget_bytes or tier.peak_bytes:
+            budget = "no limit" if tier.budget_bytes is None else gib(tier.budget_bytes)
+            table.add_row(name, budget, gib(tier.peak_bytes), gib(tier.used_bytes), _categories(tier))
+    return table
+
+
+def _categories(tier: TierUse) -> str:
+    return ", ".join(f"{name} {gib(count)}" for name, count in sorted(tier.at_peak_bytes.items(), key=lambda item: -item[1]))
+
+
+def _links(report: Report) -> Table:
+    table = _table("link", "moved", "busy", "speed", "measured speed of the link")
+    for name, link in report.links.items():
+        measured, speed = link.measured_bytes_per_second, link.bytes_per_second
+        share = f" ({speed / measured:.0%} of it reached)" if measured and speed else ""
+        table.add_row(name, gib(link.bytes), f"{link.seconds:.2f} s", _rate(speed), _rate(measured) + share)
+    return table
+
+
+def _phases(phases: dict[str, PhaseUse]) -> Table:
+    table = _table("phase", "tokens", "time", "speed", "where the time went")
+    for name, use in phases.items():
+        speed = f"{use.tokens_per_second:.2f} tokens/s" if use.tokens else ""
+        table.add_row(name, str(use.tokens or ""), f"{use.seconds:.2f} s", speed, _shares(use))
+    return table
+
+
+def _shares(use: PhaseUse) -> str:
+    spent = {"compute": use.compute_seconds, **{f"waiting for {name}": wait for name, wait in use.wait_seconds.items()}}
+    spent["other"] = use.other_seconds
+    return ", ".join(f"{name} {seconds / use.seconds:.0%}" for name, seconds in spent.items() if seconds / use.seconds >= 0.005)
+
+
+def _rate(bytes_per_second: float | None) -> str:
+    return f"{bytes_per_second / 1e9:.2f} GB/s" if bytes_per_second else ""
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

@@ -1,0 +1,79 @@
+"""From a model and its budgets to a plan, taking blocks apart where they are too large."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from offload.config import Budgets
+from offload.model.blocks import Structure, Unit, can_split, find_structure
+from offload.model.sizing import model_spec
+from scheduler.model_spec import ModelSpec, Workload
+from scheduler.plan import Plan
+from scheduler.planner import make_plan
+from storage.blocks import BlockKey
+from storage.errors import BudgetTooSmall, gib
+
+_UNIT_SLACK_BYTES = 2 * 4096
+"""Whole units are read around a tensor: at most one more at either end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How a model is taken apart, and where its blocks go."""
+
+    structure: Structure
+    spec: ModelSpec
+    plan: Plan
+    split: frozenset[BlockKey]
+    fallbacks: tuple[str, ...]
+
+
+def estimated_slot_bytes(unit: Unit) -> int:
+    """An upper bound for a block whose place in the files is not known yet."""
+    return unit.block.packed_bytes + _UNIT_SLACK_BYTES * len(unit.parameters)
+
+
+def decide(
+    model: nn.Module,
+    budgets: Budgets,
+    workload: Workload,
+    slot_bytes: Callable[[Unit], int] = estimated_slot_bytes,
+    split: frozenset[BlockKey] = frozenset(),
+) -> Decision:
+    """Plan; where the budget is too small for the largest blocks, take those apart and plan again.
+
+    Raises:
+        BudgetTooSmall: if it is too small for the largest module that cannot be taken apart.
+    """
+    while True:
+        structure = find_structure(model, split)
+        spec = model_spec(model, structure, slot_bytes)
+        try:
+            plan = make_plan(spec, budgets.device_bytes, workload, budgets.host_bytes)
+        except BudgetTooSmall:
+            largest = _largest_to_split(structure)
+            if not largest:
+                raise
+            split |= largest
+            continue
+        return Decision(structure, spec, plan, split, _said(structure, split))
+
+
+def _largest_to_split(structure: Structure) -> frozenset[BlockKey]:
+    sizes = {unit.key: unit.block.nbytes for unit in structure.units if can_split(unit)}
+    largest = max(sizes.values(), default=0)
+    return frozenset(key for key, size in sizes.items() if size == largest)
+
+
+def _said(structure: Structure, split: frozenset[BlockKey]) -> tuple[str, ...]:
+    sentences = []
+    if structure.by_leaf:
+        sentences.append("the model has no list of repeated blocks: it is streamed by single modules, a transfer each")
+    if split:
+        largest = max(unit.block.nbytes for unit in structure.units)
+        sentences.append(
+            f"{len(split)} blocks are larger than the budget has room for and are streamed by their sub-modules, of which the "
+            f"largest has {gib(largest)}"
+        )
+    return tuple(sentences)

@@ -1,0 +1,105 @@
+"""The KV cache: what is reserved for it, what it takes, and more of the one when the other outgrows it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from scheduler.model_spec import ModelSpec, Workload
+from storage.errors import BudgetExceeded, BudgetTooSmall, gib
+
+_HEADROOM = 1.25
+"""Reserve somewhat more than the next pass needs, so that not every pass makes a new plan."""
+
+
+class KvReserve:
+    """Sees to it that a pass never begins whose KV cache would not fit.
+
+    Args:
+        spec: of the model.
+        workload: what the present plan reserves for.
+        grow: makes a new plan for a larger workload; raises BudgetTooSmall if there is none.
+        budget_bytes: of the device, for the message.
+    """
+
+    def __init__(self, spec: ModelSpec, workload: Workload, grow: Callable[[Workload], None], budget_bytes: int) -> None:
+        self.workload = workload
+        self.peak_bytes = 0
+        self._spec = spec
+        self._grow = grow
+        self._budget_bytes = budget_bytes
+        self._bytes_per_token = 0.0
+
+    def prepare(self, cache: Any, batch_size: int, tokens: int) -> None:
+        """A pass begins.
+
+        Args:
+            cache: as passed to the model; None or empty at first.
+            tokens: positions that the pass adds, of each of the `batch_size` sequences.
+
+        Raises:
+            BudgetExceeded: if the cache cannot fit after it, whatever is given up.
+        """
+        needed = self._expected_bytes(cache, batch_size, tokens)
+        reserved = self.workload.kv_bytes(self._spec)
+        wanted = Workload(batch_size, 0, tokens)
+        if needed <= reserved and wanted.activation_bytes(self._spec) <= self.workload.activation_bytes(self._spec):
+            return
+        pass_tokens = -(-max(self.workload.batch_size * self.workload.pass_tokens, batch_size * tokens) // batch_size)
+        wanted = Workload(batch_size, 0, pass_tokens, least_kv_bytes=max(reserved, int(needed * _HEADROOM)))
+        try:
+            self._try(wanted, replace(wanted, least_kv_bytes=max(reserved, needed)))
+        except BudgetTooSmall as error:
+            raise BudgetExceeded(
+                f"the KV cache needs {gib(needed)} for {batch_size} x {tokens} more tokens, and {gib(reserved)} is reserved of a "
+                f"budget of {gib(self._budget_bytes)}. With every block given up that can be, {gib(error.least_bytes)} would "
+                "do. Give a larger budget, a shorter prompt, fewer new tokens, or a smaller batch."
+            ) from error
+
+    def observe(self, cache: Any, before_bytes: int, tokens: int) -> None:
+        """A pass is over that added `tokens` positions to what took `before_bytes`."""
+        now = cache_bytes(cache)
+        self._bytes_per_token = max(0, now - before_bytes) / max(tokens, 1)
+        self.peak_bytes = max(self.peak_bytes, now)
+
+    def _try(self, wanted: Workload, least: Workload) -> None:
+        try:
+            self._grow(wanted)
+            self.workload = wanted
+        except BudgetTooSmall:
+            self._grow(least)
+            self.workload = least
+
+    def _expected_bytes(self, cache: Any, batch_size: int, tokens: int) -> int:
+        held = cache_bytes(cache)
+        if held:
+            return held + int(self._bytes_per_token * tokens)
+        return batch_size * max(tokens, _fixed_length(cache)) * self._spec.kv_bytes_per_token
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the tensors of a transformers cache, of any kind."""
+    if isinstance(cache, torch.Tensor):
+        return cache.nbytes
+    if isinstance(cache, (list, tuple)):
+        return sum(cache_bytes(item) for item in cache)
+    if isinstance(cache, dict):
+        return sum(cache_bytes(item) for item in cache.values())
+    layers = getattr(cache, "layers", None)
+    if layers is not None:
+        return sum(cache_bytes(vars(layer)) for layer in layers)
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    return sum(cache_bytes(part) for part in parts if part is not None)
+
+
+def cached_tokens(cache: Any) -> int:
+    """Positions of one sequence that a transformers cache holds; 0 if it does not tell."""
+    length = getattr(cache, "get_seq_length", None)
+    return int(length()) if callable(length) else 0
+
+
+def _fixed_length(cache: Any) -> int:
+    layers = getattr(cache, "layers", None) or getattr(getattr(cache, "self_attention_cache", None), "layers", None)
+    length = getattr(layers[0], "max_cache_len", 0) if layers else 0
+    return length if isinstance(length, int) else 0

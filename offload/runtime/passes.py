@@ -1,0 +1,92 @@
+"""One call of the whole model: what is checked before it, and what is counted around it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from offload.runtime.clock import DECODE, PREFILL, PassClock
+from offload.runtime.executor import LayerExecutor
+from offload.runtime.hooks import Forward
+from offload.runtime.kv_reserve import KvReserve, cache_bytes, cached_tokens
+from storage.device import Device
+
+_CACHES = ("past_key_values", "cache_params")
+_INPUTS = ("decoder_input_ids", "input_ids", "decoder_inputs_embeds", "inputs_embeds")
+
+
+class ModelPass:
+    """Wraps the model's own forward.
+
+    Args:
+        before: run first; sees to what changed since the last pass.
+    """
+
+    def __init__(
+        self, device: Device, executor: LayerExecutor, clock: PassClock, reserve: KvReserve, before: Callable[[], None]
+    ) -> None:
+        self._device = device
+        self._executor = executor
+        self._clock = clock
+        self._reserve = reserve
+        self._before = before
+        self._running = False
+
+    def wrap(self, forward: Forward) -> Forward:
+        def passed(*args: Any, **kwargs: Any) -> Any:
+            # A second thread waits here until the first one's pass is over.
+            with self._executor.lock:
+                if self._running:
+                    return forward(*args, **kwargs)
+                self._running = True
+                try:
+                    return self._run(forward, args, kwargs)
+                finally:
+                    self._running = False
+
+        return passed
+
+    def _run(self, forward: Forward, args: Any, kwargs: Any) -> Any:
+        self._before()
+        args, kwargs = self._moved(args), self._moved(kwargs)
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        batch_size, tokens = _shape_of(args, kwargs)
+        held, length = cache_bytes(cache), cached_tokens(cache)
+        self._reserve.prepare(cache, batch_size, tokens)
+        self._clock.begin_pass(DECODE if length else PREFILL, tokens, batch_size, length)
+        stalled = self._device.stall_seconds()
+        try:
+            output = forward(*args, **kwargs)
+            if not self._device.host_memory:
+                # Only compute is waited for; what was prefetched goes on.
+                self._device.record().synchronize()
+        finally:
+            self._clock.charge_wait(self._device.copy_link, self._device.stall_seconds() - stalled)
+            self._clock.end_pass()
+        self._reserve.observe(cache if cache is not None else _cache_in(output), held, tokens)
+        return output
+
+    def _moved(self, value: Any) -> Any:
+        """Inputs are accepted from either device."""
+        device = self._device.torch_device
+        if isinstance(value, torch.Tensor):
+            return value.to(device) if value.device != device else value
+        if type(value) in (tuple, list):
+            return type(value)(self._moved(item) for item in value)
+        if type(value) is dict:
+            return {name: self._moved(item) for name, item in value.items()}
+        return value
+
+
+def _shape_of(args: Any, kwargs: Any) -> tuple[int, int]:
+    """Sequences, and positions of each, of the model's main input."""
+    named = [kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), torch.Tensor)]
+    tensors = [value for value in (*named, *args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    if not tensors or tensors[0].dim() == 0:
+        return 1, 1
+    # An image or a sound has no tokens to count: its shape says nothing about a KV cache.
+    return tensors[0].shape[0], tensors[0].shape[1] if tensors[0].dim() == 2 or named else 1
+
+
+def _cache_in(output: Any) -> Any:
+    return next((getattr(output, name) for name in _CACHES if getattr(output, name, None) is not None), None)
