@@ -24,9 +24,11 @@ BATCH_SEQUENCES = 24
 
 def read_text(path: Path | None) -> str:
     """The training text, one verse a line, without the "Ge1:1" labels."""
-    raw = path.read_text() if path else subprocess.run(
-        ["bible", "-f", "gen1:1-rev22:21"], capture_output=True, text=True, check=True
-    ).stdout
+    raw = (
+        path.read_text()
+        if path
+        else subprocess.run(["bible", "-f", "gen1:1-rev22:21"], capture_output=True, text=True, check=True).stdout
+    )
     return "\n".join(re.sub(r"^\w+:\d+ ", "", line).strip() for line in raw.splitlines())
 
 

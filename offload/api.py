@@ -26,7 +26,7 @@ from offload.runtime.placement import Placement, Progress
 from scheduler.model_spec import Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
-from storage.blocks import BlockKey, Tier
+from storage.blocks import Tier
 from storage.device import Device
 from storage.engines.posix import PosixEngine
 from storage.errors import ConfigError, SessionError
@@ -202,7 +202,8 @@ class Session:
     def _open_storage(self, stack: ExitStack, loaded: LoadedModel) -> None:
         self._parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self._weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-        self._ledger = MemoryLedger(Tier.DEVICE, self._budgets.device_bytes)
+        tier = Tier.CPU if self._device.host_memory else Tier.DEVICE
+        self._ledger = MemoryLedger(tier, self._budgets.device_bytes)
         self._host_ledger = self._ledger
         if self._budgets.host_bytes is not None:
             self._host_ledger = MemoryLedger(Tier.CPU, self._budgets.host_bytes)

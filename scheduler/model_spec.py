@@ -41,7 +41,7 @@ class ModelSpec:
     Attributes:
         blocks: in the order in which the model runs them, as far as its structure tells.
         windows: the sets of blocks that are in use at the same moment.
-        pinned_bytes: parameters that no block holds; they always stay on the device.
+        pinned_bytes: buffers, and parameters that no block holds; they always stay on the device.
         kv_bytes_per_token: of one sequence; 0 if the model keeps no KV cache or its config does not tell.
         activation_bytes_per_token: the largest block's temporaries, for each token of a pass.
         logits_bytes_per_sequence: what the head and the sampling hold, for each sequence of a pass.

@@ -125,9 +125,7 @@ def _small_blocks(model: ModelSpec) -> set[BlockKey]:
 def _least_slots(model: ModelSpec, resident: set[BlockKey]) -> tuple[int, int]:
     """The size of a slot, and the least number of them, with which everything outside of `resident` can run."""
     blocks = {block.key: block for block in model.blocks}
-    streamed = [
-        block for block in model.blocks if block.key not in resident and block.role is not BlockRole.TABLE
-    ]
+    streamed = [block for block in model.blocks if block.key not in resident and block.role is not BlockRole.TABLE]
     if not streamed:
         return 0, 0
     layers = [block.slot_bytes for block in streamed if block.role is BlockRole.LAYER]
@@ -192,8 +190,8 @@ def _too_small(model: ModelSpec, budget_bytes: int, workload: Workload) -> Budge
     slot_bytes, slots = _least_slots(model, _small_blocks(model))
     return BudgetTooSmall(
         f"the memory budget is {gib(budget_bytes)}, and this model needs at least {gib(least)} ({least} bytes): "
-        f"{gib(slot_bytes * slots)} for the largest part that must be there at once, {gib(workload.kv_bytes(model))} for the KV "
-        f"cache of {workload.batch_size} x {workload.total_tokens} tokens, {gib(workload.activation_bytes(model))} for "
+        f"{gib(slot_bytes * slots)} for the largest part that must be there at once, {gib(workload.kv_bytes(model))} for the "
+        f"KV cache of {workload.batch_size} x {workload.total_tokens} tokens, {gib(workload.activation_bytes(model))} for "
         f"temporaries. Give a larger budget, or a shorter prompt, fewer new tokens, or a smaller batch.",
         least,
     )

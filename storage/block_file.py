@@ -78,7 +78,7 @@ class BlockFileWriter:
         content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         large = content.numel() >= _BLOCK_ALIGNED_FROM_BYTES
         start = align_up(self._end, BLOCK_ALIGNMENT_BYTES if large else TENSOR_ALIGNMENT_BYTES)
-        memory = memoryview(content.numpy())
+        memory = memoryview(content.numpy())  # type: ignore[arg-type]
         self._write(memory, start)
         self._entries[name] = {
             "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -145,7 +145,7 @@ class BlockFile:
         self.groups: dict[str, list[str]] = {}
         for name, entry in entries.items():
             self.groups.setdefault(entry["group"], []).append(name)
-        self._storage: torch.UntypedStorage | None = None
+        self._storage: Any = None
 
     @classmethod
     def open(cls, folder: str, key: str) -> "BlockFile | None":
@@ -170,8 +170,9 @@ class BlockFile:
             if not stored.range.nbytes:
                 return torch.empty(stored.spec.shape, dtype=getattr(torch, stored.spec.dtype))
             if self._storage is None:
+                # Private: what a user writes to a weight must not reach the file.
                 self._storage = torch.UntypedStorage.from_file(self.path, False, os.path.getsize(self.path))
-            content = torch.empty(0, dtype=torch.uint8).set_(self._storage[start : start + stored.range.nbytes])  # type: ignore[call-overload]
+            content = torch.empty(0, dtype=torch.uint8).set_(self._storage[start : start + stored.range.nbytes])
             view: torch.Tensor = content.view(getattr(torch, stored.spec.dtype)).view(stored.spec.shape)
             return view
 

@@ -110,9 +110,7 @@ def _raw_header(path: str) -> tuple[dict[str, Any], int, int]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _LARGEST_HEADER_BYTES + 1
         if length > min(size, _LARGEST_HEADER_BYTES):
-            raise CorruptCheckpoint(
-                f"{path} ({size:,} bytes) does not begin as a safetensors file does. Download it again."
-            )
+            raise CorruptCheckpoint(f"{path} ({size:,} bytes) does not begin as a safetensors file does. Download it again.")
         try:
             header = json.loads(file.read(length))
             if not isinstance(header, dict):
@@ -145,7 +143,7 @@ def _no_safetensors(folder: str) -> CheckpointError:
         )
     return UnsupportedCheckpoint(
         f"{folder} holds its weights as pickle files ({', '.join(pickles[:3])}), which cannot be streamed. Convert once, "
-        "on a machine with enough memory: python -c \"from transformers import AutoModelForCausalLM as M; "
+        'on a machine with enough memory: python -c "from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\" "
         "(and copy the tokenizer's files)."
     )

@@ -91,7 +91,7 @@ class CudaDevice:
     def wait(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event)
         stream = torch.cuda.current_stream(self.torch_device)
-        if event.query():
+        if event.query():  # type: ignore[no-untyped-call]
             return
         begun, ended = _timed_event(), _timed_event()
         begun.record(stream)
@@ -126,7 +126,7 @@ def _timed_event() -> torch.cuda.Event:
 def _drain(spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
     """Seconds of the spans at the front that are over; those still pending stay."""
     seconds = 0.0
-    while spans and spans[0][1].query():
+    while spans and spans[0][1].query():  # type: ignore[no-untyped-call]
         begun, ended = spans.popleft()
         seconds += begun.elapsed_time(ended) / 1000
     return seconds

@@ -67,7 +67,7 @@ class DiskReader:
         Raises:
             ReadError: as the engine does.
         """
-        memory = memoryview(target.view(-1).view(torch.uint8).numpy())
+        memory = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         self.engine.open(table.path)
 
         def part(index: int) -> Part:
@@ -110,7 +110,10 @@ class DiskReader:
         return len(offsets) * _PART_BYTES / (time.perf_counter() - begun)
 
     def _parts(self, ranges: Sequence[FileRange], landing: Landing, memory: memoryview) -> list[Part]:
-        ends = {(read.path, read.file_offset): _needed_end(ranges, read.path, read.file_offset, read.nbytes) for read in landing.reads}
+        ends = {
+            (read.path, read.file_offset): _needed_end(ranges, read.path, read.file_offset, read.nbytes)
+            for read in landing.reads
+        }
         parts: list[Part] = []
         for read in landing.reads:
             needed_end = ends[read.path, read.file_offset]
@@ -130,7 +133,8 @@ class DiskReader:
             if item.crc32 is not None and item not in self._verified:
                 if zlib.crc32(memory[offset : offset + item.nbytes]) != item.crc32:
                     raise CorruptCheckpoint(
-                        f"{item.path}: the bytes at {item.offset:,} do not match their checksum; delete the file, it is made again"
+                        f"{item.path}: the bytes at {item.offset:,} do not match their checksum; "
+                        "delete the file, it is made again"
                     )
                 self._verified.add(item)
 

@@ -127,9 +127,7 @@ def _modules_to_call(
             yield from _leaves(child, child_path, split)
 
 
-def _block(
-    block: nn.Module, path: str, split: frozenset[BlockKey]
-) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
+def _block(block: nn.Module, path: str, split: frozenset[BlockKey]) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
     if isinstance(block, _CONTAINERS):
         yield from _modules_to_call(block, path, split)
     elif path in split:

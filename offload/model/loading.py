@@ -107,7 +107,9 @@ class CheckpointLoader:
             )
         with torch.device("meta"):
             kind = self._class()
-            options = {"attn_implementation": self._options["attn_implementation"]} if "attn_implementation" in self._options else {}
+            options = (
+                {"attn_implementation": self._options["attn_implementation"]} if "attn_implementation" in self._options else {}
+            )
             if kind is AutoModelForCausalLM:
                 return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=self._trust, **options)
             return kind._from_config(self.config, dtype=self.dtype, **options)
@@ -119,7 +121,7 @@ class CheckpointLoader:
             disk_dir: keeps tensors that had to be converted, for the next time; None to convert every time.
         """
         conversions = _Conversions(self._converted_key(), disk_dir)
-        with _loading, _threads_off(), conversions:
+        with _loading, _threads_off(), _bar_off(), conversions:
             model = self._class().from_pretrained(
                 self.folder, config=self.config, dtype=self.dtype, trust_remote_code=self._trust, **self._options
             )
@@ -197,6 +199,18 @@ def _threads_off() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _bar_off() -> Iterator[None]:
+    """Opening a checkpoint reads nothing: transformers' bar for it would only flicker."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 class _Conversions:

@@ -8,7 +8,7 @@ from torch import nn
 
 from offload.model.blocks import Structure, Unit
 from scheduler.model_spec import ModelSpec, PlacedBlock
-from storage.blocks import DTYPE_BYTES
+from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, align_up
 
 _HIDDEN_COPIES = 12
 """Tensors as wide as the hidden state that a layer holds at once: input, residual, norm, q, k, v, attention, their casts."""
@@ -33,7 +33,7 @@ def model_spec(model: nn.Module, structure: Structure, slot_bytes: Callable[[Uni
     return ModelSpec(
         blocks=tuple(_placed(unit, slot_bytes) for unit in structure.units if unit.parameters),
         windows=tuple(tuple(key for key in unit.uses if key in owned) for unit in structure.units if not unit.gathers),
-        pinned_bytes=sum(value.nbytes for value in structure.pinned.values()),
+        pinned_bytes=sum(value.nbytes for value in (*structure.pinned.values(), *model.buffers())),
         kv_bytes_per_token=kv_bytes_per_token(config, element_bytes) if _generates(model) else 0,
         activation_bytes_per_token=_activation_bytes(config, element_bytes),
         logits_bytes_per_sequence=_LOGITS_BYTES_EACH * int(getattr(_text_config(config), "vocab_size", 0) or 0),
@@ -66,7 +66,9 @@ def longest_sequence(config: Any) -> int | None:
 
 def _placed(unit: Unit, slot_bytes: Callable[[Unit], int]) -> PlacedBlock:
     block = unit.block
-    return PlacedBlock(unit.key, unit.role, block.packed_bytes, slot_bytes(unit), block.nbytes)
+    # Read in whole units, a resident block takes what a slot takes, in whole pages.
+    resident_bytes = align_up(max(block.packed_bytes, slot_bytes(unit)), BLOCK_ALIGNMENT_BYTES)
+    return PlacedBlock(unit.key, unit.role, resident_bytes, slot_bytes(unit), block.nbytes)
 
 
 def _activation_bytes(config: Any, element_bytes: int) -> int:

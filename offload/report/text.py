@@ -37,7 +37,8 @@ def _headline(report: Report) -> Text:
     return Text(
         f"{report.model} on {report.device}: {gib(report.weight_bytes)} of weights, exactness {report.exactness}\n"
         f"blocks: {counts}{slots}; {gib(report.streamed_bytes_per_pass)} streamed a pass\n"
-        f"process: {gib(report.process_bytes)} before the session, {gib(report.peak_rss_bytes)} at its peak (mapped files included)"
+        f"process: {gib(report.process_bytes)} before the session, "
+        f"{gib(report.peak_rss_bytes)} at its peak, mapped files included"
     )
 
 

@@ -67,9 +67,7 @@ class _Wrapped:
 class UnitWindow:
     """The window of one unit: open while its module computes."""
 
-    def __init__(
-        self, unit: Unit, executor: LayerExecutor, clock: PassClock, tables: Mapping[BlockKey, GatheredTable]
-    ) -> None:
+    def __init__(self, unit: Unit, executor: LayerExecutor, clock: PassClock, tables: Mapping[BlockKey, GatheredTable]) -> None:
         self._unit = unit
         self._executor = executor
         self._clock = clock
@@ -175,9 +173,7 @@ class Windows:
     def __init__(
         self, units: Sequence[Unit], tables: Mapping[BlockKey, GatheredTable], executor: LayerExecutor, clock: PassClock
     ) -> None:
-        self._wraps = [
-            ForwardWrap(unit.module, UnitWindow(unit, executor, clock, tables).wrap) for unit in units
-        ]
+        self._wraps = [ForwardWrap(unit.module, UnitWindow(unit, executor, clock, tables).wrap) for unit in units]
 
     def undo(self) -> None:
         while self._wraps:

@@ -52,8 +52,8 @@ class KvReserve:
             self._try(wanted, replace(wanted, least_kv_bytes=max(reserved, needed)))
         except BudgetTooSmall as error:
             raise BudgetExceeded(
-                f"the KV cache needs {gib(needed)} for {batch_size} x {tokens} more tokens, and {gib(reserved)} is reserved of a "
-                f"budget of {gib(self._budget_bytes)}. With every block given up that can be, {gib(error.least_bytes)} would "
+                f"the KV cache needs {gib(needed)} for {batch_size} x {tokens} more tokens, and {gib(reserved)} is reserved of "
+                f"a budget of {gib(self._budget_bytes)}. With every block given up that can be, {gib(error.least_bytes)} would "
                 "do. Give a larger budget, a shorter prompt, fewer new tokens, or a smaller batch."
             ) from error
 

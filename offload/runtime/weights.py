@@ -241,7 +241,9 @@ class GatheredTable:
         home.notice_changes()
         unique, places = torch.unique(indices, return_inverse=True)
         if len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < len(home.tensor):
-            raise IndexError(f"{home.name} has {len(home.tensor)} rows, and row {int(unique[-1])} or {int(unique[0])} was looked up")
+            raise IndexError(
+                f"{home.name} has {len(home.tensor)} rows, and row {int(unique[-1])} or {int(unique[0])} was looked up"
+            )
         if self._reader is None or self._source is None or home.modified:
             rows = home.tensor[unique.cpu()]
         else:

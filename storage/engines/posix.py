@@ -95,9 +95,7 @@ class PosixEngine:
             raise ReadError(f"cannot open {path}: {error.strerror}") from error
 
 
-def _read_fully(
-    descriptor: int, path: str, file_offset: int, memory: memoryview, needed_bytes: int, unit_bytes: int
-) -> None:
+def _read_fully(descriptor: int, path: str, file_offset: int, memory: memoryview, needed_bytes: int, unit_bytes: int) -> None:
     done = 0
     while done < needed_bytes:
         try:

@@ -1,0 +1,136 @@
+"""`offload generate`: text from a model that does not fit."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from offload.api import offload
+from offload.cli.terminal import progress_bar, say
+from offload.generate import Completion, Prompts, Sampling, complete, load_tokenizer
+from offload.model.loading import find_folder
+from offload.report.report import Report
+from storage.errors import ConfigError
+
+SUMMARY = "Generate text. Tokens go to stdout as they are made, the report to stderr."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder with a safetensors checkpoint, a hub id, or `demo`")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; by default standard input")
+    prompt.add_argument("--prompts", metavar="FILE.jsonl", help='a prompt a line: "text" or {"prompt": "text"}')
+    add("--chat", action="store_true", help="treat each prompt as a message and use the model's chat template")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="stop after N tokens (default: 128)")
+    add("--batch-size", type=int, default=1, metavar="N", help="prompts that share each pass over the weights (default: 1)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that add up to P (default: 1)")
+    add("--seed", type=int, metavar="N", help="makes draws repeatable")
+    add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu (default: auto)")
+    add("--gpu-memory", metavar="SIZE", help="budget on the GPU, like 8GiB (default: what is free, less 10%%)")
+    add("--cpu-memory", metavar="SIZE", help="budget of CPU memory, like 24GiB (default: what is free, less a margin)")
+    add("--disk", metavar="DIR", help="a folder on a fast disk, for weights that must be converted once")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
+    add("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
+    add("--report", metavar="FILE.json", help="write the report there, as JSON")
+    add("--quiet", action="store_true", help="do not print the report")
+    add("--json", action="store_true", help="print one JSON object (completions and report) instead of text")
+
+
+def run(request: argparse.Namespace) -> None:
+    if request.batch_size < 1:
+        raise ConfigError(f"--batch-size {request.batch_size} must be at least 1")
+    sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
+    texts = _read_prompts(request.prompt, request.prompts)
+    transformers_logging.set_verbosity_error()
+    folder = find_folder(request.model, request.revision)
+    prompts = Prompts(load_tokenizer(folder, request.trust_remote_code), texts, request.chat)
+    completions, report = _generate(request, folder, prompts, sampling)
+    if request.report:
+        Path(request.report).write_text(report.to_json())
+    if request.json:
+        items = [{"prompt": item.prompt, "text": item.text, "new_tokens": item.new_tokens} for item in completions]
+        print(json.dumps({"completions": items, "report": report.to_dict()}))
+    elif not request.quiet:
+        say(f"\n{report}")
+
+
+def _generate(
+    request: argparse.Namespace, folder: str, prompts: Prompts, sampling: Sampling
+) -> tuple[list[Completion], Report]:
+    batch_size = min(request.batch_size, len(prompts.texts))
+    with (
+        progress_bar() as show,
+        offload(
+            folder,
+            device=request.device,
+            gpu_memory=request.gpu_memory,
+            cpu_memory=request.cpu_memory,
+            disk_dir=request.disk,
+            batch_size=batch_size,
+            max_tokens=prompts.longest + sampling.max_new_tokens,
+            progress=show,
+            dtype=request.dtype,
+            trust_remote_code=request.trust_remote_code,
+        ) as session,
+    ):
+        done = []
+        stream = None if request.json or batch_size > 1 else _print_now
+        for completion in complete(session.model, prompts, sampling, batch_size, stream):
+            done.append(completion)
+            if not request.json:
+                _print_rest(completion, len(prompts.texts) > 1, streamed=stream is not None)
+        return done, session.report()
+
+
+def _print_now(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _print_rest(completion: Completion, several: bool, streamed: bool) -> None:
+    """End what was streamed with a new line; print what was not."""
+    print("" if streamed else completion.text, flush=True)
+    if several:
+        print(flush=True)
+
+
+def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
+    if prompt is not None:
+        return [prompt]
+    if path is not None:
+        return _read_lines(path)
+    if sys.stdin.isatty():
+        raise ConfigError("there is no prompt: give --prompt TEXT, --prompts FILE.jsonl, or text on standard input")
+    text = sys.stdin.read().strip()
+    if not text:
+        raise ConfigError("standard input is empty: give --prompt TEXT, --prompts FILE.jsonl, or some text")
+    return [text]
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"--prompts {path} cannot be read: {error.strerror}") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            prompts.append(_read_line(path, number, line))
+    if not prompts:
+        raise ConfigError(f"--prompts {path} holds no prompt; write one a line")
+    return prompts
+
+
+def _read_line(path: str, number: int, line: str) -> str:
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{path}, line {number} is not JSON ({error})") from error
+    text = item.get("prompt") if isinstance(item, dict) else item
+    if not isinstance(text, str):
+        raise ConfigError(f'{path}, line {number} is neither a "text" nor {{"prompt": "text"}}')
+    return text

@@ -1,0 +1,46 @@
+"""The `offload` command."""
+
+import argparse
+import os
+import sys
+import warnings
+
+from offload import __version__
+from offload.cli import generate, synth
+from storage.errors import OffloadError
+
+_COMMANDS = {"generate": generate, "synth": synth}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 for a failure, 2 for a wrong call, 130 after Ctrl-C."""
+    request = _parser().parse_args(arguments)
+    warnings.simplefilter("ignore")
+    try:
+        _COMMANDS[request.command].run(request)
+        return 0
+    except OffloadError as error:
+        print(f"offload: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("offload: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`): not an error, but Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="offload", description="Run transformers models that do not fit into memory, by streaming their weights."
+    )
+    parser.add_argument("--version", action="version", version=f"offload {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Text from prompts: tokenise, run in batches, stream what comes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from storage.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token each time.
+        top_p: draw from the likeliest tokens whose probabilities add up to this.
+        seed: of the draw; None for another one each time.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature={self.temperature} must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be more than 0 and at most 1")
+
+    def options(self) -> dict[str, Any]:
+        if self.temperature == 0:
+            chosen = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        else:
+            chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {"max_new_tokens": self.max_new_tokens, **chosen}
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of one prompt."""
+
+    prompt: str
+    text: str
+    new_tokens: int
+
+
+class Prompts:
+    """Prompts as token ids, padded on the left.
+
+    Args:
+        texts: one or more.
+        chat: wrap each in the model's chat template, as a user's message.
+
+    Raises:
+        ConfigError: for an empty prompt, or a chat without a template.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], chat: bool = False) -> None:
+        self.texts = list(texts)
+        self.tokenizer = tokenizer
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise ConfigError("--chat was asked for, and this model's tokenizer has no chat template; leave --chat out")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.padding_side = "left"
+        self._ids = [self._encode(text, chat) for text in self.texts]
+        for text, ids in zip(self.texts, self._ids, strict=True):
+            if not ids:
+                raise ConfigError(f"the prompt {text!r} has no tokens; give some text")
+
+    @property
+    def longest(self) -> int:
+        return max(len(ids) for ids in self._ids)
+
+    def batches(self, size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        """Indices of the prompts, and the model's inputs, `size` prompts at a time."""
+        for start in range(0, len(self._ids), size):
+            indices = list(range(start, min(start + size, len(self._ids))))
+            padded = self.tokenizer.pad({"input_ids": [self._ids[index] for index in indices]}, return_tensors="pt")
+            yield indices, dict(padded)
+
+    def _encode(self, text: str, chat: bool) -> list[int]:
+        if chat:
+            message = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(text, add_special_tokens=not chat)["input_ids"])
+
+
+def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a checkpoint's folder.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} holds no tokenizer that can be used ({str(error).splitlines()[0]}); "
+            "copy the model's tokenizer files there"
+        ) from error
+
+
+def complete(
+    model: Any,
+    prompts: Prompts,
+    sampling: Sampling,
+    batch_size: int = 1,
+    on_text: Callable[[str], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> Iterator[Completion]:
+    """Complete the prompts, one after another or in batches.
+
+    Args:
+        model: any that has `generate`.
+        on_text: told each piece of text as it is made; only where a batch is a single prompt.
+        on_token: told how many tokens each step made.
+    """
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    tokenizer = prompts.tokenizer
+    for indices, inputs in prompts.batches(batch_size):
+        streamer = _Streamer(tokenizer, on_text if len(indices) == 1 else None, on_token)
+        with torch.inference_mode():
+            output = model.generate(**inputs, **sampling.options(), streamer=streamer, pad_token_id=tokenizer.pad_token_id)
+        start = inputs["input_ids"].shape[1]
+        for index, row in zip(indices, output[:, start:].tolist(), strict=True):
+            text = tokenizer.decode(row, skip_special_tokens=True)
+            yield Completion(prompts.texts[index], text, _made(row, model.generation_config.eos_token_id))
+
+
+def _made(row: list[int], end_ids: int | list[int] | None) -> int:
+    """Tokens up to the first end of the text, that one counted: what follows is padding."""
+    ends = {end_ids} if isinstance(end_ids, int) else set(end_ids or ())
+    return next((place for place, token in enumerate(row, 1) if token in ends), len(row))
+
+
+class _Streamer(BaseStreamer):
+    """Passes on what `generate` makes, step by step."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None, on_token: Callable[[int], None] | None) -> None:
+        self._words = _Words(tokenizer, on_text) if on_text is not None else None
+        self._on_token = on_token
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._words is not None:
+            self._words.put(value)
+        if self._prompt_seen and self._on_token is not None:
+            self._on_token(value.numel())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        if self._words is not None:
+            self._words.end()
+
+
+class _Words(TextStreamer):
+    """Whole words, as soon as they are sure."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
