@@ -183,7 +183,7 @@ class Session:
         self._budgets = self._resolve_budgets(0)
         outline = loader.outline()
         # What cannot fit is refused before anything is loaded.
-        decide(outline, self._budgets, self._workload(outline))
+        decide(outline, self._budgets, self._workload(outline), loader.slot_bytes)
         self._progress("opening", 0, 1)
         loaded = loader.load(self._disk_dir)
         for file in loaded.files:

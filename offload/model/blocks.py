@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from scheduler.model_spec import BlockRole
-from storage.blocks import DTYPE_BYTES, BlockKey, BlockSpec, TensorSpec
+from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, BlockKey, BlockSpec, TensorSpec
 from storage.errors import UnsupportedCheckpoint
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -147,6 +147,14 @@ def _leaves(
         return
     for name, child in module.named_children():
         yield from _leaves(child, f"{path}.{name}", split, role)
+
+
+def estimated_slot_bytes(unit: Unit) -> int:
+    """What a block takes in the slots, at most, while it is not known where its tensors lie in files.
+
+    Whole units are read around a tensor: at most one more at either end.
+    """
+    return unit.block.packed_bytes + 2 * BLOCK_ALIGNMENT_BYTES * len(unit.parameters)
 
 
 def can_split(unit: Unit) -> bool:

@@ -16,11 +16,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import core_model_loading as converters
 
+from offload.model.blocks import Unit, estimated_slot_bytes
 from offload.model.homes import FileMaps
 from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of
-from storage.blocks import FileRange
+from storage.blocks import BLOCK_ALIGNMENT_BYTES, FileRange
 from storage.checkpoint import identity, read_checkpoint, weight_files
 from storage.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
+from storage.landing import plan_landing
 
 DEMO = "demo"
 _LAYOUT_VERSION = 1
@@ -113,6 +115,18 @@ class CheckpointLoader:
             if kind is AutoModelForCausalLM:
                 return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=self._trust, **options)
             return kind._from_config(self.config, dtype=self.dtype, **options)
+
+    def slot_bytes(self, unit: Unit) -> int:
+        """What a block of the outline will take in the slots: exact where the files hold its tensors as they are."""
+        stored = [self.stored.get(tensor.name) for tensor in unit.block.tensors]
+        same = [
+            item.range
+            for item, tensor in zip(stored, unit.block.tensors, strict=True)
+            if item is not None and item.spec.dtype == tensor.dtype and item.spec.shape == tensor.shape
+        ]
+        if len(same) < len(stored):
+            return estimated_slot_bytes(unit)
+        return plan_landing(same, BLOCK_ALIGNMENT_BYTES).slot_bytes
 
     def load(self, disk_dir: str | None) -> LoadedModel:
         """The model with real parameters, each a view of a file.

@@ -14,9 +14,6 @@ from scheduler.planner import make_plan
 from storage.blocks import BlockKey
 from storage.errors import BudgetTooSmall, gib
 
-_UNIT_SLACK_BYTES = 2 * 4096
-"""Whole units are read around a tensor: at most one more at either end."""
-
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -29,16 +26,11 @@ class Decision:
     fallbacks: tuple[str, ...]
 
 
-def estimated_slot_bytes(unit: Unit) -> int:
-    """An upper bound for a block whose place in the files is not known yet."""
-    return unit.block.packed_bytes + _UNIT_SLACK_BYTES * len(unit.parameters)
-
-
 def decide(
     model: nn.Module,
     budgets: Budgets,
     workload: Workload,
-    slot_bytes: Callable[[Unit], int] = estimated_slot_bytes,
+    slot_bytes: Callable[[Unit], int],
     split: frozenset[BlockKey] = frozenset(),
 ) -> Decision:
     """Plan; where the budget is too small for the largest blocks, take those apart and plan again.

@@ -135,15 +135,18 @@ def _unpack(saved: Any) -> torch.Tensor:
 
 
 class _RowFetching(TorchFunctionMode):
-    """While an embedding's forward runs, its look-ups are answered by the rows themselves."""
+    """While an embedding's forward runs, its look-ups are answered by the rows themselves.
+
+    A forward that reads the weight in another way computes with the home, which has the same values.
+    """
 
     def __init__(self, table: GatheredTable) -> None:
         super().__init__()
         self._table = table
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.embedding:
-            weight, indices = args[0], args[1]
+        if function is nn.functional.embedding:
+            indices, weight = args[0], args[1]
             if weight is self._table.homes[0].parameter:
                 if torch.is_grad_enabled() and weight.requires_grad:
                     return _NoBackward.apply(weight, self._table, indices)

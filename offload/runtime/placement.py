@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import nn
 
-from offload.model.blocks import Structure, Unit
+from offload.model.blocks import Structure, Unit, estimated_slot_bytes
 from offload.model.homes import FileMaps, ParameterHome
 from offload.runtime.weights import (
     BlockSource,
@@ -94,7 +94,7 @@ class Placement:
         ranges = [self.source_of(name, parameter) for name, parameter in unit.parameters.items()]
         if self._device.host_memory and all(item is not None for item in ranges):
             return self._reader.plan([item for item in ranges if item is not None]).slot_bytes
-        return unit.block.packed_bytes + 2 * 4096 * len(unit.parameters)
+        return estimated_slot_bytes(unit)
 
     def apply(self, structure: Structure, plan: Plan) -> None:
         """Place every parameter. What leaves memory goes first, so that there is room for what comes.

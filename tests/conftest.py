@@ -1,0 +1,40 @@
+"""Settings that hold for every test."""
+
+import gc
+import os
+import threading
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+import transformers
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """No test leaves a thread of the runtime or a file handle open."""
+    handles = open_weight_files()
+    yield
+    gc.collect()
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("offload-")]
+    assert not left, f"threads left: {left}"
+    assert open_weight_files() == handles, "file handles left"
+
+
+def open_weight_files() -> list[str]:
+    """Targets of this process's open descriptors that are weight files or spilled blocks."""
+    found = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{descriptor}")
+        except OSError:
+            continue
+        if ".safetensors" in target or ".blocks" in target or ".partial" in target or "spill" in target:
+            found.append(target)
+    return sorted(found)
