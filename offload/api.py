@@ -1,6 +1,7 @@
 """`offload(...)`: the context manager. It owns the lifetime of everything that a session takes."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ from scheduler.planner import make_plan
 from storage.blocks import Tier
 from storage.device import Device
 from storage.engines.posix import PosixEngine
-from storage.errors import ConfigError, SessionError
+from storage.errors import BudgetExceeded, BudgetTooSmall, ConfigError, SessionError, gib
 from storage.ledger import MemoryLedger
 from storage.reader import DiskReader
 from storage.transfer import Link
@@ -272,6 +273,10 @@ class Session:
 
     def _adopt_changes(self) -> None:
         """Modules or parameters were added or replaced: they are held on the device, and get windows."""
+        added_bytes = self._placement.added_bytes(self.model)
+        self._spec = replace(self._spec, pinned_bytes=self._spec.pinned_bytes + added_bytes)
+        if added_bytes > (self._ledger.free_bytes or 0):
+            self._make_room(added_bytes)
         self._placement.adopt(self.model)
         units = find_structure(self.model, self._split).units
         for unit in units:
@@ -279,6 +284,15 @@ class Session:
             unit.uses = tuple(dict.fromkeys(key for key in owners if key is not None))
         self._windows.undo()
         self._windows = self._windows_of([unit for unit in units if unit.uses])
+
+    def _make_room(self, added_bytes: int) -> None:
+        try:
+            self._grow(self._reserve.workload)
+        except BudgetTooSmall as error:
+            raise BudgetExceeded(
+                f"{gib(added_bytes)} of parameters were added to the model, and with every block given up that can be, "
+                f"{gib(error.least_bytes)} would do; the budget is {gib(self._budgets.device_bytes)}. Give a larger one."
+            ) from error
 
     def _grow(self, workload: Workload) -> None:
         """Make room for a larger workload: give up resident blocks. Raises BudgetTooSmall if that is not enough."""
@@ -294,7 +308,7 @@ class Session:
         self._take_slots()
         if given_up:
             self._fallbacks.append(
-                f"the KV cache outgrew what was reserved: {given_up} resident blocks were given up and are streamed now"
+                f"more memory was needed than was reserved: {given_up} resident blocks were given up and are streamed now"
             )
 
     def _ledgers(self) -> dict[Tier, MemoryLedger]:

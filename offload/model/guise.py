@@ -43,6 +43,7 @@ def _offloaded_class(original: type, device: torch.device, notice: Any) -> Any:
         "cuda": lambda self, index=None: self.to(torch.device("cuda", index or 0)),
         "cpu": lambda self: self.to("cpu"),
         "_apply": _refuse("Converting or moving the parameters", "Do it before offloading."),
+        "__reduce_ex__": _refuse("Copying or pickling the model", "Use save_pretrained, or leave the context first."),
     }
     if hasattr(original, "device"):
         members["device"] = property(lambda self: device)

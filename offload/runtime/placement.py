@@ -147,6 +147,11 @@ class Placement:
         in_host = tuple(key for key, block in self.streamed.items() if isinstance(block.source, HostSource))
         return replace(plan, in_host_memory=in_host)
 
+    def added_bytes(self, model: nn.Module) -> int:
+        """Bytes of the parameters that `adopt` will hold on the device."""
+        known = {id(home.parameter) for home in self._homes.values() if home.parameter.shape == home.tensor.shape}
+        return sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in known)
+
     def adopt(self, model: nn.Module) -> None:
         """Hold on the device what came while the session was running: new parameters, and those of another shape."""
         for home in list(self._homes.values()):
