@@ -27,6 +27,7 @@ _SUFFIX = ".blocks"
 _PARTIAL = ".partial"
 _BLOCK_ALIGNED_FROM_BYTES = 64 * 1024
 _WRITE_BYTES = 16 << 20
+_SYNC_BYTES = 64 << 20
 
 
 def key_of(facts: dict[str, Any]) -> str:
@@ -63,6 +64,7 @@ class BlockFileWriter:
             os.unlink(self._partial)
             self._partial = f"/proc/self/fd/{self._descriptor}"
         self._end = 0
+        self._dirty_bytes = 0
         self._entries: dict[str, dict[str, Any]] = {}
 
     @property
@@ -95,6 +97,7 @@ class BlockFileWriter:
         start = align_up(self._end, TENSOR_ALIGNMENT_BYTES)
         self._write(memoryview(index + struct.pack("<Q", len(index)) + _MAGIC), start)
         os.fsync(self._descriptor)
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         if self._key is None:
             return BlockFile(self._partial, self._entries, self._descriptor)
         final = path_of(self._folder, self._key)
@@ -124,9 +127,15 @@ class BlockFileWriter:
                     f"{self._folder} is full after {gib(start + done)} of weights were written there; the unfinished file "
                     "is removed. Free some space, or name another folder with --disk (disk_dir=)."
                 ) from error
-        # Written pages would otherwise be charged to this process's memory limit until the kernel cleans them.
+        self._dirty_bytes += len(memory)
+        if self._dirty_bytes >= _SYNC_BYTES:
+            self._drop_pages()
+
+    def _drop_pages(self) -> None:
+        """Written pages would otherwise be charged to this process's memory limit until the kernel cleans them."""
         os.fdatasync(self._descriptor)
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._dirty_bytes = 0
 
 
 class BlockFile:

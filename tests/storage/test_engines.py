@@ -1,0 +1,104 @@
+"""One suite that every read engine passes."""
+
+import os
+
+import numpy
+import pytest
+
+from storage.arena import HostBuffer
+from storage.engines.posix import PosixEngine
+from storage.errors import CheckpointChanged, ReadError
+
+SIZE = 100_000
+
+
+@pytest.fixture
+def content(tmp_path):
+    data = numpy.random.default_rng(0).integers(0, 256, SIZE, dtype=numpy.uint8).tobytes()
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(data)
+    return str(path), data
+
+
+@pytest.fixture(params=["direct", "buffered"])
+def engine(request):
+    engine = PosixEngine(direct=request.param == "direct")
+    yield engine
+    engine.close()
+
+
+def test_reads_whole_units_anywhere(engine, content):
+    path, data = content
+    engine.open(path)
+    buffer = HostBuffer(3 * engine.unit_bytes)
+    for unit in range(0, SIZE // engine.unit_bytes - 3):
+        start = unit * engine.unit_bytes
+        engine.read(path, start, buffer.memory, len(buffer.memory))
+        assert bytes(buffer.memory) == data[start : start + len(buffer.memory)]
+
+
+def test_the_end_of_the_file_cuts_a_read_short(engine, content):
+    path, data = content
+    engine.open(path)
+    start = SIZE // engine.unit_bytes * engine.unit_bytes
+    buffer = HostBuffer(engine.unit_bytes)
+    engine.read(path, start, buffer.memory, SIZE - start)
+    assert bytes(buffer.memory[: SIZE - start]) == data[start:]
+    with pytest.raises(ReadError, match="cut short"):
+        engine.read(path, start, buffer.memory, SIZE - start + 1)
+
+
+def test_reads_odd_places_too(engine, content):
+    path, data = content
+    engine.open(path)
+    memory = memoryview(bytearray(777))
+    engine.read_unaligned(path, 12_345, memory)
+    assert bytes(memory) == data[12_345 : 12_345 + 777]
+
+
+@pytest.mark.parametrize("change", ["truncate", "touch", "replace", "remove"])
+def test_a_changed_file_is_noticed(engine, content, change):
+    path, data = content
+    engine.open(path)
+    engine.check_unchanged()
+    if change == "truncate":
+        os.truncate(path, SIZE - 1)
+    elif change == "touch":
+        os.utime(path, ns=(0, 0))
+    elif change == "replace":
+        os.rename(path, path + ".old")
+        with open(path, "wb") as file:
+            file.write(data)
+    else:
+        os.remove(path)
+    with pytest.raises(CheckpointChanged):
+        engine.check_unchanged()
+
+
+def test_a_missing_file(engine, tmp_path):
+    with pytest.raises(ReadError, match="cannot open"):
+        engine.open(str(tmp_path / "none"))
+
+
+def test_where_direct_reads_are_refused_buffered_ones_are_named(content, monkeypatch):
+    path, data = content
+    monkeypatch.setattr("storage.engines.posix._direct_read_works", lambda descriptor: False)
+    engine = PosixEngine()
+    engine.open(path)
+    buffer = HostBuffer(engine.unit_bytes)
+    engine.read(path, 0, buffer.memory, engine.unit_bytes)
+    assert bytes(buffer.memory) == data[: engine.unit_bytes]
+    assert "refuses O_DIRECT" in engine.fallbacks[0]
+    engine.close()
+
+
+def test_a_failing_disk_is_a_read_error(engine, content, monkeypatch):
+    path, _ = content
+    engine.open(path)
+
+    def fail(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(ReadError, match="Input/output error"):
+        engine.read(path, 0, HostBuffer(engine.unit_bytes).memory, engine.unit_bytes)
