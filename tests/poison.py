@@ -10,13 +10,12 @@ def poison_homes(session: Session) -> int:
 
     Without this, a runtime that streams nothing would pass every test of equality: the homes are valid operands.
     """
-    poisoned = 0
     placement = session._placement
-    for block in (*placement.streamed.values(), *placement.tables.values()):
-        for home in block.homes:
-            home.tensor.detach().fill_(torch.nan)
-            poisoned += 1
-    return poisoned
+    blocks = (*placement.streamed.values(), *placement.tables.values())
+    homes = {home.name: home for block in blocks for home in block.homes}
+    for home in homes.values():
+        home.tensor.detach().fill_(torch.nan)
+    return len(homes)
 
 
 class DiskMeter:

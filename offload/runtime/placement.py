@@ -26,7 +26,7 @@ from offload.runtime.weights import (
 from scheduler.plan import Plan
 from storage.arena import HostBuffer
 from storage.block_file import BlockFile, BlockFileWriter, check_folder
-from storage.blocks import BlockKey, FileRange
+from storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
 from storage.device import Device
 from storage.errors import DiskFull, gib
 from storage.ledger import MemoryLedger
@@ -92,7 +92,7 @@ class Placement:
     def slot_bytes(self, unit: Unit) -> int:
         """What the unit's block will take in the slots."""
         ranges = [self.source_of(name, parameter) for name, parameter in unit.parameters.items()]
-        if self._device.host_memory and all(item is not None for item in ranges):
+        if all(item is not None for item in ranges):
             return self._reader.plan([item for item in ranges if item is not None]).slot_bytes
         return estimated_slot_bytes(unit)
 
@@ -236,6 +236,7 @@ class Placement:
         if self._device.host_memory:
             buffer, offsets = self._read_to_host(unit, self._device_ledger, "resident weights")
             return ResidentBlock(unit.key, homes, buffer, offsets)
+        nbytes = align_up(nbytes, BLOCK_ALIGNMENT_BYTES)
         self._device_ledger.charge("resident weights", nbytes)
         return self._copy_to_device(unit, homes, offsets, nbytes)
 
@@ -296,7 +297,7 @@ class Placement:
 
     def _charged_buffer(self, nbytes: int, ledger: MemoryLedger, category: str) -> HostBuffer:
         # Whole pages, as the buffer takes them.
-        ledger.charge(category, -(-nbytes // 4096) * 4096)
+        ledger.charge(category, align_up(nbytes, BLOCK_ALIGNMENT_BYTES))
         return HostBuffer(nbytes)
 
     def _disk_source(self, unit: Unit) -> BlockSource:

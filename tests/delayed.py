@@ -1,0 +1,96 @@
+"""A device with memory of its own whose copies end late and in another order than they began.
+
+It computes with host tensors, so that every test can use it; what it shares with a real one is that a copy has to be
+waited for, and that a slot must not be overwritten or read too early. Its fresh memory is full of NaN.
+"""
+
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from storage.arena import HostBuffer
+
+
+@dataclass(eq=False)
+class LateEvent:
+    passed: threading.Event = field(default_factory=threading.Event)
+
+    def synchronize(self) -> None:
+        assert self.passed.wait(30), "a copy never ended"
+
+
+class DelayedDevice:
+    name = "delayed"
+    torch_device = torch.device("cpu")
+    host_memory = False
+    copy_link = "h2d"
+
+    def __init__(self, longest_delay_seconds: float = 0.004, seed: int = 0) -> None:
+        self.copied_bytes = 0
+        self.stalled = 0.0
+        self.in_flight = 0
+        self.most_in_flight = 0
+        self._longest = longest_delay_seconds
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+
+    def allocate(self, nbytes: int) -> HostBuffer:
+        buffer = HostBuffer(nbytes)
+        buffer.tensor.fill_(0xFF)
+        return buffer
+
+    def lock_pages(self, buffer: object) -> bool:
+        return True
+
+    def unlock_pages(self, buffer: object) -> None:
+        pass
+
+    def copy_in(self, target, source, after):
+        event = LateEvent()
+        with self._lock:
+            delay = self._random.uniform(0, self._longest)
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+
+        def copy() -> None:
+            if after is not None:
+                after.synchronize()
+            # Until it arrives, the target holds neither the old nor the new values.
+            target.view(-1).view(torch.uint8).fill_(0xFF)
+            time.sleep(delay)
+            target.copy_(source)
+            with self._lock:
+                self.in_flight -= 1
+                self.copied_bytes += source.nbytes
+            event.passed.set()
+
+        threading.Thread(target=copy, name="delayed-copy", daemon=True).start()
+        return event
+
+    def copy_seconds(self) -> float:
+        return 1e-9 * self.copied_bytes
+
+    def record(self) -> LateEvent:
+        event = LateEvent()
+        event.passed.set()
+        return event
+
+    def wait(self, event: LateEvent) -> None:
+        begun = time.perf_counter()
+        event.synchronize()
+        self.stalled += time.perf_counter() - begun
+
+    def stall_seconds(self) -> float:
+        return self.stalled
+
+    def synchronize(self) -> None:
+        pass
+
+    def free_bytes(self) -> int:
+        return 1 << 30
+
+    def peak_bytes(self) -> int | None:
+        return None

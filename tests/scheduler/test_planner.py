@@ -1,0 +1,101 @@
+"""Plans fit their budget, and the least budget is the least."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock, Workload
+from scheduler.plan import Plan
+from scheduler.planner import least_budget_bytes, make_plan, spread
+from storage.errors import BudgetTooSmall
+
+MIB = 1 << 20
+WORK = Workload(batch_size=2, total_tokens=100, pass_tokens=50)
+
+
+def block(key, role, size):
+    return PlacedBlock(key, role, size, size + 4096, size)
+
+
+@st.composite
+def models(draw):
+    size = draw(st.integers(1, 40)) * MIB
+    blocks = [block("embed", BlockRole.TABLE, draw(st.integers(1, 60)) * MIB)]
+    blocks += [block(f"layer.{index}", BlockRole.LAYER, size) for index in range(draw(st.integers(1, 20)))]
+    blocks += [block("norm", BlockRole.OTHER, 4096), block("head", BlockRole.OTHER, draw(st.integers(1, 60)) * MIB)]
+    return ModelSpec(
+        tuple(blocks), tuple((item.key,) for item in blocks[1:]), 1000, 2000, 300, draw(st.integers(0, 50_000))
+    )
+
+
+@given(models(), st.integers(0, 2000), st.one_of(st.none(), st.integers(0, 2000)))
+def test_a_plan_fits_and_places_every_block_once(model, budget_mib, host_mib):
+    budget = budget_mib * MIB
+    try:
+        plan = make_plan(model, budget, WORK, None if host_mib is None else host_mib * MIB)
+    except BudgetTooSmall as error:
+        too_small_for_device = error.least_bytes > budget
+        assert too_small_for_device or (host_mib is not None and error.least_bytes > host_mib * MIB)
+        return
+    assert plan.device_bytes <= budget
+    placed = (*plan.resident, *plan.streamed, *plan.gathered)
+    assert sorted(placed) == sorted(item.key for item in model.blocks)
+    sizes = {item.key: item for item in model.blocks}
+    for key in plan.streamed:
+        assert sizes[key].slot_bytes <= plan.arena_bytes
+    assert set(plan.in_host_memory) <= set(plan.streamed)
+    if host_mib is not None:
+        assert sum(sizes[key].slot_bytes for key in plan.in_host_memory) <= host_mib * MIB
+    assert Plan.from_json(json.dumps(json.loads(plan.to_json()))) == plan
+
+
+@given(models())
+def test_the_least_budget_works_and_a_byte_less_does_not(model):
+    least = least_budget_bytes(model, WORK)
+    assert make_plan(model, least, WORK).device_bytes <= least
+    with pytest.raises(BudgetTooSmall) as refusal:
+        make_plan(model, least - 1, WORK)
+    assert refusal.value.least_bytes == least
+    assert str(least) in str(refusal.value)
+
+
+@given(models(), st.integers(0, 1500), st.integers(0, 1500))
+def test_a_smaller_plan_takes_no_new_residents(model, first_mib, second_mib):
+    least = least_budget_bytes(model, WORK)
+    large, small = least + max(first_mib, second_mib) * MIB, least + min(first_mib, second_mib) * MIB
+    before = make_plan(model, large, WORK)
+    try:
+        after = make_plan(model, small, WORK, candidates=frozenset(before.resident))
+    except BudgetTooSmall:
+        return
+    assert set(after.resident) <= set(before.resident)
+    assert after.device_bytes <= small
+
+
+@given(st.integers(1, 80), st.integers(1, 80))
+def test_residents_lie_evenly(count, taken):
+    layers = [block(str(index), BlockRole.LAYER, 1) for index in range(count)]
+    order = spread(layers)
+    assert sorted(item.key for item in order) == sorted(item.key for item in layers)
+    chosen = sorted(int(item.key) for item in order[: min(taken, count)])
+    gaps = [second - first for first, second in zip(chosen, chosen[1:], strict=False)]
+    assert not gaps or max(gaps) <= 4 * count / len(chosen) + 1
+
+
+def test_more_budget_makes_more_resident():
+    layers = [block(f"layer.{index}", BlockRole.LAYER, 10 * MIB) for index in range(16)]
+    model = ModelSpec(tuple(layers), tuple((item.key,) for item in layers))
+    counts = [len(make_plan(model, budget * MIB, WORK).resident) for budget in range(30, 200, 10)]
+    assert counts == sorted(counts)
+    assert counts[-1] == 16
+
+
+def test_a_huge_head_is_streamed_through_several_slots():
+    layers = [block(f"layer.{index}", BlockRole.LAYER, MIB) for index in range(8)]
+    head = block("head", BlockRole.OTHER, 5 * MIB)
+    model = ModelSpec((*layers, head), tuple((item.key,) for item in (*layers, head)))
+    plan = make_plan(model, least_budget_bytes(model, WORK), WORK)
+    assert "head" in plan.streamed
+    assert plan.slot_count >= 5

@@ -1,0 +1,113 @@
+"""The slots: never two blocks in one, never too few, whatever is asked in which order."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.streaming import Evict, Load, SlotSchedule
+
+
+def names(count):
+    return [f"block.{index}" for index in range(count)]
+
+
+def check(schedule, instructions, holders):
+    """Follow the instructions; no slot is loaded while another block holds it."""
+    for instruction in instructions:
+        lease = instruction.lease
+        match instruction:
+            case Load():
+                for slot in lease.slots:
+                    assert slot not in holders, "a slot was overwritten"
+                    holders[slot] = lease
+            case Evict():
+                for slot in lease.slots:
+                    assert holders.pop(slot) == lease
+
+
+@st.composite
+def workloads(draw):
+    count = draw(st.integers(1, 9))
+    sizes = {name: draw(st.integers(1, 3)) for name in names(count)}
+    slots = draw(st.integers(max(sizes.values()), 8))
+    # An order that repeats and is sometimes broken, in two phases.
+    order = draw(st.lists(st.sampled_from(names(count)), min_size=1, max_size=12))
+    steps = draw(st.lists(st.sampled_from(["pass", "stray"]), max_size=6))
+    return sizes, slots, order, steps
+
+
+@given(workloads())
+def test_slots_have_one_owner_and_windows_have_their_block(workload):
+    sizes, slots, order, steps = workload
+    schedule = SlotSchedule(slots, sizes)
+    holders = {}
+    generations = set()
+    for number, step in enumerate(steps):
+        for key in order if step == "pass" else order[:1]:
+            phase = "prefill" if number == 0 else "decode"
+            check(schedule, schedule.open([key], phase), holders)
+            lease = schedule.lease(key)
+            assert lease.slot_count == sizes[key]
+            assert all(holders[slot] == lease for slot in lease.slots)
+            assert schedule.is_open(key)
+            assert lease.generation not in generations, "a generation came twice"
+            generations.add(lease.generation)
+            check(schedule, schedule.look_ahead(phase), holders)
+            assert all(holders[slot] == lease for slot in lease.slots), "a block in use was displaced"
+            for ended in schedule.close([key]):
+                for slot in ended.slots:
+                    assert holders.pop(slot) == ended
+            check(schedule, schedule.look_ahead(phase), holders)
+    check(schedule, schedule.forget(), holders)
+    assert not holders
+
+
+@given(st.integers(2, 12), st.integers(2, 6))
+def test_in_a_steady_order_everything_is_loaded_ahead_once(count, slots):
+    schedule = SlotSchedule(slots, dict.fromkeys(names(count), 1))
+    loads = 0
+    for number in range(4):
+        for key in names(count):
+            now = schedule.open([key], "decode")
+            if (number, key) != (0, names(count)[0]):
+                assert not now, "the block should have been there already"
+            loads += len(now)
+            loads += len(schedule.look_ahead("decode"))
+            schedule.close([key])
+            loads += len(schedule.look_ahead("decode"))
+    ahead = len(schedule.forget())
+    assert loads == 4 * count + ahead
+
+
+def test_the_order_is_learned_by_phase():
+    schedule = SlotSchedule(2, dict.fromkeys(["encoder", "decoder.0", "decoder.1"], 1))
+
+    def step(key, phase):
+        loads = [item for item in schedule.open([key], phase) if isinstance(item, Load)]
+        schedule.look_ahead(phase)
+        schedule.close([key])
+        schedule.look_ahead(phase)
+        return len(loads)
+
+    for key in ("encoder", "decoder.0", "decoder.1"):
+        step(key, "prefill")
+    missed = [step(key, "decode") for _ in range(4) for key in ("decoder.0", "decoder.1")]
+    assert sum(missed[4:]) == 0, "the decoder's own cycle was not learned"
+
+
+def test_nested_and_shared_blocks_stay_until_the_last_window_closes():
+    schedule = SlotSchedule(2, {"a": 1, "b": 1})
+    schedule.open(["a"], "prefill")
+    schedule.open(["a", "b"], "prefill")
+    assert [lease.key for lease in schedule.close(["a", "b"])] == ["b"]
+    assert schedule.is_open("a")
+    assert [lease.key for lease in schedule.close(["a"])] == ["a"]
+
+
+def test_a_slot_tells_its_generation():
+    schedule = SlotSchedule(1, {"a": 1, "b": 1})
+    schedule.open(["a"], "prefill")
+    first = schedule.generation_of(0)
+    schedule.close(["a"])
+    assert schedule.generation_of(0) == -1
+    schedule.open(["b"], "prefill")
+    assert schedule.generation_of(0) > first

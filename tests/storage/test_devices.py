@@ -1,0 +1,87 @@
+"""One suite that every device passes; tests/gpu runs it on CUDA."""
+
+import pytest
+import torch
+
+from storage.arena import HostBuffer
+from storage.cpu import CpuDevice
+from tests.delayed import DelayedDevice
+
+
+class DeviceContract:
+    """What the runtime relies on."""
+
+    @pytest.fixture
+    def device(self):
+        raise NotImplementedError
+
+    def test_memory_is_aligned(self, device):
+        buffer = device.allocate(10_000)
+        assert buffer.tensor.data_ptr() % 256 == 0
+        assert buffer.tensor.numel() >= 10_000
+        assert buffer.tensor.dtype == torch.uint8
+        assert buffer.tensor.device.type == device.torch_device.type
+
+    def test_memory_allocated_under_inference_mode_can_be_trained_with(self, device):
+        with torch.inference_mode():
+            buffer = device.allocate(4096)
+        assert not buffer.tensor.is_inference()
+
+    def test_a_copy_arrives_when_its_event_is_passed(self, device):
+        source = HostBuffer(1 << 20)
+        source.tensor.copy_(torch.arange(1 << 20) % 251)
+        locked = device.lock_pages(source)
+        target = device.allocate(1 << 20).tensor[: 1 << 20]
+        device.copy_in(target, source.tensor, None).synchronize()
+        assert torch.equal(target.cpu(), source.tensor)
+        if locked:
+            device.unlock_pages(source)
+
+    def test_compute_waits_for_a_copy(self, device):
+        source = HostBuffer(1 << 20)
+        target = device.allocate(1 << 20).tensor[: 1 << 20]
+        for value in range(20):
+            source.tensor.fill_(value)
+            event = device.copy_in(target, source.tensor, device.record())
+            device.wait(event)
+            total = (target == value).sum()
+            assert int(total) == 1 << 20
+            event.synchronize()
+
+    def test_a_copy_starts_after_what_it_was_told_to_wait_for(self, device):
+        source, second = HostBuffer(1 << 20), HostBuffer(1 << 20)
+        source.tensor.fill_(1)
+        second.tensor.fill_(2)
+        target = device.allocate(1 << 20).tensor[: 1 << 20]
+        for _ in range(10):
+            first = device.copy_in(target, source.tensor, None)
+            device.copy_in(target, second.tensor, first).synchronize()
+            assert int(target.sum()) == 2 << 20
+
+    def test_figures(self, device):
+        assert device.free_bytes() > 0
+        assert device.stall_seconds() >= 0
+        assert device.copy_seconds() >= 0
+        device.synchronize()
+
+
+class TestCpu(DeviceContract):
+    @pytest.fixture
+    def device(self):
+        return CpuDevice()
+
+
+class TestDelayed(DeviceContract):
+    @pytest.fixture
+    def device(self):
+        return DelayedDevice()
+
+
+def test_host_memory_is_exact_and_each_view_its_own_storage():
+    buffer = HostBuffer(10_000)
+    assert buffer.nbytes == 12_288
+    assert buffer.address % 4096 == 0
+    view = buffer.own_storage(4096, 100)
+    assert view.untyped_storage().nbytes() == 100
+    view.fill_(7)
+    assert int(buffer.tensor[4096:4196].sum()) == 700
