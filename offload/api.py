@@ -318,6 +318,8 @@ class Session:
         return ledgers
 
     def _link_uses(self) -> dict[str, LinkUse]:
+        # What was prefetched would compete with the measurement.
+        self._link.wait_idle()
         uses = {"disk": LinkUse.of(self._link.bytes_moved, self._link.busy_seconds, self._disk_speed())}
         if not self._device.host_memory:
             copied, seconds = self._device.copied_bytes, self._device.copy_seconds()

@@ -102,8 +102,7 @@ class Link:
         self.name = name
         self.threads = threads
         self.bytes_moved = 0
-        self.busy_seconds = 0.0
-        self.transfers = 0
+        self._busy_seconds = 0.0
         self._queue: deque[tuple[Transfer, Part]] = deque()
         self._active_parts = 0
         self._busy_since = 0.0
@@ -115,6 +114,18 @@ class Link:
         ]
         for thread in self._workers:
             thread.start()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds during which at least one part was under way, the present ones included."""
+        with self._lock:
+            now = time.perf_counter() - self._busy_since if self._active_parts else 0.0
+            return self._busy_seconds + now
+
+    def wait_idle(self) -> None:
+        """Block until nothing is queued or under way."""
+        with self._work:
+            self._work.wait_for(lambda: not self._queue and not self._active_parts)
 
     def submit(self, nbytes: int, parts: Sequence[Part], finish: Part | None = None) -> Transfer:
         """Queue a transfer that counts as `nbytes` once it has arrived."""
@@ -156,16 +167,15 @@ class Link:
                     self._busy_since = time.perf_counter()
                 self._active_parts += 1
             last = transfer._run(part)
-            self._end_part()
+            arrived = last and transfer._complete()
+            self._end_part(transfer.nbytes if arrived else 0)
             if last:
-                arrived = transfer._complete()
-                with self._lock:
-                    self.bytes_moved += transfer.nbytes if arrived else 0
-                    self.transfers += arrived
                 transfer._end()
 
-    def _end_part(self) -> None:
-        with self._lock:
+    def _end_part(self, arrived_bytes: int) -> None:
+        with self._work:
+            self.bytes_moved += arrived_bytes
             self._active_parts -= 1
             if self._active_parts == 0:
-                self.busy_seconds += time.perf_counter() - self._busy_since
+                self._work.notify_all()
+                self._busy_seconds += time.perf_counter() - self._busy_since

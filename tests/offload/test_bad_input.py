@@ -127,9 +127,7 @@ def test_no_such_model(tmp_path):
 def test_the_least_budget_is_told_and_works(folder):
     with pytest.raises(BudgetTooSmall, match="Give a larger budget") as refusal:
         enter(folder, cpu_memory=1000, batch_size=2, max_tokens=16)
-    with offload(
-        folder, device="cpu", cpu_memory=refusal.value.least_bytes, batch_size=2, max_tokens=16
-    ) as session:
+    with offload(folder, device="cpu", cpu_memory=refusal.value.least_bytes, batch_size=2, max_tokens=16) as session:
         session.model(input_ids=tokens())
     with pytest.raises(BudgetTooSmall):
         enter(folder, cpu_memory=refusal.value.least_bytes // 2, batch_size=2, max_tokens=16)

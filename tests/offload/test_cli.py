@@ -41,7 +41,17 @@ def plain():
 
 def test_generates_what_the_plain_model_does(capsys, plain):
     status, out, err = run(
-        capsys, "generate", "demo", "--prompt", "And the king", "--max-new-tokens", "24", "--device", "cpu", "--cpu-memory", BUDGET
+        capsys,
+        "generate",
+        "demo",
+        "--prompt",
+        "And the king",
+        "--max-new-tokens",
+        "24",
+        "--device",
+        "cpu",
+        "--cpu-memory",
+        BUDGET,
     )
     assert status == 0
     assert out.strip() == plain("And the king", 24).strip()
@@ -59,7 +69,9 @@ def test_one_json_object(capsys, tmp_path, plain):
     )  # fmt: skip
     assert (status, err) == (0, "")
     result = json.loads(out)
-    assert [item["text"] for item in result["completions"]] == [plain(text, 12) for text in ("And the king", "In the beginning")]
+    assert [item["text"] for item in result["completions"]] == [
+        plain(text, 12) for text in ("And the king", "In the beginning")
+    ]
     assert json.loads(report.read_text())["exactness"] == "identical"
     links = result["report"]["links"]
     assert links["disk"]["bytes"] > 0
@@ -76,14 +88,38 @@ def test_a_batch_gives_every_prompt_its_own_text(capsys, tmp_path):
 
 
 def test_a_seed_makes_draws_repeatable(capsys):
-    call = ["generate", "demo", "--prompt", "And", "--max-new-tokens", "12", "--temperature", "1", "--top-p", "0.9", "--device", "cpu"]
+    call = [
+        "generate",
+        "demo",
+        "--prompt",
+        "And",
+        "--max-new-tokens",
+        "12",
+        "--temperature",
+        "1",
+        "--top-p",
+        "0.9",
+        "--device",
+        "cpu",
+    ]
     first, second, other = (run(capsys, *call, "--seed", seed)[1] for seed in ("1", "1", "2"))
     assert first == second
     assert first != other
 
 
 def test_standard_input_and_a_closed_pipe(tmp_path):
-    command = [sys.executable, "-m", "offload.cli.main", "generate", "demo", "--max-new-tokens", "8", "--device", "cpu", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "offload.cli.main",
+        "generate",
+        "demo",
+        "--max-new-tokens",
+        "8",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
     done = subprocess.run(command, input="And the king\n", capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert done.stderr == ""
     assert done.stdout.strip()

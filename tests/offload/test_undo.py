@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from offload import BudgetExceeded, SessionError, StaleSlot, offload
-from tests.architectures import BY_NAME, make, oracle_of, text_inputs, tokens
+from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
 from tests.poison import poison_homes
 

@@ -31,7 +31,7 @@ def test_reads_whole_units_anywhere(engine, content):
     path, data = content
     engine.open(path)
     buffer = HostBuffer(3 * engine.unit_bytes)
-    for unit in range(0, SIZE // engine.unit_bytes - 3):
+    for unit in range(SIZE // engine.unit_bytes - 3):
         start = unit * engine.unit_bytes
         engine.read(path, start, buffer.memory, len(buffer.memory))
         assert bytes(buffer.memory) == data[start : start + len(buffer.memory)]

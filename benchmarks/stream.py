@@ -1,0 +1,268 @@
+"""Claim: weights stream at nearly the disk's own speed, and generation is as fast as that allows.
+
+Makes (or takes) a checkpoint, and in each round runs, one after another, each in a fresh control group with the files
+evicted from the page cache:
+
+- `ours`: offload, the report's figures included;
+- `raw`: O_DIRECT reads of exactly the ranges that ours streams in a pass, by code that shares nothing with ours;
+- `accelerate`: its disk offload, with as many layers kept in memory as ours keeps (`accelerate-all-disk`: none);
+- `plain`: transformers without any offloading, which pages through the memory map;
+- `resident`: transformers with all the memory it wants: what computing alone takes.
+
+    python -m benchmarks.stream --rounds 5 --out benchmarks/results/stream-cpu.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory_group import MemoryGroup, evict
+
+MIB = 1 << 20
+PROMPT_TOKENS = 16
+SYSTEMS = ("ours", "raw", "accelerate", "accelerate-all-disk", "plain", "resident")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint folder; by default one is made")
+    parser.add_argument("--size", default="2.2GB", help="of the model that is made (default: 2.2GB)")
+    parser.add_argument("--cpu-memory", default="1000MiB", help="our budget, and what accelerate may keep in memory")
+    parser.add_argument("--limit", default="1500MiB", help="of the control group")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=6)
+    parser.add_argument("--out")
+    parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--ranges", help=argparse.SUPPRESS)
+    parser.add_argument("--resident", type=int, default=0, help=argparse.SUPPRESS)
+    request = parser.parse_args()
+    if request.worker:
+        print(json.dumps(WORKERS[request.worker](request)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if request.model is None:
+            request.model = f"{scratch}/model"
+            subprocess.run(
+                [sys.executable, "-m", "offload.cli.main", "synth", request.model, "--size", request.size], check=True
+            )
+        result = summarise(request, [measure_round(request, number, scratch) for number in range(request.rounds)])
+    print(json.dumps(result["summary"], indent=2))
+    if request.out:
+        Path(request.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure_round(request: argparse.Namespace, number: int, scratch: str) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    ranges = f"{scratch}/ranges.json"
+    # Ours goes first, since it tells the others what is streamed; the rest alternate in order.
+    rest = SYSTEMS[1:] if number % 2 else SYSTEMS[:0:-1]
+    for system in ("ours", *rest):
+        resident = figures["ours"].get("resident_layers", 0) if figures else 0
+        figures[system] = in_group(request, system, ranges, resident)
+        if system == "ours":
+            Path(ranges).write_text(json.dumps(figures["ours"].pop("ranges")))
+        print(f"round {number} {system}: {short(figures[system])}", file=sys.stderr, flush=True)
+    return figures
+
+
+def in_group(request: argparse.Namespace, system: str, ranges: str, resident: int) -> dict[str, Any]:
+    from offload.config import parse_bytes
+
+    limit = parse_bytes(request.limit) if system != "resident" else 16 << 30
+    command = [sys.executable, "-m", "benchmarks.stream", "--worker", system, "--model", request.model]
+    command += [
+        "--cpu-memory",
+        request.cpu_memory,
+        "--tokens",
+        str(request.tokens),
+        "--ranges",
+        ranges,
+        "--resident",
+        str(resident),
+    ]
+    if system == "resident":
+        for path in Path(request.model).glob("*.safetensors"):
+            path.read_bytes()
+    else:
+        evict(request.model)
+    assert limit is not None
+    with MemoryGroup(limit) as group:
+        done, peak = group.run(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    if done.returncode:
+        return {"failed": f"exit status {done.returncode}: {done.stderr[-400:]}"}
+    return {**json.loads(done.stdout.splitlines()[-1]), "peak_anonymous_bytes": peak}
+
+
+def ours(request: argparse.Namespace) -> dict[str, Any]:
+    from offload import offload
+
+    with offload(
+        request.model, device="cpu", cpu_memory=request.cpu_memory, max_tokens=PROMPT_TOKENS + request.tokens
+    ) as session:
+        seconds = token_seconds(session.model, request.tokens)
+        report = session.report()
+        blocks = session._placement.streamed.values()
+        reads = [(read.path, read.file_offset, read.nbytes) for block in blocks for read in block.source._landing.reads]
+        return {
+            "token_seconds": seconds,
+            "streamed_bytes": report.streamed_bytes_per_pass,
+            "weight_bytes": report.weight_bytes,
+            "resident_layers": sum(".layers." in key for key in session.plan.resident),
+            "ranges": reads,
+            "report": report.to_dict(),
+        }
+
+
+def raw(request: argparse.Namespace) -> dict[str, Any]:
+    """The best of one, two and four threads, since the disk's favourite depth is not ours to choose."""
+    reads = [tuple(item) for item in json.loads(Path(request.ranges).read_text())]
+    parts = [
+        (path, offset + start, min(8 * MIB, size - start)) for path, offset, size in reads for start in range(0, size, 8 * MIB)
+    ]
+    rates = {str(threads): read_all(parts, threads) for threads in (4, 2, 4, 8)}
+    return {"bytes_per_second": max(rates.values()), "by_threads": rates}
+
+
+def read_all(parts: list[tuple[Any, ...]], threads: int) -> float:
+    import mmap
+
+    local = threading.local()
+    descriptors = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in {part[0] for part in parts}}
+
+    def read(part: tuple[Any, ...]) -> int:
+        if not hasattr(local, "buffer"):
+            local.buffer = mmap.mmap(-1, 8 * MIB)
+        path, offset, size = part
+        return os.preadv(descriptors[path], [memoryview(local.buffer)[:size]], offset)
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(read, parts))
+    seconds = time.perf_counter() - begun
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+    return total / seconds
+
+
+def accelerate(request: argparse.Namespace) -> dict[str, Any]:
+    return {"token_seconds": token_seconds(_accelerated(request, request.resident), request.tokens)}
+
+
+def accelerate_all_disk(request: argparse.Namespace) -> dict[str, Any]:
+    return {"token_seconds": token_seconds(_accelerated(request, 0), request.tokens)}
+
+
+def _accelerated(request: argparse.Namespace, resident: int) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    layers = AutoConfig.from_pretrained(request.model).num_hidden_layers
+    places = {f"model.layers.{index}": "cpu" if index < resident else "disk" for index in range(layers)}
+    places |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:
+        return AutoModelForCausalLM.from_pretrained(request.model, device_map=places, offload_folder=folder, dtype="auto")
+
+
+def plain(request: argparse.Namespace) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    return {"token_seconds": token_seconds(AutoModelForCausalLM.from_pretrained(request.model, dtype="auto"), request.tokens)}
+
+
+def resident(request: argparse.Namespace) -> dict[str, Any]:
+    """With every parameter in aligned memory of its own; the time of one layer and of the head, too."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(request.model, dtype="auto")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    spans: dict[str, list[float]] = {"layer": [], "head": []}
+    for name, module in (("layer", model.model.layers[1]), ("head", model.lm_head)):
+        module.register_forward_pre_hook(lambda module, args, name=name: spans[name].append(-time.perf_counter()))
+        module.register_forward_hook(lambda module, args, output, name=name: spans[name].append(time.perf_counter()))
+    seconds = token_seconds(model, request.tokens)
+    each = {name: [sum(times[at : at + 2]) for at in range(2, len(times), 2)] for name, times in spans.items()}
+    return {"token_seconds": seconds, **{f"{name}_seconds": statistics.median(times) for name, times in each.items()}}
+
+
+def token_seconds(model: Any, tokens: int) -> list[float]:
+    """Seconds of each decode step."""
+    import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    moments: list[float] = []
+
+    class Stamp(BaseStreamer):
+        def put(self, value: Any) -> None:
+            moments.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    ids = torch.randint(3, 1000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=Stamp())
+    # The first moment is the prompt's, the second ends the prefill.
+    return [second - first for first, second in zip(moments[1:], moments[2:], strict=False)]
+
+
+WORKERS = {
+    "ours": ours,
+    "raw": raw,
+    "accelerate": accelerate,
+    "accelerate-all-disk": accelerate_all_disk,
+    "plain": plain,
+    "resident": resident,
+}
+
+
+def short(figures: dict[str, Any]) -> str:
+    if "failed" in figures:
+        return str(figures["failed"])
+    if "token_seconds" in figures:
+        return f"{statistics.median(figures['token_seconds']):.3f} s/token"
+    return f"{figures['bytes_per_second'] / 1e9:.2f} GB/s"
+
+
+def summarise(request: argparse.Namespace, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    def seconds(system: str) -> list[float]:
+        return [statistics.median(item[system]["token_seconds"]) for item in rounds if "token_seconds" in item[system]]
+
+    first = rounds[0]["ours"]
+    streamed, weights = first["streamed_bytes"], first["weight_bytes"]
+    ratios, bounds = [], []
+    for item in rounds:
+        compute = statistics.median(item["resident"]["token_seconds"])
+        fetch = streamed / item["raw"]["bytes_per_second"]
+        bound = 1.15 * max(fetch, compute) + item["resident"]["layer_seconds"] + item["resident"]["head_seconds"]
+        bounds.append(bound)
+        ratios.append(statistics.median(item["ours"]["token_seconds"]) / bound)
+    medians = {system: statistics.median(seconds(system)) for system in SYSTEMS if system != "raw" and seconds(system)}
+    best_accelerate = min((medians[name] for name in ("accelerate", "accelerate-all-disk") if name in medians), default=None)
+    summary = {
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
+        "request": {key: getattr(request, key) for key in ("size", "cpu_memory", "limit", "rounds", "tokens")},
+        "weight_bytes": weights,
+        "streamed_bytes": streamed,
+        "seconds_per_token": medians,
+        "raw_bytes_per_second": statistics.median(item["raw"]["bytes_per_second"] for item in rounds),
+        "ours_over_bound": statistics.median(ratios),
+        "bound_seconds": statistics.median(bounds),
+        "accelerate_over_ours": best_accelerate / medians["ours"] if best_accelerate else None,
+        "accelerate_bar": 0.85 * weights / streamed if streamed else None,
+        "peak_anonymous_bytes": max(item["ours"]["peak_anonymous_bytes"] for item in rounds),
+    }
+    return {"summary": summary, "rounds": rounds}
+
+
+if __name__ == "__main__":
+    main()
