@@ -1,5 +1,6 @@
 """`offload(...)`: the context manager. It owns the lifetime of everything that a session takes."""
 
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from offload.config import EXACTNESS, IDENTICAL, Budgets, process_bytes, resolve_budgets, resolve_device
+from offload.config import EXACTNESS, IDENTICAL, Budgets, Progress, process_bytes, resolve_budgets, resolve_device
 from offload.model.blocks import Unit, find_structure
 from offload.model.guise import Guise
 from offload.model.homes import FileMaps
@@ -23,12 +24,13 @@ from offload.runtime.executor import LayerExecutor
 from offload.runtime.hooks import ForwardWrap, Windows
 from offload.runtime.kv_reserve import KvReserve
 from offload.runtime.passes import ModelPass
-from offload.runtime.placement import Placement, Progress
+from offload.runtime.placement import Placement
 from scheduler.model_spec import Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
 from storage.blocks import Tier
 from storage.device import Device
+from storage.engines.gds import choose_engine
 from storage.engines.posix import PosixEngine
 from storage.errors import BudgetExceeded, BudgetTooSmall, ConfigError, SessionError, gib
 from storage.ledger import MemoryLedger
@@ -137,6 +139,7 @@ class Session:
         return Report(
             model=self._target if isinstance(self._target, str) else type(self.model).__name__,
             device=self._device.name,
+            engine=self._engine.name,
             exactness=IDENTICAL,
             parameters=self._parameters,
             weight_bytes=self._weight_bytes,
@@ -176,20 +179,20 @@ class Session:
 
     def _load(self, stack: ExitStack) -> LoadedModel:
         if isinstance(self._target, nn.Module):
+            self._sample = None
             self._budgets = self._resolve_budgets(_anonymous_bytes(self._target))
             return LoadedModel(self._target, {})
         options = dict(self._loading)
         folder = find_folder(self._target, options.pop("revision", None))
         loader = CheckpointLoader(folder, **options)
         self._budgets = self._resolve_budgets(0)
+        self._sample = max((item.range.path for item in loader.stored.values()), key=os.path.getsize, default=None)
         outline = loader.outline()
         # What cannot fit is refused before anything is loaded.
         decide(outline, self._budgets, self._workload(outline), loader.slot_bytes)
-        self._progress("opening", 0, 1)
-        loaded = loader.load(self._disk_dir)
+        loaded = loader.load(self._disk_dir, self._progress)
         for file in loaded.files:
             stack.callback(file.close)
-        self._progress("opening", 1, 1)
         return loaded
 
     def _resolve_budgets(self, held_bytes: int) -> Budgets:
@@ -212,7 +215,8 @@ class Session:
         self._copy_speed: float | None = None
         self._clock = PassClock(asynchronous=not self._device.host_memory)
         self._executor = LayerExecutor(self._device, self._clock)
-        self._engine = PosixEngine()
+        # On the CPU, reads go straight to where they are computed with: nothing to gain from kvikio.
+        self._engine = PosixEngine() if self._device.host_memory else choose_engine(self._sample)
         stack.callback(self._engine.close)
         self._link = Link("disk", _READ_THREADS)
         stack.callback(self._link.close)

@@ -7,8 +7,11 @@ from scheduler.plan import Plan
 from storage.blocks import BlockKey, align_up
 from storage.errors import BudgetTooSmall, gib
 
-_SLOT_COUNT = 3
-"""One in use, one that is ready, one being filled."""
+_SLOT_COUNT = 2
+"""One in use, one being filled: enough to keep the link busy as long as computing a block takes less than loading it."""
+
+_SPARE_SLOT_SHARE = 20
+"""One more, that is ready when a read takes longer than usual, where it takes at most this part of the room."""
 
 _STAGING_BUFFERS = 3
 """Between disk and a device with memory of its own: one being read, one being copied, one ready."""
@@ -104,9 +107,9 @@ def spread(layers: Sequence[PlacedBlock]) -> list[PlacedBlock]:
 
 
 def _wanted_slots(slot_bytes: int, least: int, room: int) -> int:
-    """Three slots keep the link busy through a jittery read; in a small budget two, and residents for the rest."""
-    wanted = _SLOT_COUNT if slot_bytes * 2 * _SLOT_COUNT <= room else _SLOT_COUNT - 1
-    return max(least, wanted)
+    """Memory is worth more as residency, which saves a transfer in every pass, than as a slot that only evens out jitter."""
+    spare = 1 if slot_bytes * _SPARE_SLOT_SHARE <= room else 0
+    return max(least, _SLOT_COUNT + spare)
 
 
 def _small_blocks(model: ModelSpec) -> set[BlockKey]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from offload.runtime.placement import Progress as ProgressCall
+from offload.config import Progress as ProgressCall
 
 
 def say(text: str) -> None:

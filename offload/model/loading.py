@@ -4,7 +4,7 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import core_model_loading as converters
 
+from offload.config import Progress
 from offload.model.blocks import Unit, estimated_slot_bytes
 from offload.model.homes import FileMaps
 from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of
@@ -128,13 +129,15 @@ class CheckpointLoader:
             return estimated_slot_bytes(unit)
         return plan_landing(same, BLOCK_ALIGNMENT_BYTES).slot_bytes
 
-    def load(self, disk_dir: str | None) -> LoadedModel:
+    def load(self, disk_dir: str | None, progress: Progress) -> LoadedModel:
         """The model with real parameters, each a view of a file.
 
         Args:
             disk_dir: keeps tensors that had to be converted, for the next time; None to convert every time.
+            progress: told of the conversion, which is all that takes long here.
         """
-        conversions = _Conversions(self._converted_key(), disk_dir)
+        total_bytes = sum(item.spec.nbytes for item in self.stored.values())
+        conversions = _Conversions(self._converted_key(), disk_dir, lambda done: progress("converting", done, total_bytes))
         with _loading, _threads_off(), _bar_off(), conversions:
             model = self._class().from_pretrained(
                 self.folder, config=self.config, dtype=self.dtype, trust_remote_code=self._trust, **self._options
@@ -234,11 +237,12 @@ class _Conversions:
     into the model in place of the others, and replaced by a view of the block file after loading.
     """
 
-    def __init__(self, key: str, disk_dir: str | None) -> None:
+    def __init__(self, key: str, disk_dir: str | None, progress: Callable[[int], None]) -> None:
         if disk_dir is not None:
             check_folder(disk_dir)
         self._key = key
         self._disk_dir = disk_dir
+        self._progress = progress
         self._kept = BlockFile.open(disk_dir, key) if disk_dir is not None else None
         self._writer: BlockFileWriter | None = None
         self._maps = FileMaps()
@@ -285,6 +289,7 @@ class _Conversions:
         stand_ins = {}
         for name, value in tensors.items():
             self._writer.add(name, value, layer_name)
+            self._progress(self._writer.nbytes)
             stand_ins[name] = torch.empty(1, dtype=value.dtype).expand(value.shape)
         return stand_ins
 

@@ -90,6 +90,7 @@ class Report:
 
     model: str
     device: str
+    engine: str
     exactness: str
     parameters: int
     weight_bytes: int

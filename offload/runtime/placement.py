@@ -3,13 +3,14 @@
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import psutil
 import torch
 from torch import nn
 
+from offload.config import Progress
 from offload.model.blocks import Structure, Unit, estimated_slot_bytes
 from offload.model.homes import FileMaps, ParameterHome
 from offload.runtime.weights import (
@@ -33,9 +34,6 @@ from storage.ledger import MemoryLedger
 from storage.probe import copy_bytes_per_second
 from storage.reader import DiskReader
 from storage.staging import StagedReader
-
-Progress = Callable[[str, int, int], None]
-"""Told (what, done bytes, total bytes) during long steps."""
 
 
 class Placement:

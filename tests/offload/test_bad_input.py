@@ -229,7 +229,7 @@ def test_too_little_disk_is_told_before_writing(tmp_path, monkeypatch):
     budget = tight(model)
     real = os.statvfs(tmp_path)
     monkeypatch.setattr(os, "statvfs", lambda path: type("Full", (), {"f_bavail": 1, "f_frsize": real.f_frsize}))
-    with pytest.raises(DiskFull, match="has 4.0 KiB free"):
+    with pytest.raises(DiskFull, match=r"has 4\.0 KiB free"):
         enter(model, cpu_memory=budget, batch_size=2, max_tokens=16, disk_dir=tmp_path)
 
 

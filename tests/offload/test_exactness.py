@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from offload import offload
 from offload.runtime import weights
 from scheduler.model_spec import ModelSpec
-from tests.architectures import ARCHITECTURES, BY_NAME, VOCAB, Architecture, make, oracle_of, text_inputs, tokens
+from tests.architectures import ARCHITECTURES, BY_NAME, VOCAB, Architecture, make, oracle_of, text_inputs
 from tests.budgets import ALL, NONE, SOME, SPLIT, budget_for, enter, spec_of
 from tests.poison import DiskMeter, poison_homes
 
@@ -209,26 +209,3 @@ def test_these_tests_fail_when_nothing_is_loaded(folders, monkeypatch):
         with offload(folder, device="cpu", cpu_memory=budget, batch_size=BATCH, max_tokens=MAX_TOKENS) as session:
             assert poison_homes(session)
             assert run("forward", "llama", session.model)[0].isnan().all()
-
-
-def test_addresses_change_bits_and_slots_are_aligned(folders):
-    """The address effect: the same weights at an address that is 8 mod 16 may give other bits; ours never lie there."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(512, 512, generator=generator)
-    vectors = torch.randn(200, 512, generator=generator)
-    shifted = torch.empty(weight.numel() + 64)
-    offset = next(count for count in range(64) if (shifted.data_ptr() + 4 * count) % 16 == 8)
-    there = shifted[offset : offset + weight.numel()].view_as(weight).copy_(weight)
-    exact = vectors.double() @ weight.double().T
-    for product in (vectors @ weight.T, vectors @ there.T, (weight @ vectors[0])[None], (there @ vectors[0])[None]):
-        assert torch.allclose(product.double(), exact[: len(product)], atol=1e-3)
-    folder, spec = folders("llama", False, torch.float32)
-    budget = budget_for(spec, NONE, BATCH, MAX_TOKENS)
-    seen = []
-    with offload(folder, device="cpu", cpu_memory=budget, batch_size=BATCH, max_tokens=MAX_TOKENS) as session:
-        for layer in session.model.model.layers:
-            layer.register_forward_pre_hook(lambda module, args: None)
-            inner = layer.mlp.down_proj
-            inner.register_forward_pre_hook(lambda module, args: seen.append(module.weight.data_ptr() % 256))
-        session.model(input_ids=tokens())
-    assert seen == [0] * len(session.model.model.layers)

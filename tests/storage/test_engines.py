@@ -1,11 +1,14 @@
 """One suite that every read engine passes."""
 
 import os
+import sys
+import types
 
 import numpy
 import pytest
 
 from storage.arena import HostBuffer
+from storage.engines.gds import KvikioEngine, choose_engine
 from storage.engines.posix import PosixEngine
 from storage.errors import CheckpointChanged, ReadError
 
@@ -20,9 +23,32 @@ def content(tmp_path):
     return str(path), data
 
 
-@pytest.fixture(params=["direct", "buffered"])
-def engine(request):
-    engine = PosixEngine(direct=request.param == "direct")
+class FakeFile:
+    """kvikio's file object, as far as it is used, without a CUDA driver."""
+
+    def __init__(self, path, flags):
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def pread(self, target, size, file_offset):
+        done = os.preadv(self._descriptor, [memoryview(target)[:size]], file_offset)
+        return types.SimpleNamespace(get=lambda: done)
+
+    def close(self):
+        os.close(self._descriptor)
+
+
+class FileWithoutDriver(FakeFile):
+    def pread(self, target, size, file_offset):
+        raise RuntimeError("cuInit failed: no driver")
+
+
+@pytest.fixture(params=["direct", "buffered", "kvikio"])
+def engine(request, monkeypatch):
+    if request.param == "kvikio":
+        monkeypatch.setitem(sys.modules, "kvikio", types.SimpleNamespace(CuFile=FakeFile))
+        engine = KvikioEngine()
+    else:
+        engine = PosixEngine(direct=request.param == "direct")
     yield engine
     engine.close()
 
@@ -89,6 +115,35 @@ def test_where_direct_reads_are_refused_buffered_ones_are_named(content, monkeyp
     engine.read(path, 0, buffer.memory, engine.unit_bytes)
     assert bytes(buffer.memory) == data[: engine.unit_bytes]
     assert "refuses O_DIRECT" in engine.fallbacks[0]
+    engine.close()
+
+
+@pytest.fixture
+def sample(tmp_path):
+    path = tmp_path / "sample"
+    path.write_bytes(bytes(64 << 20))
+    return str(path)
+
+
+def test_kvikio_is_used_only_where_it_is_faster(sample, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kvikio", types.SimpleNamespace(CuFile=FakeFile))
+    for rates, name in (((2.0, 1.0), "kvikio"), ((1.0, 2.0), "posix")):
+        speeds = dict(zip(("kvikio", "posix"), rates, strict=True))
+        monkeypatch.setattr("storage.engines.gds._bytes_per_second", lambda engine, path, speeds=speeds: speeds[engine.name])
+        engine = choose_engine(sample)
+        assert (engine.name, engine.fallbacks) == (name, [])
+        engine.close()
+
+
+def test_without_kvikio_or_its_driver_reads_are_posix(sample, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kvikio", None)
+    engine = choose_engine(sample)
+    assert (engine.name, engine.fallbacks) == ("posix", [])
+    engine.close()
+    monkeypatch.setitem(sys.modules, "kvikio", types.SimpleNamespace(CuFile=FileWithoutDriver))
+    engine = choose_engine(sample)
+    assert engine.name == "posix"
+    assert "no driver" in engine.fallbacks[0]
     engine.close()
 
 

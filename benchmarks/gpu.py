@@ -1,0 +1,73 @@
+"""Claim: on a CUDA card, decode runs at the speed of the link that the weights cross.
+
+Weights in page-locked CPU memory against the measured host-to-device bandwidth; weights on disk against the measured disk. One
+JSON object with medians over the rounds.
+
+    python -m benchmarks.gpu --size 8GB --rounds 5 --out benchmarks/results/gpu.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.memory_group import evict
+from benchmarks.stream import token_seconds
+from offload import offload
+from offload.config import parse_bytes
+from offload.synth import synthesize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="8GB")
+    parser.add_argument("--gpu-memory", default="2GiB")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=10)
+    parser.add_argument("--folder", help="where to make the checkpoint; by default a temporary folder")
+    parser.add_argument("--out")
+    request = parser.parse_args()
+    size = parse_bytes(request.size)
+    assert size is not None
+    with tempfile.TemporaryDirectory(dir=request.folder) as scratch:
+        model = f"{scratch}/model"
+        synthesize(model, size)
+        rounds = [{case: measure(model, request, cpu) for case, cpu in CASES.items()} for _ in range(request.rounds)]
+    summary: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(),
+        "machine": {"system": platform.platform(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "request": vars(request),
+    }
+    for case in CASES:
+        for figure in ("seconds_per_token", "link_share"):
+            summary[f"{case}.{figure}"] = statistics.median(item[case][figure] for item in rounds)
+    print(json.dumps(summary, indent=2))
+    if request.out:
+        Path(request.out).write_text(json.dumps({"summary": summary, "rounds": rounds}, indent=2) + "\n")
+
+
+CASES = {"from CPU memory": "64GiB", "from disk": "1500MiB"}
+
+
+def measure(model: str, request: argparse.Namespace, cpu_memory: str) -> dict[str, Any]:
+    """Decode speed, and the share of the slowest link's bandwidth that it reaches by wall time."""
+    evict(model)
+    with offload(model, device="cuda", gpu_memory=request.gpu_memory, cpu_memory=cpu_memory, max_tokens=64) as session:
+        seconds = statistics.median(token_seconds(session.model, request.tokens))
+        report = session.report()
+    link = report.links["disk" if report.blocks["streamed_from_disk"] else "h2d"]
+    reached = report.streamed_bytes_per_pass / seconds
+    return {
+        "seconds_per_token": seconds,
+        "link_share": reached / (link.measured_bytes_per_second or float("nan")),
+        "report": report.to_dict(),
+    }
+
+
+if __name__ == "__main__":
+    main()

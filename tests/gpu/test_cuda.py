@@ -1,0 +1,176 @@
+"""On a CUDA card: exactness, overlap, slot safety under delayed copies, peak memory. Run: python -m pytest tests/gpu -m gpu"""
+
+import pytest
+import torch
+
+from offload import StaleSlot, offload
+from offload.synth import synthesize
+from tests.architectures import BY_NAME, make, tokens
+from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
+from tests.storage.test_devices import DeviceContract
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"),
+]
+
+BATCH, MAX_TOKENS = 4, 24
+HOST = {"from disk": 2, "from CPU memory": 1000}
+
+
+class TestCuda(DeviceContract):
+    @pytest.fixture
+    def device(self):
+        from storage.cuda import CudaDevice
+
+        return CudaDevice(0)
+
+    def test_page_locking_takes_the_exact_size_and_gives_it_back(self, device):
+        from storage.arena import HostBuffer
+
+        for _ in range(3):
+            buffer = HostBuffer(5 << 20)
+            assert device.lock_pages(buffer)
+            assert buffer.tensor.is_pinned()
+            device.unlock_pages(buffer)
+            assert not buffer.tensor.is_pinned()
+
+    def test_a_refused_lock_leaves_no_error_behind(self, device):
+        from storage.arena import HostBuffer
+
+        buffer = HostBuffer(1 << 20)
+        assert device.lock_pages(buffer)
+        assert not device.lock_pages(buffer)
+        assert int(torch.ones(3, device=device.torch_device).sum()) == 3
+        device.unlock_pages(buffer)
+
+
+def on_card(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.cuda()
+    for buffer in model.buffers():
+        buffer.data = buffer.data.cuda()
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folders = {}
+
+    def save(name, dtype):
+        if (name, dtype) not in folders:
+            path = tmp_path_factory.mktemp(name)
+            make(name, True, dtype).save_pretrained(path)
+            folders[name, dtype] = str(path), spec_of(str(path))
+        folder, spec = folders[name, dtype]
+        return folder, on_card(make(name, True, dtype)), spec
+
+    return save
+
+
+@pytest.mark.parametrize("host", list(HOST))
+@pytest.mark.parametrize("residency", [NONE, SOME, ALL])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "mixtral", "t5", "bert", "clip"])
+def test_identical(name, dtype, residency, host, saved, tmp_path):
+    folder, plain, spec = saved(name, dtype)
+    budget = budget_for(spec, residency, BATCH, MAX_TOKENS) + 65_536
+    cpu = int(HOST[host] * max(block.slot_bytes for block in spec.blocks))
+    inputs = BY_NAME[name].inputs()
+    on_device = {key: value.cuda() for key, value in inputs.items()}
+    options = {"batch_size": BATCH, "max_tokens": MAX_TOKENS, "disk_dir": tmp_path}
+    with offload(folder, device="cuda", gpu_memory=budget, cpu_memory=cpu, **options) as session, torch.inference_mode():
+        assert session.model.device.type == "cuda"
+        for _ in range(3):
+            for given in (inputs, on_device):
+                got, wanted = session.model(**given), plain(**on_device)
+                for mine, theirs in zip(got.to_tuple(), wanted.to_tuple(), strict=True):
+                    if isinstance(mine, torch.Tensor):
+                        assert torch.equal(mine, theirs)
+        if BY_NAME[name].generates:
+            ids = tokens().cuda()
+            for kwargs in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+                wanted = plain.generate(ids, max_new_tokens=6, do_sample=False, disable_compile=True, **kwargs)
+                assert torch.equal(session.model.generate(ids, max_new_tokens=6, do_sample=False, **kwargs), wanted)
+
+
+@pytest.mark.parametrize("slow", ["copies", "compute"])
+def test_slots_are_safe_when_one_side_is_slow(slow, saved, monkeypatch):
+    """Copies that start late, or compute that ends late, with slots that hold NaN before a copy arrives."""
+    from storage.cuda import CudaDevice
+
+    real = CudaDevice.copy_in
+    cycles = 20_000_000
+
+    def delayed(self, target, source, after):
+        with torch.cuda.stream(self._copies):
+            if after is not None:
+                self._copies.wait_event(after)
+            target.view(-1).view(torch.uint8).fill_(0xFF)
+            if slow == "copies":
+                torch.cuda._sleep(cycles)
+        return real(self, target, source, after)
+
+    monkeypatch.setattr(CudaDevice, "copy_in", delayed)
+    folder, plain, spec = saved("llama", torch.float32)
+    budget = budget_for(spec, NONE, BATCH, MAX_TOKENS) + 65_536
+    with offload(
+        folder, device="cuda", gpu_memory=budget, cpu_memory="1GiB", max_tokens=MAX_TOKENS, batch_size=BATCH
+    ) as session:
+        if slow == "compute":
+            for layer in session.model.model.layers:
+                layer.mlp.register_forward_pre_hook(lambda module, args: torch.cuda._sleep(cycles))
+        with torch.inference_mode():
+            for _ in range(4):
+                assert torch.equal(session.model(tokens().cuda()).logits, plain(tokens().cuda()).logits)
+
+
+def test_backward_raises(saved):
+    folder, _, spec = saved("llama", torch.float32)
+    budget = budget_for(spec, NONE, BATCH, MAX_TOKENS) + 65_536
+    with offload(
+        folder, device="cuda", gpu_memory=budget, cpu_memory="1GiB", max_tokens=MAX_TOKENS, batch_size=BATCH
+    ) as session:
+        loss = session.model(tokens().cuda(), labels=tokens().cuda()).loss
+        with pytest.raises(StaleSlot):
+            loss.backward()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large") / "model"
+    synthesize(str(folder), 4_000_000_000)
+    return str(folder)
+
+
+def test_copies_run_while_the_card_computes(large):
+    """In a long prefill the link and the compute are busy at the same time: together longer than the wall."""
+    with (
+        torch.inference_mode(),
+        offload(large, device="cuda", gpu_memory="2GiB", cpu_memory="16GiB", max_tokens=2048) as session,
+    ):
+        assert session.plan.streamed
+        assert not [sentence for sentence in session.report().fallbacks if "page-locked" in sentence]
+        ids = torch.randint(3, 1000, (1, 2040)).cuda()
+        session.model(ids, logits_to_keep=1)
+        before = session.report()
+        session.model(ids, logits_to_keep=1)
+        after = session.report()
+        copying = after.links["h2d"].seconds - before.links["h2d"].seconds
+        wall = after.prefill.seconds - before.prefill.seconds
+        stalled = sum(after.prefill.wait_seconds.values()) - sum(before.prefill.wait_seconds.values())
+        assert copying > 0
+        assert (wall - stalled) + copying > 1.1 * wall, "the link and the card took turns"
+
+
+def test_peak_device_memory_is_within_the_budget(large):
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    with (
+        torch.inference_mode(),
+        offload(large, device="cuda", gpu_memory="2GiB", cpu_memory="16GiB", max_tokens=256) as session,
+    ):
+        session.model.generate(torch.randint(3, 1000, (1, 200)), max_new_tokens=20, do_sample=False)
+        assert session._device.peak_bytes() - base <= 2 << 30
+    assert torch.cuda.memory_allocated() <= base + (8 << 20)

@@ -1,0 +1,96 @@
+"""What the documents say is what is there."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if not path.name.startswith("train_"))
+
+
+def run(command, folder, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(example, tmp_path):
+    assert run([sys.executable, str(example)], tmp_path).strip()
+
+
+def test_the_example_with_your_own_module_is_identical(tmp_path):
+    out = run([sys.executable, str(ROOT / "examples/offload_your_own_module.py")], tmp_path)
+    assert "identical: True and afterwards: True" in out
+    assert "streamed from disk" in out
+
+
+def _commands():
+    commands = [line for line in README.splitlines() if re.match(r"(echo .*\| )?offload (generate|synth) ", line)]
+    assert len(commands) >= 4
+    return [line.split("  #")[0].rstrip() for line in commands]
+
+
+@pytest.mark.parametrize("line", _commands())
+def test_the_commands_of_the_readme_run(line, tmp_path):
+    """As written, but for what a test cannot have: a model on the hub, a GPU, gigabytes, a folder of its own."""
+    (tmp_path / "questions.jsonl").write_text('"Who was"\n{"prompt": "And the"}\n')
+    line = line.replace("org/model", "demo").replace("--gpu-memory 8GiB --cpu-memory 24GiB", "--device cpu --cpu-memory 24GiB")
+    line = line.replace("/tmp/model", shlex.quote(str(tmp_path / "model"))).replace(
+        "4GiB", "40MiB" if "synth" in line else "24GiB"
+    )
+    line = re.sub(r"\boffload (?=generate|synth)", f"{sys.executable} -m offload.cli.main ", line)
+    line = line.replace(" demo ", " demo --max-new-tokens 5 ")
+    run(["bash", "-o", "pipefail", "-c", line], tmp_path)
+    if "answers.json" in line:
+        assert len(json.loads((tmp_path / "answers.json").read_text())["completions"]) == 2
+    if "report.json" in line:
+        assert json.loads((tmp_path / "report.json").read_text())["exactness"] == "identical"
+
+
+def test_the_readme_names_the_two_commands():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in ("demo", "test"):
+        assert f"make {target}" in README
+        assert target in targets
+
+
+def test_every_key_of_the_report_is_documented():
+    from offload import offload
+
+    text = (ROOT / "docs/report.md").read_text()
+    with offload("demo", device="cpu", cpu_memory="8MiB", max_tokens=32) as session:
+        report = session.report().to_dict()
+    for key in report:
+        assert f"`{key}" in text or f", `{key}`" in text, key
+    for wanted in ("budget_bytes", "peak_bytes"):
+        assert all(wanted in tier for tier in report["tiers"].values())
+    assert set(report["tiers"]) == {"gpu", "cpu", "nvme"}
+    for wanted in ("bytes", "seconds", "bytes_per_second"):
+        assert wanted in report["links"]["disk"]
+    assert "seconds" in report["prefill"]
+    assert "seconds_per_token" in report["decode"]
+    assert {"exactness", "process_bytes", "peak_rss_bytes", "fallbacks"} <= set(report)
+
+
+def test_links_in_documents_lead_somewhere():
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            base = document.parent / target
+            assert base.exists() or (base.with_suffix(".md")).exists(), f"{document.name}: {target}"
+
+
+def test_the_demo_model_is_small():
+    size = sum(path.stat().st_size for path in (ROOT / "offload/demo").iterdir() if path.suffix == ".safetensors")
+    assert size <= 12_000_000
+    config = json.loads((ROOT / "offload/demo/config.json").read_text())
+    assert 6 <= config["num_hidden_layers"] <= 8
+    assert config["dtype"] == "bfloat16"
