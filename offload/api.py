@@ -121,6 +121,7 @@ class Session:
         self._loading = loading
         self._stack: ExitStack | None = None
         self._fallbacks: list[str] = []
+        self._inside = False
 
     def __enter__(self) -> "Session":
         if self._stack is not None:
@@ -128,11 +129,15 @@ class Session:
         with ExitStack() as stack:
             self._begin(stack)
             self._stack = stack.pop_all()
+        self._inside = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._stack is not None
-        self._stack.close()
+        # A pass that another thread is in the middle of is waited for.
+        with self._executor.lock:
+            self._inside = False
+            self._stack.close()
 
     def report(self) -> Report:
         """What was moved and how fast, so far. Measures the disk for a moment."""
@@ -157,8 +162,16 @@ class Session:
             **phase_uses(self._clock.phases),
             process_bytes=self._process_bytes,
             peak_device_bytes=self._device.peak_bytes(),
-            fallbacks=list(dict.fromkeys((*self._fallbacks, *self._placement.fallbacks, *self._engine.fallbacks))),
+            fallbacks=self._all_fallbacks(),
         )
+
+    def _all_fallbacks(self) -> list[str]:
+        whole = [
+            f"{table.key} is used otherwise than by looking rows up, so it is read as a whole each time"
+            for table in self._placement.tables.values()
+            if table.was_read_whole
+        ]
+        return list(dict.fromkeys((*self._fallbacks, *whole, *self._placement.fallbacks, *self._engine.fallbacks)))
 
     def _begin(self, stack: ExitStack) -> None:
         self._process_bytes = process_bytes()
@@ -331,7 +344,9 @@ class Session:
         return uses
 
     def _disk_speed(self) -> float | None:
-        """What the disk gives right now, where what was streamed is enough to compare with."""
+        """What the disk gives right now, where what was streamed is enough to compare with; not after the session."""
+        if not self._inside:
+            return None
         span = min(_PROBE_BYTES, int(self._link.bytes_moved * _PROBE_SHARE))
         return self._reader.measure(span)
 

@@ -43,6 +43,7 @@ class ModelSpec:
         windows: the sets of blocks that are in use at the same moment.
         pinned_bytes: buffers, and parameters that no block holds; they always stay on the device.
         kv_bytes_per_token: of one sequence; 0 if the model keeps no KV cache or its config does not tell.
+        state_bytes_per_sequence: of state-space and linear-attention layers, whatever the sequence's length.
         activation_bytes_per_token: the largest block's temporaries, for each token of a pass.
         logits_bytes_per_sequence: what the head and the sampling hold, for each sequence of a pass.
     """
@@ -51,6 +52,7 @@ class ModelSpec:
     windows: tuple[tuple[BlockKey, ...], ...]
     pinned_bytes: int = 0
     kv_bytes_per_token: int = 0
+    state_bytes_per_sequence: int = 0
     activation_bytes_per_token: int = 0
     logits_bytes_per_sequence: int = 0
 
@@ -76,7 +78,8 @@ class Workload:
     least_kv_bytes: int = 0
 
     def kv_bytes(self, model: ModelSpec) -> int:
-        return max(self.least_kv_bytes, self.batch_size * self.total_tokens * model.kv_bytes_per_token)
+        sequence_bytes = model.state_bytes_per_sequence + self.total_tokens * model.kv_bytes_per_token
+        return max(self.least_kv_bytes, self.batch_size * sequence_bytes)
 
     def activation_bytes(self, model: ModelSpec) -> int:
         tokens = self.batch_size * self.pass_tokens

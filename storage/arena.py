@@ -1,5 +1,6 @@
 """Host memory for weights: aligned, prefaulted, given back exactly."""
 
+import ctypes
 import mmap
 
 import torch
@@ -35,6 +36,17 @@ class HostBuffer:
         """uint8 [nbytes] over this memory whose storage is just those bytes, so that saving it writes no more."""
         with torch.inference_mode(False):
             return torch.frombuffer(self.memory[offset : offset + nbytes], dtype=torch.uint8)
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what was freed and malloc still keeps.
+
+    Large aligned tensors that come and go fragment its heap: a hole is some bytes too small for the next one of the same
+    size, and the process grows by a tensor each time.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc only
+        trim(0)
 
 
 def _advise(memory: mmap.mmap, advice: int | None) -> None:

@@ -126,7 +126,37 @@ ARCHITECTURES = [
     Architecture("llava", _llava, _llava_inputs, True, (False,)),
 ]  # fmt: skip
 
-BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+# Not called as often: what is special about them is tested in tests/offload/test_special_models.py.
+_SPECIAL_TEXT = _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_MAMBA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "state_size": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_WHISPER = {"vocab_size": VOCAB, "d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 20,
+            "max_target_positions": 64, "decoder_start_token_id": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+
+def _sound() -> dict[str, torch.Tensor]:
+    return {
+        "input_features": torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(7)),
+        "decoder_input_ids": tokens(2, 4),
+    }
+
+
+SPECIAL = [
+    Architecture("mamba", lambda tied: hf.MambaForCausalLM(hf.MambaConfig(**_MAMBA)), lambda: {"input_ids": tokens()}, True),
+    _decoder("gpt_oss", hf.GptOssConfig, hf.GptOssForCausalLM, **_MIXTRAL),
+    _decoder("qwen3_moe", hf.Qwen3MoeConfig, hf.Qwen3MoeForCausalLM, **_SPECIAL_TEXT),
+    Architecture("whisper", lambda tied: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**_WHISPER)), _sound, True),
+]
+
+BY_NAME = {architecture.name: architecture for architecture in (*ARCHITECTURES, *SPECIAL)}
 
 
 def make(name: str, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

@@ -19,6 +19,7 @@ from transformers import core_model_loading as converters
 from offload.config import Progress
 from offload.model.blocks import Unit, estimated_slot_bytes
 from offload.model.homes import FileMaps
+from storage.arena import release_freed_memory
 from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, FileRange
 from storage.checkpoint import identity, read_checkpoint, weight_files
@@ -274,6 +275,8 @@ class _Conversions:
             if self._kept is not None and layer_name in self._kept.groups:
                 mapping.collected_tensors.clear()
                 return {name: self._kept.view(name) for name in self._kept.groups[layer_name]}
+            # What the conversion before this one needed.
+            release_freed_memory()
             return self._spilled(layer_name, original(mapping, layer_name, *args, **kwargs), kwargs.get("model"))
 
         return convert

@@ -35,6 +35,7 @@ def model_spec(model: nn.Module, structure: Structure, slot_bytes: Callable[[Uni
         windows=tuple(tuple(key for key in unit.uses if key in owned) for unit in structure.units if not unit.gathers),
         pinned_bytes=sum(value.nbytes for value in (*structure.pinned.values(), *model.buffers())),
         kv_bytes_per_token=kv_bytes_per_token(config, element_bytes) if _generates(model) else 0,
+        state_bytes_per_sequence=state_bytes_per_sequence(config) if _generates(model) else 0,
         activation_bytes_per_token=_activation_bytes(config, element_bytes),
         logits_bytes_per_sequence=_LOGITS_BYTES_EACH * int(getattr(_text_config(config), "vocab_size", 0) or 0),
     )
@@ -56,6 +57,19 @@ def kv_bytes_per_token(config: Any, element_bytes: int) -> int:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     attentions = 2 if getattr(config, "is_encoder_decoder", False) else 1
     return int(attentions * layers * kv_heads * (key_dim + value_dim) * element_bytes)
+
+
+def state_bytes_per_sequence(config: Any) -> int:
+    """What state-space (Mamba) and linear-attention layers keep of a sequence, in fp32; every layer is counted as one."""
+    text = _text_config(config)
+    layers, hidden = getattr(text, "num_hidden_layers", None) or 0, getattr(text, "hidden_size", None) or 0
+    state = getattr(text, "state_size", None) or getattr(text, "mamba_d_state", None) or 0
+    kernel = getattr(text, "conv_kernel", None) or getattr(text, "mamba_d_conv", None) or 4
+    width = hidden * (getattr(text, "expand", None) or getattr(text, "mamba_expand", None) or 2)
+    heads = getattr(text, "linear_num_value_heads", None) or 0
+    key_dim, value_dim = getattr(text, "linear_key_head_dim", None) or 0, getattr(text, "linear_value_head_dim", None) or 0
+    elements = (width * (state + kernel) if state else 0) + heads * (key_dim * value_dim + kernel * (2 * key_dim + value_dim))
+    return int(4 * layers * elements)
 
 
 def longest_sequence(config: Any) -> int | None:

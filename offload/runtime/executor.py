@@ -38,6 +38,10 @@ class LayerExecutor:
         self._last_use: dict[int, tuple[int, Event]] = {}
         self._regions: dict[tuple[int, int], SlotRegion] = {}
 
+    @property
+    def device(self) -> torch.device:
+        return self._device.torch_device
+
     def arrange(self, slot_bytes: int, slot_count: int, blocks: Sequence[StreamedBlock]) -> None:
         """Take new slots for these blocks, and give the old ones back first. No window may be open.
 

@@ -79,7 +79,7 @@ class UnitWindow:
             with self._executor.lock:
                 table = self._tables.get(self._unit.uses[0]) if self._unit.gathers else None
                 if table is not None:
-                    with _RowFetching(table):
+                    with _RowFetching(table, self._executor.device):
                         return forward(*args, **kwargs)
                 return self._run(forward, args, kwargs)
 
@@ -137,30 +137,50 @@ def _unpack(saved: Any) -> torch.Tensor:
 class _RowFetching(TorchFunctionMode):
     """While an embedding's forward runs, its look-ups are answered by the rows themselves.
 
-    A forward that reads the weight in another way computes with the home, which has the same values.
+    A forward that computes with the weight in another way (slices it, say) gets the whole table.
     """
 
-    def __init__(self, table: GatheredTable) -> None:
+    def __init__(self, table: GatheredTable, device: torch.device) -> None:
         super().__init__()
         self._table = table
+        self._device = device
+        self._whole: torch.Tensor | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is nn.functional.embedding:
             indices, weight = args[0], args[1]
             if weight is self._table.homes[0].parameter:
-                if torch.is_grad_enabled() and weight.requires_grad:
-                    return _NoBackward.apply(weight, self._table, indices)
-                return self._table.rows(indices)
-        return function(*args, **(kwargs or {}))
+                return self._guarded(weight, lambda: self._table.rows(indices))
+        if getattr(function, "__name__", "") == "__get__":
+            return function(*args, **(kwargs or {}))
+        return function(*self._filled(args), **self._filled(kwargs or {}))
+
+    def _guarded(self, weight: torch.Tensor, fetch: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if torch.is_grad_enabled() and weight.requires_grad:
+            fetched: torch.Tensor = _NoBackward.apply(weight, self._table.key, fetch)
+            return fetched
+        return fetch()
+
+    def _filled(self, value: Any) -> Any:
+        """The arguments, with the table itself in place of its parameter."""
+        if value is self._table.homes[0].parameter:
+            if self._whole is None:
+                self._whole = self._guarded(value, lambda: self._table.whole(self._device))
+            return self._whole
+        if type(value) in (tuple, list):
+            return type(value)(self._filled(item) for item in value)
+        if type(value) is dict:
+            return {name: self._filled(item) for name, item in value.items()}
+        return value
 
 
 class _NoBackward(torch.autograd.Function):
-    """Rows that a backward pass stops at, instead of silently giving the table no gradient."""
+    """Values of a table that a backward pass stops at, instead of silently giving the table no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, table: GatheredTable, indices: torch.Tensor) -> torch.Tensor:
-        ctx.key = table.key
-        return table.rows(indices)
+    def forward(ctx: Any, weight: torch.Tensor, key: BlockKey, fetch: Callable[[], torch.Tensor]) -> torch.Tensor:
+        ctx.key = key
+        return fetch()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -29,7 +29,7 @@ class KvReserve:
         self._spec = spec
         self._grow = grow
         self._budget_bytes = budget_bytes
-        self._bytes_per_token = 0.0
+        self._bytes_per_token: float | None = None
 
     def prepare(self, cache: Any, batch_size: int, tokens: int) -> None:
         """A pass begins.
@@ -60,7 +60,9 @@ class KvReserve:
     def observe(self, cache: Any, before_bytes: int, tokens: int) -> None:
         """A pass is over that added `tokens` positions to what took `before_bytes`."""
         now = cache_bytes(cache)
-        self._bytes_per_token = max(0, now - before_bytes) / max(tokens, 1)
+        if before_bytes:
+            # Of the first pass it cannot be told what grows with the tokens and what is there at once.
+            self._bytes_per_token = max(0, now - before_bytes) / max(tokens, 1)
         self.peak_bytes = max(self.peak_bytes, now)
 
     def _try(self, wanted: Workload, least: Workload) -> None:
@@ -72,10 +74,13 @@ class KvReserve:
             self.workload = least
 
     def _expected_bytes(self, cache: Any, batch_size: int, tokens: int) -> int:
-        held = cache_bytes(cache)
-        if held:
-            return held + int(self._bytes_per_token * tokens)
-        return batch_size * max(tokens, _fixed_length(cache)) * self._spec.kv_bytes_per_token
+        held, fixed = cache_bytes(cache), _fixed_length(cache)
+        if not held:
+            return Workload(batch_size, max(tokens, fixed), tokens).kv_bytes(self._spec)
+        if fixed:
+            return held
+        learned = self._bytes_per_token
+        return held + int(tokens * (batch_size * self._spec.kv_bytes_per_token if learned is None else learned))
 
 
 def cache_bytes(cache: Any) -> int:
@@ -93,10 +98,13 @@ def cache_bytes(cache: Any) -> int:
     return sum(cache_bytes(part) for part in parts if part is not None)
 
 
-def cached_tokens(cache: Any) -> int:
-    """Positions of one sequence that a transformers cache holds; 0 if it does not tell."""
+def cached_tokens(cache: Any) -> int | None:
+    """Positions of one sequence that a transformers cache holds; None if it does not tell (a state-space model's)."""
     length = getattr(cache, "get_seq_length", None)
-    return int(length()) if callable(length) else 0
+    try:
+        return int(length()) if callable(length) else None
+    except ValueError:
+        return None
 
 
 def _fixed_length(cache: Any) -> int:

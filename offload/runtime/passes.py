@@ -53,7 +53,9 @@ class ModelPass:
         batch_size, tokens = _shape_of(args, kwargs)
         held, length = cache_bytes(cache), cached_tokens(cache)
         self._reserve.prepare(cache, batch_size, tokens)
-        self._clock.begin_pass(DECODE if length else PREFILL, tokens, batch_size, length)
+        # A cache that was made in advance holds bytes and no tokens.
+        decodes = bool(length) if length is not None else bool(held)
+        self._clock.begin_pass(DECODE if decodes else PREFILL, tokens, batch_size, length or 0)
         stalled = self._device.stall_seconds()
         try:
             output = forward(*args, **kwargs)

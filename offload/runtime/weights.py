@@ -233,6 +233,7 @@ class GatheredTable:
     def __init__(self, key: BlockKey, home: ParameterHome, reader: DiskReader | None, source: FileRange | None) -> None:
         self.key = key
         self.homes = [home]
+        self.was_read_whole = False
         self._reader, self._source = reader, source
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
@@ -250,8 +251,20 @@ class GatheredTable:
             rows = self._read(unique.cpu(), home.tensor)
         return rows.to(indices.device)[places]
 
+    def whole(self, device: torch.device) -> torch.Tensor:
+        """The whole table, for a forward that does otherwise than look rows up."""
+        home = self.homes[0]
+        home.notice_changes()
+        self.was_read_whole = True
+        if self._reader is None or self._source is None or home.modified:
+            return home.tensor.to(device)
+        table = torch.empty(home.tensor.shape, dtype=home.tensor.dtype)
+        self._reader.read_rows(self._source, [0], table.nbytes, table)
+        return table.to(device)
+
     def _read(self, unique: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        assert self._reader is not None and self._source is not None
+        assert self._reader is not None
+        assert self._source is not None
         rows = torch.empty((len(unique), table.shape[1]), dtype=table.dtype)
         width = table.shape[1] * table.element_size()
         self._reader.read_rows(self._source, unique.tolist(), width, rows)

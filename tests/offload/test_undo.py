@@ -335,3 +335,13 @@ def test_parameters_read_without_their_module_being_called():
         assert session.plan.streamed
         poison_homes(session)
         assert torch.equal(model(inputs), twin(inputs))
+
+
+def test_the_report_can_be_read_after_the_context():
+    model = make("llama", True)
+    with opened(model, NONE) as session:
+        model(input_ids=tokens())
+    report = session.report()
+    assert report.links["disk"].bytes > 0
+    assert report.tiers["cpu"].used_bytes == 0
+    assert "exactness identical" in str(report)

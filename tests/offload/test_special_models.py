@@ -1,0 +1,58 @@
+"""Models that do something out of the ordinary with their weights or their cache."""
+
+import pytest
+import torch
+
+from offload import StaleSlot, offload
+from tests.architectures import BY_NAME, SPECIAL, make, oracle_of, text_inputs
+from tests.budgets import NONE, budget_for, enter, spec_of
+from tests.poison import poison_homes
+
+
+@pytest.mark.parametrize("architecture", SPECIAL, ids=str)
+def test_identical(architecture, tmp_path):
+    """State-space caches, merged experts, position tables that are sliced and not looked up."""
+    model = oracle_of(make(architecture.name))
+    model.save_pretrained(tmp_path)
+    budget = budget_for(spec_of(str(tmp_path)), NONE, 2, 24)
+    inputs = architecture.inputs()
+    prompt = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    with enter(tmp_path, budget, batch_size=2, max_tokens=24) as session, torch.inference_mode():
+        assert poison_homes(session)
+        for _ in range(2):
+            assert torch.equal(session.model(**inputs)[0], model(**inputs)[0])
+        greedy = {"max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(session.model.generate(**prompt, **greedy), model.generate(**prompt, **greedy))
+        sliced = [sentence for sentence in session.report().fallbacks if "looking rows up" in sentence]
+        assert bool(sliced) == (architecture.name == "whisper")
+        assert session.report().decode.passes > 0
+
+
+def test_weights_that_the_model_itself_rescales(tmp_path):
+    """RWKV divides some weights in place before its first pass; those edits must reach the slots."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(
+        RwkvConfig(
+            vocab_size=96, hidden_size=32, num_hidden_layers=4, attention_hidden_size=32, intermediate_size=48, rescale_every=1
+        )
+    ).eval()
+    model.save_pretrained(tmp_path)
+    budget = budget_for(spec_of(str(tmp_path)), NONE, 2, 24)
+    with enter(tmp_path, budget, batch_size=2, max_tokens=24) as session, torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(
+                session.model(text_inputs()["input_ids"]).logits, oracle_of(model)(text_inputs()["input_ids"]).logits
+            )
+
+
+def test_backward_through_a_sliced_table_raises(tmp_path):
+    model = make("whisper")
+    with offload(model, device="cpu", cpu_memory=budget_for(spec_of(model), NONE, 2, 24), batch_size=2, max_tokens=24):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.model.decoder.embed_positions.weight.requires_grad_(True)
+        output = model(**BY_NAME["whisper"].inputs())
+        with pytest.raises(StaleSlot):
+            output.logits.sum().backward()
