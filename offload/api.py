@@ -78,6 +78,8 @@ def offload(
     """
     if exactness not in EXACTNESS:
         raise ConfigError(f"exactness={exactness!r} is not known; give one of {', '.join(EXACTNESS)}")
+    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
+        raise ConfigError(f"batch_size={batch_size} and max_tokens={max_tokens} must be at least 1")
     if isinstance(model_or_path, nn.Module) and loading:
         raise ConfigError(f"{', '.join(loading)}: only for a model that is loaded from a path")
     return Session(
@@ -201,8 +203,9 @@ class Session:
         self._budgets = self._resolve_budgets(0)
         self._sample = max((item.range.path for item in loader.stored.values()), key=os.path.getsize, default=None)
         outline = loader.outline()
-        # What cannot fit is refused before anything is loaded.
-        decide(outline, self._budgets, self._workload(outline), loader.slot_bytes)
+        if outline is not None:
+            # What cannot fit is refused before anything is loaded.
+            decide(outline, self._budgets, self._workload(outline), loader.slot_bytes)
         loaded = loader.load(self._disk_dir, self._progress)
         for file in loaded.files:
             stack.callback(file.close)

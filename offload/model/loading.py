@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import core_model_loading as converters
 
 from offload.config import Progress
-from offload.model.blocks import Unit, estimated_slot_bytes
+from offload.model.blocks import Unit, estimated_slot_bytes, tensor_spec
 from offload.model.homes import FileMaps
 from storage.arena import release_freed_memory
 from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of
@@ -102,13 +102,10 @@ class CheckpointLoader:
         self._method = None if quantization is None else _method_of(quantization)
         self.dtype = self._resolve_dtype(dtype)
 
-    def outline(self) -> nn.Module:
-        """The model without values, on torch's meta device: for planning."""
+    def outline(self) -> nn.Module | None:
+        """The model without values, on torch's meta device: for planning; None for a quantised one, known late."""
         if self._method is not None:
-            raise UnsupportedCheckpoint(
-                f"{self.folder} is quantised with {self._method}, whose weights are not plain tensors that can be "
-                "streamed. Use the unquantised checkpoint."
-            )
+            return None
         with torch.device("meta"):
             kind = self._class()
             options = (
@@ -140,9 +137,7 @@ class CheckpointLoader:
         total_bytes = sum(item.spec.nbytes for item in self.stored.values())
         conversions = _Conversions(self._converted_key(), disk_dir, lambda done: progress("converting", done, total_bytes))
         with _loading, _threads_off(), _bar_off(), conversions:
-            model = self._class().from_pretrained(
-                self.folder, config=self.config, dtype=self.dtype, trust_remote_code=self._trust, **self._options
-            )
+            model = self._from_pretrained()
         model.eval()
         file = conversions.finish()
         if file is None:
@@ -158,6 +153,21 @@ class CheckpointLoader:
                 "folder was named to keep them (--disk, disk_dir=)"
             )
         return loaded
+
+    def _from_pretrained(self) -> Any:
+        options = {"config": self.config, "dtype": self.dtype, "trust_remote_code": self._trust, **self._options}
+        if self._method is None:
+            return self._class().from_pretrained(self.folder, **options)
+        try:
+            model = self._class().from_pretrained(self.folder, **options)
+            for name, parameter in model.named_parameters():
+                tensor_spec(name, parameter)
+        except (ImportError, RuntimeError, ValueError, NotImplementedError, UnsupportedCheckpoint) as error:
+            raise UnsupportedCheckpoint(
+                f"{self.folder} is quantised with {self._method}, and its weights are not plain tensors that can be streamed "
+                f"here ({str(error).splitlines()[0]}). Use the unquantised checkpoint."
+            ) from error
+        return model
 
     def _read_config(self) -> Any:
         try:
@@ -192,6 +202,7 @@ class CheckpointLoader:
         facts = {
             "files": [identity(path) for path in weight_files(self.folder)],
             "class": self._class().__name__,
+            "config": self.config.to_json_string(use_diff=False),
             "dtype": str(self.dtype),
             "transformers": transformers.__version__,
             "layout": _LAYOUT_VERSION,

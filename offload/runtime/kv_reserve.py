@@ -109,5 +109,5 @@ def cached_tokens(cache: Any) -> int | None:
 
 def _fixed_length(cache: Any) -> int:
     layers = getattr(cache, "layers", None) or getattr(getattr(cache, "self_attention_cache", None), "layers", None)
-    length = getattr(layers[0], "max_cache_len", 0) if layers else 0
-    return length if isinstance(length, int) else 0
+    lengths = [getattr(layer, "max_cache_len", 0) for layer in layers or ()]
+    return max((length for length in lengths if isinstance(length, int)), default=0)
