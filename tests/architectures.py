@@ -119,11 +119,11 @@ ARCHITECTURES = [
     _decoder("mixtral", hf.MixtralConfig, hf.MixtralForCausalLM, **_MIXTRAL),
     _decoder("bloom", hf.BloomConfig, hf.BloomForCausalLM, vocab_size=VOCAB, hidden_size=32, n_layer=4, n_head=4),
     Architecture("t5", lambda tied: hf.T5ForConditionalGeneration(hf.T5Config(**_T5, tie_word_embeddings=tied)), _both_inputs, True),
-    Architecture("bart", lambda tied: hf.BartForConditionalGeneration(hf.BartConfig(**_BART)), _both_inputs, True, (True,)),
+    Architecture("bart", lambda tied: hf.BartForConditionalGeneration(hf.BartConfig(**_BART, tie_word_embeddings=tied)), _both_inputs, True),
     Architecture("bert", lambda tied: hf.BertForMaskedLM(hf.BertConfig(**_BERT, tie_word_embeddings=tied)), text_inputs, False),
     Architecture("vit", lambda tied: hf.ViTForImageClassification(hf.ViTConfig(**_VISION)), _pixels, False, (False,)),
     Architecture("clip", _clip, _clip_inputs, False, (False,)),
-    Architecture("llava", _llava, _llava_inputs, True, (False,)),
+    Architecture("llava", _llava, _llava_inputs, True),
 ]  # fmt: skip
 
 # Not called as often: what is special about them is tested in tests/offload/test_special_models.py.
