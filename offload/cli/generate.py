@@ -3,12 +3,14 @@
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from offload.api import offload
+from offload.api import Session, offload
 from offload.cli.terminal import progress_bar, say
+from offload.config import Progress
 from offload.generate import Completion, Prompts, Sampling, complete, load_tokenizer
 from offload.model.loading import find_folder
 from offload.report.report import Report
@@ -63,21 +65,12 @@ def _generate(
     request: argparse.Namespace, folder: str, prompts: Prompts, sampling: Sampling
 ) -> tuple[list[Completion], Report]:
     batch_size = min(request.batch_size, len(prompts.texts))
-    with (
-        progress_bar() as show,
-        offload(
-            folder,
-            device=request.device,
-            gpu_memory=request.gpu_memory,
-            cpu_memory=request.cpu_memory,
-            disk_dir=request.disk,
-            batch_size=batch_size,
-            max_tokens=prompts.longest + sampling.max_new_tokens,
-            progress=show,
-            dtype=request.dtype,
-            trust_remote_code=request.trust_remote_code,
-        ) as session,
-    ):
+    with ExitStack() as stack:
+        # The bar is gone before the first token, which would tear it.
+        with progress_bar() as show:
+            session = stack.enter_context(
+                _session(request, folder, batch_size, prompts.longest + sampling.max_new_tokens, show)
+            )
         done = []
         stream = None if request.json or batch_size > 1 else _print_now
         for completion in complete(session.model, prompts, sampling, batch_size, stream):
@@ -85,6 +78,21 @@ def _generate(
             if not request.json:
                 _print_rest(completion, len(prompts.texts) > 1, streamed=stream is not None)
         return done, session.report()
+
+
+def _session(request: argparse.Namespace, folder: str, batch_size: int, max_tokens: int, show: Progress) -> Session:
+    return offload(
+        folder,
+        device=request.device,
+        gpu_memory=request.gpu_memory,
+        cpu_memory=request.cpu_memory,
+        disk_dir=request.disk,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        progress=show,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+    )
 
 
 def _print_now(text: str) -> None:

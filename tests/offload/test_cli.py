@@ -128,6 +128,36 @@ def test_standard_input_and_a_closed_pipe(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_on_a_terminal_the_progress_bar_does_not_tear_the_text(plain):
+    import pty
+
+    leader, follower = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "offload.cli.main",
+        "generate",
+        "demo",
+        "--prompt",
+        "And the king",
+        "--max-new-tokens",
+        "24",
+    ]
+    process = subprocess.Popen([*command, "--device", "cpu", "--cpu-memory", BUDGET], stdout=follower, stderr=follower)
+    os.close(follower)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(leader, 4096)
+        except OSError:  # the other end is closed
+            break
+    os.close(leader)
+    assert process.wait() == 0
+    text = seen.decode().replace("\r\n", "\n")
+    assert "loading" in text
+    assert plain("And the king", 24) in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
