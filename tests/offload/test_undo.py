@@ -111,6 +111,8 @@ def test_a_session_goes_on_after_an_exception():
 
 
 def test_undone_after_ctrl_c():
+    # In a job that a shell put into the background, the signal is ignored from the start.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     model = make("llama", True)
     before = footprint(model)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
@@ -122,6 +124,7 @@ def test_undone_after_ctrl_c():
     finally:
         timer.cancel()
         timer.join()
+        signal.signal(signal.SIGINT, handler)
     assert_undone(model, before)
 
 
