@@ -3,6 +3,7 @@
 import os
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from offload.config import EXACTNESS, IDENTICAL, Budgets, Progress, process_bytes, resolve_budgets, resolve_device
+from offload.interrupts import HeldInterrupts
 from offload.model.blocks import Unit, find_structure
 from offload.model.guise import Guise
 from offload.model.homes import FileMaps
@@ -128,16 +130,23 @@ class Session:
     def __enter__(self) -> "Session":
         if self._stack is not None:
             raise SessionError("this session was entered already; call offload(...) again for another one")
-        with ExitStack() as stack:
-            self._begin(stack)
-            self._stack = stack.pop_all()
+        self._stack = ExitStack()
+        loader = self._look()
+        try:
+            with HeldInterrupts() as interrupts:
+                self._progress = partial(_told_between_interrupts, interrupts, self._progress)
+                self._begin(self._stack, loader)
+        except BaseException:
+            with HeldInterrupts():
+                self._stack.close()
+            raise
         self._inside = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._stack is not None
         # A pass that another thread is in the middle of is waited for.
-        with self._executor.lock:
+        with HeldInterrupts(), self._executor.lock:
             self._inside = False
             self._stack.close()
 
@@ -175,9 +184,16 @@ class Session:
         ]
         return list(dict.fromkeys((*self._fallbacks, *whole, *self._placement.fallbacks, *self._engine.fallbacks)))
 
-    def _begin(self, stack: ExitStack) -> None:
+    def _look(self) -> CheckpointLoader | None:
+        """The checkpoint, downloaded if need be; None for a model that the user holds."""
         self._process_bytes = process_bytes()
-        loaded = self._load(stack)
+        if isinstance(self._target, nn.Module):
+            return None
+        options = dict(self._loading)
+        return CheckpointLoader(find_folder(self._target, options.pop("revision", None)), **options)
+
+    def _begin(self, stack: ExitStack, loader: CheckpointLoader | None) -> None:
+        loaded = self._load(stack, loader)
         self.model = loaded.model
         self._fallbacks += loaded.fallbacks
         self._open_storage(stack, loaded)
@@ -192,14 +208,12 @@ class Session:
         self._take_slots()
         self._open_windows(stack)
 
-    def _load(self, stack: ExitStack) -> LoadedModel:
-        if isinstance(self._target, nn.Module):
+    def _load(self, stack: ExitStack, loader: CheckpointLoader | None) -> LoadedModel:
+        if loader is None:
+            assert isinstance(self._target, nn.Module)
             self._sample = None
             self._budgets = self._resolve_budgets(_anonymous_bytes(self._target))
             return LoadedModel(self._target, {})
-        options = dict(self._loading)
-        folder = find_folder(self._target, options.pop("revision", None))
-        loader = CheckpointLoader(folder, **options)
         self._budgets = self._resolve_budgets(0)
         self._sample = max((item.range.path for item in loader.stored.values()), key=os.path.getsize, default=None)
         outline = loader.outline()
@@ -289,7 +303,8 @@ class Session:
     def _before_pass(self) -> None:
         self._engine.check_unchanged()
         if self._watch.take():
-            self._adopt_changes()
+            with HeldInterrupts():
+                self._adopt_changes()
 
     def _adopt_changes(self) -> None:
         """Modules or parameters were added or replaced: they are held on the device, and get windows."""
@@ -318,6 +333,10 @@ class Session:
         """Make room for a larger workload: give up resident blocks. Raises BudgetTooSmall if that is not enough."""
         candidates = frozenset(self.plan.resident)
         plan = make_plan(self._spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates)
+        with HeldInterrupts():
+            self._give_up_for(plan)
+
+    def _give_up_for(self, plan: Plan) -> None:
         self._executor.free()
         self._ledger.release("slots", self._ledger.held_bytes("slots"))
         given_up = len(self.plan.resident) - len(plan.resident)
@@ -352,6 +371,11 @@ class Session:
             return None
         span = min(_PROBE_BYTES, int(self._link.bytes_moved * _PROBE_SHARE))
         return self._reader.measure(span)
+
+
+def _told_between_interrupts(interrupts: HeldInterrupts, progress: Progress, what: str, done: int, total: int) -> None:
+    interrupts.let_through()
+    progress(what, done, total)
 
 
 def _anonymous_bytes(model: nn.Module) -> int:

@@ -19,12 +19,15 @@ torch.set_num_threads(2)
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """No test leaves a thread of the runtime or a file handle open."""
-    handles = open_weight_files()
+    handles, threads = open_weight_files(), runtime_threads()
     yield
     gc.collect()
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("offload-")]
-    assert not left, f"threads left: {left}"
+    assert runtime_threads() == threads, "threads left"
     assert open_weight_files() == handles, "file handles left"
+
+
+def runtime_threads() -> list[str]:
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("offload-"))
 
 
 def open_weight_files() -> list[str]:

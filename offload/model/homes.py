@@ -25,18 +25,18 @@ class _Mapping:
 
 
 class FileMaps:
-    """Tells which tensors are unmodified views of files, from the process's own memory map."""
+    """Tells which tensors are unmodified views of files, from the process's memory map as it is now."""
 
     def __init__(self) -> None:
-        self._mappings: list[_Mapping] = []
-        self._starts: list[int] = []
+        self._mappings = sorted(_file_mappings(), key=lambda mapping: mapping.start)
+        self._starts = [mapping.start for mapping in self._mappings]
 
     def locate(self, tensor: torch.Tensor) -> FileRange | None:
         """The bytes of the file that `tensor` is a view of; None if it is ordinary memory, or was written to."""
         if tensor.device.type != "cpu" or not tensor.nbytes or not tensor.is_contiguous():
             return None
         address, nbytes = tensor.data_ptr(), tensor.nbytes
-        mapping = self._find(address, nbytes) or self._refresh()._find(address, nbytes)
+        mapping = self._find(address, nbytes)
         if mapping is None or not _untouched(address, nbytes):
             return None
         return FileRange(mapping.path, address - mapping.start + mapping.offset, nbytes)
@@ -46,11 +46,6 @@ class FileMaps:
         if index < 0 or self._mappings[index].end < address + nbytes:
             return None
         return self._mappings[index]
-
-    def _refresh(self) -> "FileMaps":
-        self._mappings = sorted(_file_mappings(), key=lambda mapping: mapping.start)
-        self._starts = [mapping.start for mapping in self._mappings]
-        return self
 
 
 def _file_mappings() -> Iterable[_Mapping]:

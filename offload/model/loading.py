@@ -257,7 +257,6 @@ class _Conversions:
         self._progress = progress
         self._kept = BlockFile.open(disk_dir, key) if disk_dir is not None else None
         self._writer: BlockFileWriter | None = None
-        self._maps = FileMaps()
         self._thread = threading.get_ident()
         self._originals: list[tuple[type, Any]] = []
 
@@ -295,7 +294,8 @@ class _Conversions:
     def _spilled(self, layer_name: str, results: dict[str, Any], model: Any) -> dict[str, Any]:
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
         parameters = {name for name in tensors if _is_parameter(model, name)}
-        on_disk = all(self._maps.locate(value) for value in tensors.values())
+        maps = FileMaps()
+        on_disk = all(maps.locate(value) for value in tensors.values())
         if self._kept is not None or on_disk or parameters != set(tensors):
             return results
         if self._writer is None:

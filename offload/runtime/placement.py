@@ -100,6 +100,7 @@ class Placement:
         Raises:
             DiskFull, ReadError: nothing was changed then that `restore` does not undo.
         """
+        self._maps = FileMaps()
         units = {unit.key: unit for unit in structure.units if unit.parameters}
         for name, parameter in structure.pinned.items():
             self._hold_outside(name, parameter)
@@ -125,6 +126,7 @@ class Placement:
 
     def give_up(self, plan: Plan, structure: Structure) -> None:
         """Turn the resident blocks that `plan` streams or gathers into such ones."""
+        self._maps = FileMaps()
         units = {unit.key: unit for unit in structure.units if unit.parameters}
         given_up = [units[key] for key in (*plan.streamed, *plan.gathered) if key in self.resident]
         for unit in given_up:
@@ -348,7 +350,8 @@ class Placement:
                 home.tensor = torch.empty(1, dtype=home.tensor.dtype).expand(home.tensor.shape)
                 home.parameter.data = home.tensor
                 home.original = None
-        except DiskFull:
+        except BaseException:
+            # Whatever it is: a full disk, a write error, Ctrl-C.
             self._take_over(writer.so_far(), homes)
             for home in homes:
                 home.restore()

@@ -22,7 +22,8 @@ CASES = [
 ]
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
 
-ENCODER_DECODERS = {"t5", "bart"}
+ASSISTED_BY_THEIR_OWN_KIND = {"t5", "bart", "llava"}
+"""A text-only Llama drafts for the others."""
 
 
 def _prompt(name: str, rows: int) -> dict[str, torch.Tensor]:
@@ -41,7 +42,7 @@ def _left_padded(name: str) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def _assistant(name: str) -> Any:
-    if name in ENCODER_DECODERS:
+    if name in ASSISTED_BY_THEIR_OWN_KIND:
         return make(name, True, seed=9)
     torch.manual_seed(9)
     return LlamaForCausalLM(

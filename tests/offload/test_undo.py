@@ -5,11 +5,13 @@ import os
 import signal
 import threading
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from offload import BudgetExceeded, SessionError, StaleSlot, offload
+from offload.runtime.placement import Placement
 from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
 from tests.poison import poison_homes
@@ -110,21 +112,60 @@ def test_a_session_goes_on_after_an_exception():
         assert torch.equal(model(input_ids=tokens()).logits, wanted)
 
 
-def test_undone_after_ctrl_c():
+@contextmanager
+def ctrl_c_after(seconds):
     # In a job that a shell put into the background, the signal is ignored from the start.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    model = make("llama", True)
-    before = footprint(model)
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
     try:
-        with pytest.raises(KeyboardInterrupt), opened(model, NONE):
-            while True:
-                model(input_ids=tokens())
+        timer.start()
+        yield
     finally:
         timer.cancel()
         timer.join()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         signal.signal(signal.SIGINT, handler)
+
+
+# From before the model is taken hold of until many passes later.
+@pytest.mark.parametrize("milliseconds", [0, 2, 4, 6, 8, 10, 15, 20, 25, 30, 40, 60, 100, 300])
+def test_undone_after_ctrl_c_at_any_time(milliseconds, tmp_path):
+    model = make("llama", True)
+    before = footprint(model)
+    with pytest.raises(KeyboardInterrupt), ctrl_c_after(milliseconds / 1000), opened(model, NONE, disk_dir=tmp_path):
+        while True:
+            model(input_ids=tokens())
+    assert_undone(model, before)
+
+
+def test_ctrl_c_while_spilling_is_taken_at_once_and_leaves_nothing(tmp_path):
+    model = make("llama", True)
+    before = footprint(model)
+    told = []
+
+    def interrupt(what, done, total):
+        told.append(what)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), ctrl_c_after(60):
+        opened(model, NONE, disk_dir=tmp_path, progress=interrupt).__enter__()
+    assert told == ["spilling"]
+    assert_undone(model, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_the_model_is_given_back_waits_until_it_is(monkeypatch):
+    model = make("llama", True)
+    before = footprint(model)
+    restore = Placement.restore
+
+    def interrupted(placement):
+        signal.raise_signal(signal.SIGINT)
+        restore(placement)
+
+    monkeypatch.setattr(Placement, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt), ctrl_c_after(60), opened(model, NONE):
+        model(input_ids=tokens())
     assert_undone(model, before)
 
 
