@@ -101,9 +101,18 @@ class BlockFileWriter:
         if self._key is None:
             return BlockFile(self._partial, self._entries, self._descriptor)
         final = path_of(self._folder, self._key)
-        os.rename(self._partial, final)
-        os.close(self._descriptor)
-        return BlockFile(final, self._entries, None)
+        try:
+            # Not renamed over a file that another process made meanwhile, and uses.
+            os.link(self._partial, final)
+        except FileExistsError:
+            pass
+        except OSError:
+            # A filesystem without hard links.
+            os.rename(self._partial, final)
+        self.abandon()
+        kept = BlockFile.open(self._folder, self._key)
+        assert kept is not None
+        return kept
 
     def so_far(self) -> "BlockFile":
         """The tensors added until now, as long as this writer is not abandoned."""

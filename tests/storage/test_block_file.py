@@ -142,3 +142,16 @@ def test_a_killed_writer_is_cleaned_up_after_and_a_live_one_is_not(tmp_path):
     write(tmp_path, "again")
     assert not any(name.startswith("killed") for name in os.listdir(tmp_path))
     assert os.path.exists(path_of(str(tmp_path), "again"))
+
+
+def test_the_second_of_two_writers_leaves_the_first_ones_file_alone(tmp_path):
+    """Its readers would find it changed underneath them."""
+    second = BlockFileWriter(str(tmp_path), "key")
+    first = write(tmp_path)
+    before = os.stat(first.path)
+    for name, tensor in TENSORS.items():
+        second.add(name, tensor, "group")
+    kept = second.finish()
+    assert (os.stat(kept.path).st_ino, os.stat(kept.path).st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert torch.equal(kept.view("a"), TENSORS["a"])
+    assert os.listdir(tmp_path) == [os.path.basename(first.path)]

@@ -26,7 +26,7 @@ def scattered_ranges(draw):
 @given(scattered_ranges())
 def test_bytes_arrive_aligned_and_whole(ranges):
     landing = plan_landing(ranges, UNIT)
-    files = {path: numpy.random.default_rng(ord(path)).integers(0, 256, 400_000, dtype=numpy.uint8) for path in ("a", "b")}
+    files = {path: numpy.random.default_rng(ord(path)).integers(0, 256, 1_000_000, dtype=numpy.uint8) for path in ("a", "b")}
     slot = numpy.zeros(landing.slot_bytes, dtype=numpy.uint8)
     for read in landing.reads:
         assert read.file_offset % UNIT == read.nbytes % UNIT == read.slot_offset % UNIT == 0
