@@ -17,33 +17,34 @@ from offload.model.guise import Guise
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
 from offload.model.sizing import longest_sequence
-from offload.report.report import LinkUse, Report, TierUse, phase_uses
+from offload.probe import kept_profile
+from offload.report.meters import Meters
+from offload.report.report import Comparison, Report, phase_uses
 from offload.runtime.buffers import DeviceBuffers
 from offload.runtime.changes import RegistrationWatch
 from offload.runtime.clock import PassClock
 from offload.runtime.decision import Decision, decide
 from offload.runtime.executor import LayerExecutor
+from offload.runtime.forecast import Forecast
 from offload.runtime.hooks import ForwardWrap, Windows
 from offload.runtime.kv_reserve import KvReserve
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
+from offload.runtime.recorder import Recorder
+from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
-from storage.blocks import Tier
+from scheduler.trace import Trace
 from storage.device import Device
 from storage.engines.gds import choose_engine
 from storage.engines.posix import PosixEngine
 from storage.errors import BudgetExceeded, BudgetTooSmall, ConfigError, SessionError, gib
-from storage.ledger import MemoryLedger
 from storage.reader import DiskReader
 from storage.transfer import Link
 
 _READ_THREADS = 4
 _DEFAULT_TOKENS = 2048
-_PROBE_BYTES = 256 << 20
-_PROBE_SHARE = 0.05
-"""The report's own measurement reads at most this part of what the session streamed."""
 
 
 def offload(
@@ -56,6 +57,7 @@ def offload(
     exactness: str = IDENTICAL,
     batch_size: int = 1,
     max_tokens: int | None = None,
+    hardware: HardwareProfile | str | Path | None = None,
     progress: Progress | None = None,
     **loading: Any,
 ) -> "Session":
@@ -70,6 +72,8 @@ def offload(
         exactness: how far the output may be from the plain model's: `identical` (the default) or `rounding`.
         batch_size: how many sequences memory is reserved for.
         max_tokens: of one sequence, prompt and answer, to reserve for; by default up to 2,048.
+        hardware: a profile of this machine, or its file, that predictions are made with; by default the one that
+            `offload probe` keeps, if there is one.
         progress: told (what, done bytes, total bytes) during long steps.
         loading: for a path, what `from_pretrained` takes: `dtype`, `revision`, `trust_remote_code`...
 
@@ -90,6 +94,8 @@ def offload(
         (gpu_memory, cpu_memory),
         None if disk_dir is None else str(disk_dir),
         (batch_size, max_tokens),
+        exactness,
+        HardwareProfile.load(hardware) if isinstance(hardware, (str, Path)) else hardware,
         progress or (lambda what, done, total: None),
         loading,
     )
@@ -113,6 +119,8 @@ class Session:
         budgets: tuple[str | int | None, str | int | None],
         disk_dir: str | None,
         reserve: tuple[int, int | None],
+        exactness: str,
+        hardware: HardwareProfile | None,
         progress: Progress,
         loading: dict[str, Any],
     ) -> None:
@@ -121,6 +129,8 @@ class Session:
         self._asked = budgets
         self._disk_dir = disk_dir
         self._batch_size, self._max_tokens = reserve
+        self._exactness = exactness
+        self._hardware = hardware or kept_profile(device, self._disk_dir)
         self._progress = progress
         self._loading = loading
         self._stack: ExitStack | None = None
@@ -151,12 +161,12 @@ class Session:
             self._stack.close()
 
     def report(self) -> Report:
-        """What was moved and how fast, so far. Measures the disk for a moment."""
+        """What was moved and how fast, so far, beside what was predicted for it. Measures the disk for a moment."""
         return Report(
             model=self._target if isinstance(self._target, str) else type(self.model).__name__,
             device=self._device.name,
             engine=self._engine.name,
-            exactness=IDENTICAL,
+            exactness=self._exactness,
             parameters=self._parameters,
             weight_bytes=self._weight_bytes,
             blocks={
@@ -164,17 +174,31 @@ class Session:
                 "streamed_from_cpu_memory": len(self.plan.in_host_memory),
                 "streamed_from_disk": len(self.plan.streamed) - len(self.plan.in_host_memory),
                 "gathered_by_row": len(self.plan.gathered),
+                "computed_on_cpu": len(self.plan.computed_on_host),
             },
             slots={"count": self.plan.slot_count, "bytes": self.plan.slot_bytes},
             streamed_bytes_per_pass=self.plan.streamed_bytes,
             kv={"reserved_bytes": self.plan.kv_bytes, "peak_bytes": self._reserve.peak_bytes},
-            tiers={tier.value: TierUse.of(ledger) for tier, ledger in self._ledgers().items()},
-            links=self._link_uses(),
+            tiers=self._meters.tier_uses(),
+            links=self._meters.link_uses(self._link, self._reader, self._inside),
             **phase_uses(self._clock.phases),
+            prediction=self._compared(),
             process_bytes=self._process_bytes,
             peak_device_bytes=self._device.peak_bytes(),
             fallbacks=self._all_fallbacks(),
         )
+
+    def trace(self) -> Trace:
+        """When each resource was busy, so far: spans and memory over time. Sums are in `report`."""
+        self._meters.collect()
+        return self._recorder.trace
+
+    def _compared(self) -> Comparison | None:
+        """Prediction beside measurement, for what was asked of the model so far; None without a hardware profile."""
+        if self._forecast is None:
+            return None
+        predicted = self._forecast.afterwards(self.plan, self._spec, self._clock.phases)
+        return None if predicted is None else Comparison.of(predicted, self._clock.phases)
 
     def _all_fallbacks(self) -> list[str]:
         whole = [
@@ -199,6 +223,7 @@ class Session:
         self._open_storage(stack, loaded)
         decision = self._decide()
         self._take(decision)
+        self._look_forward(decision)
         self._guise(stack)
         stack.callback(self._placement.restore)
         self._placement.apply(decision.structure, self.plan)
@@ -236,27 +261,23 @@ class Session:
     def _open_storage(self, stack: ExitStack, loaded: LoadedModel) -> None:
         self._parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self._weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-        tier = Tier.CPU if self._device.host_memory else Tier.DEVICE
-        self._ledger = MemoryLedger(tier, self._budgets.device_bytes)
-        self._host_ledger = self._ledger
-        if self._budgets.host_bytes is not None:
-            self._host_ledger = MemoryLedger(Tier.CPU, self._budgets.host_bytes)
-        self._disk_ledger = MemoryLedger(Tier.DISK, None)
-        self._copy_speed: float | None = None
-        self._clock = PassClock(asynchronous=not self._device.host_memory)
+        self._recorder = Recorder()
+        self._meters = Meters(self._device, self._recorder, self._budgets.device_bytes, self._budgets.host_bytes)
+        self._ledger = self._meters.ledger
+        self._clock = PassClock(self._recorder, asynchronous=self._device.torch_device.type == "cuda")
         self._executor = LayerExecutor(self._device, self._clock)
         # On the CPU, reads go straight to where they are computed with: nothing to gain from kvikio.
         self._engine = PosixEngine() if self._device.host_memory else choose_engine(self._sample)
         stack.callback(self._engine.close)
-        self._link = Link("disk", _READ_THREADS)
+        self._link = Link("disk", _READ_THREADS, self._recorder.span)
         stack.callback(self._link.close)
         self._reader = DiskReader(self._engine, self._link)
         self._placement = Placement(
             self._device,
             self._reader,
             self._ledger,
-            self._host_ledger,
-            self._disk_ledger,
+            self._meters.host_ledger,
+            self._meters.disk_ledger,
             loaded.places,
             self._disk_dir,
             self._progress,
@@ -273,6 +294,12 @@ class Session:
         self._owners = {id(value): unit.key for unit in decision.structure.units for value in unit.parameters.values()}
         self._reserve = KvReserve(self._spec, self._workload(self.model), self._grow, self._budgets.device_bytes)
 
+    def _look_forward(self, decision: Decision) -> None:
+        self._forecast: Forecast | None = None
+        if self._hardware is not None:
+            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+            self._forecast = Forecast(self.model, decision.split, self._hardware, dtype)
+
     def _guise(self, stack: ExitStack) -> None:
         stack.callback(Guise(self.model, self._device.torch_device, self._fallbacks.append).undo)
         stack.callback(DeviceBuffers(self.model, self._device, self._ledger).undo)
@@ -280,8 +307,8 @@ class Session:
     def _take_slots(self) -> None:
         self._ledger.charge("slots", self.plan.arena_bytes)
         self._executor.arrange(self.plan.slot_bytes, self.plan.slot_count, list(self._placement.streamed.values()))
-        if self._copy_speed is None and not self._device.host_memory:
-            self._copy_speed = self._placement.measure_copy(self._executor.arena_tensor)
+        if self._meters.copy_speed is None and not self._device.host_memory:
+            self._meters.copy_speed = self._placement.measure_copy(self._executor.arena_tensor)
 
     def _release_slots(self) -> None:
         self._executor.close_all()
@@ -349,28 +376,6 @@ class Session:
             self._fallbacks.append(
                 f"more memory was needed than was reserved: {given_up} resident blocks were given up and are streamed now"
             )
-
-    def _ledgers(self) -> dict[Tier, MemoryLedger]:
-        ledgers = {Tier.DEVICE: self._ledger, Tier.CPU: self._host_ledger, Tier.DISK: self._disk_ledger}
-        if self._device.host_memory:
-            ledgers[Tier.DEVICE] = MemoryLedger(Tier.DEVICE, 0)
-        return ledgers
-
-    def _link_uses(self) -> dict[str, LinkUse]:
-        # What was prefetched would compete with the measurement.
-        self._link.wait_idle()
-        uses = {"disk": LinkUse.of(self._link.bytes_moved, self._link.busy_seconds, self._disk_speed())}
-        if not self._device.host_memory:
-            copied, seconds = self._device.copied_bytes, self._device.copy_seconds()
-            uses[self._device.copy_link] = LinkUse.of(copied, seconds, self._copy_speed)
-        return uses
-
-    def _disk_speed(self) -> float | None:
-        """What the disk gives right now, where what was streamed is enough to compare with; not after the session."""
-        if not self._inside:
-            return None
-        span = min(_PROBE_BYTES, int(self._link.bytes_moved * _PROBE_SHARE))
-        return self._reader.measure(span)
 
 
 def _told_between_interrupts(interrupts: HeldInterrupts, progress: Progress, what: str, done: int, total: int) -> None:

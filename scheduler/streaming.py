@@ -4,7 +4,7 @@ The executor and a simulator feed this the same events (a window opens, a window
 instructions. Nothing here waits or copies.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from storage.blocks import BlockKey
@@ -109,6 +109,8 @@ class SlotSchedule:
     def look_ahead(self, phase: Phase) -> list[Instruction]:
         """Loads for what comes next, as far as there is room. Never displaces anything."""
         instructions: list[Instruction] = []
+        if sum(lease.slot_count for lease in self._leases.values()) >= self._slot_count:
+            return instructions
         for key in self._upcoming(phase):
             if key not in self._leases:
                 first = self._free_run(self._slots_of[key])
@@ -125,7 +127,9 @@ class SlotSchedule:
         missing = [key for key in keys if key not in self._leases]
         evicted: list[Instruction] = []
         granted: list[Instruction] = []
-        victims = [key for key in reversed(self._upcoming(phase)) if key not in keys]
+        if not missing:
+            return []
+        victims = [key for key in reversed(list(self._upcoming(phase))) if key not in keys]
         victims += [key for key in self._leases if key not in keys and key not in victims]
         for key in missing:
             while (first := self._free_run(self._slots_of[key])) is None:
@@ -149,19 +153,19 @@ class SlotSchedule:
             instructions.append(Load(self._grant(key, first)))
         return instructions
 
-    def _upcoming(self, phase: Phase) -> list[BlockKey]:
+    def _upcoming(self, phase: Phase) -> Iterator[BlockKey]:
         """What is expected to follow, nearest first, each block once."""
         if self._last is None:
-            return list(self._slots_of)
-        upcoming: list[BlockKey] = []
+            yield from self._slots_of
+            return
         seen = {self._last}
         key = self._last
         while True:
-            key = self._learned.get((key, phase), self._expected[key])
+            key = self._learned.get((key, phase)) or self._expected[key]
             if key in seen:
-                return upcoming
+                return
             seen.add(key)
-            upcoming.append(key)
+            yield key
 
     def _grant(self, key: BlockKey, first: int) -> Lease:
         self._generation += 1
@@ -172,9 +176,13 @@ class SlotSchedule:
 
     def _free_run(self, count: int) -> int | None:
         """The first of `count` neighbouring free slots, searched onwards from the slot after the last granted."""
-        taken = {slot for lease in self._leases.values() for slot in lease.slots}
-        starts = range(self._slot_count - count + 1)
-        for start in sorted(starts, key=lambda slot: (slot - self._next_slot) % self._slot_count):
-            if not any(slot in taken for slot in range(start, start + count)):
+        taken = bytearray(self._slot_count)
+        for lease in self._leases.values():
+            for slot in lease.slots:
+                taken[slot] = 1
+        starts = self._slot_count - count + 1
+        for step in range(self._slot_count):
+            start = (self._next_slot + step) % self._slot_count
+            if start < starts and not any(taken[start : start + count]):
                 return start
         return None

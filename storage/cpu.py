@@ -4,7 +4,7 @@ import psutil
 import torch
 
 from storage.arena import HostBuffer
-from storage.device import Event
+from storage.device import Copy, Event
 
 
 class Done:
@@ -24,7 +24,6 @@ class CpuDevice:
     torch_device = torch.device("cpu")
     host_memory = True
     copy_link = "ram"
-    copied_bytes = 0
 
     def allocate(self, nbytes: int) -> HostBuffer:
         return HostBuffer(nbytes)
@@ -35,12 +34,12 @@ class CpuDevice:
     def unlock_pages(self, buffer: object) -> None:
         pass
 
-    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None, name: str = "") -> Event:
         target.copy_(source)
         return DONE
 
-    def copy_seconds(self) -> float:
-        return 0.0
+    def ended_copies(self) -> list[Copy]:
+        return []
 
     def record(self) -> Event:
         return DONE
@@ -48,8 +47,8 @@ class CpuDevice:
     def wait(self, event: Event) -> None:
         event.synchronize()
 
-    def stall_seconds(self) -> float:
-        return 0.0
+    def ended_stalls(self) -> list[tuple[float, float]]:
+        return []
 
     def synchronize(self) -> None:
         pass

@@ -1,12 +1,13 @@
 """A CUDA card: one copy stream beside the stream that computes. The only file that names `torch.cuda`."""
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
 import torch
 
 from storage.arena import HostBuffer
-from storage.device import Event
+from storage.device import Copy, Event
 
 _EVENTS_KEPT = 4096
 """Timed events are read in batches: reading one that is still pending would stop the host."""
@@ -34,13 +35,17 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self.name = str(self.torch_device)
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        self._copy_spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._stall_spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self.copied_bytes = 0
-        self._copy_seconds = 0.0
-        self._stall_seconds = 0.0
+        self._pending_copies: deque[tuple[str, torch.cuda.Event, torch.cuda.Event, int]] = deque()
+        self._ended_copies: list[Copy] = []
+        self._pending_stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._ended_stalls: list[tuple[float, float]] = []
         self._locked: set[int] = set()
         torch.cuda.reset_peak_memory_stats(self.torch_device)
+        # Where the card's clock and the host's meet.
+        self._zero = _timed_event()
+        self._zero.record(torch.cuda.current_stream(self.torch_device))
+        self._zero.synchronize()
+        self._zero_seconds = time.perf_counter()
 
     def allocate(self, nbytes: int) -> CudaBuffer:
         with torch.inference_mode(False):
@@ -66,7 +71,7 @@ class CudaDevice:
             self._locked.remove(buffer.address)
             torch.cuda.cudart().cudaHostUnregister(buffer.address)  # type: ignore[no-untyped-call]
 
-    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None, name: str = "") -> Event:
         begun, ended = _timed_event(), _timed_event()
         with torch.inference_mode(False), torch.cuda.stream(self._copies):
             if after is not None:
@@ -75,13 +80,19 @@ class CudaDevice:
             begun.record(self._copies)
             target.copy_(source, non_blocking=True)
             ended.record(self._copies)
-        self._copy_spans.append((begun, ended))
-        self.copied_bytes += source.nbytes
+        self._pending_copies.append((name, begun, ended, source.nbytes))
         return ended
 
-    def copy_seconds(self) -> float:
-        self._copy_seconds += _drain(self._copy_spans)
-        return self._copy_seconds
+    def ended_copies(self) -> list[Copy]:
+        self._drain_copies()
+        ended, self._ended_copies = self._ended_copies, []
+        return ended
+
+    def _drain_copies(self) -> None:
+        while self._pending_copies and self._pending_copies[0][2].query():  # type: ignore[no-untyped-call]
+            name, begun, ended, nbytes = self._pending_copies.popleft()
+            begin_seconds = self._seconds_at(begun)
+            self._ended_copies.append(Copy(name, begin_seconds, begin_seconds + begun.elapsed_time(ended) / 1000, nbytes))
 
     def record(self) -> Event:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -97,15 +108,26 @@ class CudaDevice:
         begun.record(stream)
         stream.wait_event(event)
         ended.record(stream)
-        self._stall_spans.append((begun, ended))
-        if len(self._stall_spans) > _EVENTS_KEPT:
-            self._stall_seconds += _drain(self._stall_spans)
-        if len(self._copy_spans) > _EVENTS_KEPT:
-            self._copy_seconds += _drain(self._copy_spans)
+        self._pending_stalls.append((begun, ended))
+        if len(self._pending_stalls) > _EVENTS_KEPT:
+            self._drain_stalls()
+        if len(self._pending_copies) > _EVENTS_KEPT:
+            self._drain_copies()
 
-    def stall_seconds(self) -> float:
-        self._stall_seconds += _drain(self._stall_spans)
-        return self._stall_seconds
+    def ended_stalls(self) -> list[tuple[float, float]]:
+        self._drain_stalls()
+        ended, self._ended_stalls = self._ended_stalls, []
+        return ended
+
+    def _drain_stalls(self) -> None:
+        while self._pending_stalls and self._pending_stalls[0][1].query():  # type: ignore[no-untyped-call]
+            begun, ended = self._pending_stalls.popleft()
+            begin_seconds = self._seconds_at(begun)
+            self._ended_stalls.append((begin_seconds, begin_seconds + begun.elapsed_time(ended) / 1000))
+
+    def _seconds_at(self, event: torch.cuda.Event) -> float:
+        """An event's moment on the host's clock."""
+        return self._zero_seconds + float(self._zero.elapsed_time(event)) / 1000
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
@@ -121,12 +143,3 @@ class CudaDevice:
 
 def _timed_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _drain(spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
-    """Seconds of the spans at the front that are over; those still pending stay."""
-    seconds = 0.0
-    while spans and spans[0][1].query():  # type: ignore[no-untyped-call]
-        begun, ended = spans.popleft()
-        seconds += begun.elapsed_time(ended) / 1000
-    return seconds

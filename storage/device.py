@@ -1,6 +1,6 @@
 """What the runtime asks of the device that computes."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -10,6 +10,15 @@ class Event(Protocol):
 
     def synchronize(self) -> None:
         """Block this thread until the point is passed."""
+
+
+class Copy(NamedTuple):
+    """A copy from host to device that has ended; its times are those of `time.perf_counter()`."""
+
+    name: str
+    begin_seconds: float
+    end_seconds: float
+    nbytes: int
 
 
 class DeviceBuffer(Protocol):
@@ -32,14 +41,12 @@ class Device(Protocol):
         torch_device: where its tensors live.
         host_memory: True if its memory is the host's, so that the disk writes straight into it.
         copy_link: the name of the link from host memory to it.
-        copied_bytes: what crossed that link so far.
     """
 
     name: str
     torch_device: torch.device
     host_memory: bool
     copy_link: str
-    copied_bytes: int
 
     def allocate(self, nbytes: int) -> DeviceBuffer:
         """Memory for weights; given back when the last reference to it goes."""
@@ -50,11 +57,15 @@ class Device(Protocol):
     def unlock_pages(self, buffer: object) -> None:
         """Undo `lock_pages`."""
 
-    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
-        """Start copying host bytes to the device, once `after` is passed; the event marks the end of the copy."""
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None, name: str = "") -> Event:
+        """Start copying host bytes to the device, once `after` is passed; the event marks the end of the copy.
 
-    def copy_seconds(self) -> float:
-        """Seconds that the link was copying, over all copies that have ended."""
+        Args:
+            name: of the block, for the trace.
+        """
+
+    def ended_copies(self) -> list[Copy]:
+        """The copies that have ended since the last call, in order."""
 
     def record(self) -> Event:
         """The point at which all compute submitted so far is done."""
@@ -62,8 +73,8 @@ class Device(Protocol):
     def wait(self, event: Event) -> None:
         """Compute submitted from now on starts after `event`."""
 
-    def stall_seconds(self) -> float:
-        """Seconds that the device's compute stood still in `wait`, where the host did not."""
+    def ended_stalls(self) -> list[tuple[float, float]]:
+        """When compute stood still in `wait`, since the last call: begin and end, by `time.perf_counter()`."""
 
     def synchronize(self) -> None:
         """Block until everything submitted is done."""

@@ -12,12 +12,27 @@ def gib(count: int) -> str:
     return f"{count} B"
 
 
+def duration(seconds: float) -> str:
+    """A time for people: `1.25 s`, `13.0 ms`, `40 us`."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+
+
 class OffloadError(Exception):
     """The root of the tree: catch this to catch everything that offload raises on purpose."""
 
 
 class ConfigError(OffloadError, ValueError):
     """What the user asked for contradicts itself or cannot be read."""
+
+
+class ProfileError(ConfigError):
+    """A hardware profile that is broken, or of another machine."""
+
+
+class PlanError(ConfigError):
+    """A plan that cannot be read, or that does not match the model."""
 
 
 class PlatformError(OffloadError):

@@ -2,6 +2,7 @@
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 
 from storage.blocks import Tier
 from storage.errors import BudgetExceeded, gib
@@ -13,12 +14,16 @@ class MemoryLedger:
     Args:
         tier: the tier that is counted.
         budget_bytes: what may be held at most; None for a tier without a limit.
+        on_change: told (tier, category, bytes held now) of every change.
     """
 
-    def __init__(self, tier: Tier, budget_bytes: int | None) -> None:
+    def __init__(
+        self, tier: Tier, budget_bytes: int | None, on_change: Callable[[str, str, int], None] = lambda *change: None
+    ) -> None:
         self.tier = tier
         self.budget_bytes = budget_bytes
         self.peak_bytes = 0
+        self._on_change = on_change
         self._held: defaultdict[str, int] = defaultdict(int)
         self._peak_held: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -48,6 +53,7 @@ class MemoryLedger:
             if self.budget_bytes is not None and self.used_bytes + nbytes > self.budget_bytes:
                 raise BudgetExceeded(self._refusal(category, nbytes))
             self._held[category] += nbytes
+            self._on_change(self.tier.value, category, self._held[category])
             if self.used_bytes > self.peak_bytes:
                 self.peak_bytes = self.used_bytes
                 self._peak_held = {name: held for name, held in self._held.items() if held}
@@ -57,6 +63,7 @@ class MemoryLedger:
             if nbytes > self._held[category]:
                 raise AssertionError(f"{category} gives back {nbytes} bytes and holds {self._held[category]}")
             self._held[category] -= nbytes
+            self._on_change(self.tier.value, category, self._held[category])
 
     def set(self, category: str, nbytes: int) -> None:
         """Make the category hold exactly `nbytes`.

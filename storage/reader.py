@@ -47,11 +47,13 @@ class DiskReader:
         landing: Landing,
         memory: memoryview,
         then: Callable[[], None] | None = None,
+        name: str = "",
     ) -> Transfer:
         """Start filling `memory`, which starts at a multiple of the engine's unit and holds `landing.slot_bytes`.
 
         Args:
             then: runs in a link thread when the tensors are in place.
+            name: of the block, for the trace.
         """
 
         def finish() -> None:
@@ -59,9 +61,9 @@ class DiskReader:
             if then is not None:
                 then()
 
-        return self.link.submit(landing.payload_bytes, list(self._parts(ranges, landing, memory)), finish)
+        return self.link.submit(landing.payload_bytes, list(self._parts(ranges, landing, memory)), finish, name)
 
-    def read_rows(self, table: FileRange, rows: Sequence[int], row_bytes: int, target: torch.Tensor) -> None:
+    def read_rows(self, table: FileRange, rows: Sequence[int], row_bytes: int, target: torch.Tensor, name: str = "") -> None:
         """Read single rows of a table into `target` (contiguous, [len(rows), row_bytes] as bytes), and wait for them.
 
         Raises:
@@ -75,19 +77,23 @@ class DiskReader:
             return lambda: self.engine.read_unaligned(table.path, table.offset + rows[index] * row_bytes, lane)
 
         if rows:
-            self.link.submit_first(len(memory), [part(index) for index in range(len(rows))]).wait()
+            self.link.submit_first(len(memory), [part(index) for index in range(len(rows))], name).wait()
 
-    def measure(self, span_bytes: int) -> float | None:
-        """Bytes a second of the engine right now, on at most `span_bytes` of the file that was planned for first.
+    def measure(self, span_bytes: int, path: str | None = None) -> float | None:
+        """Bytes a second of the engine right now, on at most `span_bytes` of a file.
 
         Reads with as many threads and in parts of the same size as the link does, and throws the bytes away. None if
         the span or the file is too short to tell anything.
+
+        Args:
+            path: by default the file that was planned for first.
         """
-        span_bytes = min(span_bytes, 0 if self._sample is None else os.path.getsize(self._sample))
+        path = path or self._sample
+        span_bytes = min(span_bytes, 0 if path is None else os.path.getsize(path))
         offsets = range(0, span_bytes - _PART_BYTES + 1, _PART_BYTES)
-        if self._sample is None or len(offsets) < self.link.threads:
+        if path is None or len(offsets) < self.link.threads:
             return None
-        path = self._sample
+        self.engine.open(path)
         buffer = HostBuffer(_PART_BYTES * self.link.threads)
         lanes = queue.SimpleQueue[memoryview]()
         for lane in range(self.link.threads):

@@ -18,7 +18,10 @@ from storage.transfer import Transfer
 class StagedTransfer:
     """A block on its way from disk to the device: read into a staging buffer, then copied from there."""
 
-    def __init__(self, ranges: Sequence[FileRange], landing: Landing, target: torch.Tensor, after: Event | None) -> None:
+    def __init__(
+        self, name: str, ranges: Sequence[FileRange], landing: Landing, target: torch.Tensor, after: Event | None
+    ) -> None:
+        self.name = name
         self.ranges = ranges
         self.landing = landing
         self.target = target
@@ -66,9 +69,11 @@ class StagedReader:
         self._thread = threading.Thread(target=self._feed, name="offload-staging", daemon=True)
         self._thread.start()
 
-    def start(self, ranges: Sequence[FileRange], landing: Landing, target: torch.Tensor, after: Event | None) -> StagedTransfer:
+    def start(
+        self, name: str, ranges: Sequence[FileRange], landing: Landing, target: torch.Tensor, after: Event | None
+    ) -> StagedTransfer:
         """Queue a block; `target` is uint8 [at least the end of its last tensor] on the device."""
-        transfer = StagedTransfer(ranges, landing, target, after)
+        transfer = StagedTransfer(name, ranges, landing, target, after)
         self._asked.put(transfer)
         return transfer
 
@@ -91,9 +96,10 @@ class StagedReader:
         def copy() -> None:
             if not transfer.cancelled:
                 size = transfer.target.numel()
-                transfer.copied = self._device.copy_in(transfer.target, buffer.tensor[:size], transfer.after)
+                transfer.copied = self._device.copy_in(transfer.target, buffer.tensor[:size], transfer.after, transfer.name)
 
-        read = self.reader.read(transfer.ranges, transfer.landing, buffer.memory[: transfer.landing.slot_bytes], copy)
+        memory = buffer.memory[: transfer.landing.slot_bytes]
+        read = self.reader.read(transfer.ranges, transfer.landing, memory, copy, transfer.name)
         read.when_over(lambda: self._read_over(transfer, buffer, read))
 
     def _read_over(self, transfer: StagedTransfer, buffer: HostBuffer, read: Transfer) -> None:

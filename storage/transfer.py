@@ -15,9 +15,11 @@ class Transfer:
     them. An error in either surfaces in `wait`, in the thread that needs the bytes.
     """
 
-    def __init__(self, link: "Link", nbytes: int, parts: Sequence[Part], finish: Part | None) -> None:
+    def __init__(self, link: "Link", nbytes: int, parts: Sequence[Part], finish: Part | None, name: str = "") -> None:
         self.link = link
         self.nbytes = nbytes
+        self.name = name
+        self.begun_at = 0.0
         self.error: BaseException | None = None
         self._finish = finish
         self._parts_left = len(parts)
@@ -96,9 +98,16 @@ class Link:
     Args:
         name: as the report prints it, such as `disk`.
         threads: how many parts are under way at once.
+        on_transfer: told (link, name, begin, end, bytes) of each transfer that arrived.
     """
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        threads: int,
+        on_transfer: Callable[[str, str, float, float, int], None] = lambda *transfer: None,
+    ) -> None:
+        self._on_transfer = on_transfer
         self.name = name
         self.threads = threads
         self.bytes_moved = 0
@@ -127,9 +136,9 @@ class Link:
         with self._work:
             self._work.wait_for(lambda: not self._queue and not self._active_parts)
 
-    def submit(self, nbytes: int, parts: Sequence[Part], finish: Part | None = None) -> Transfer:
+    def submit(self, nbytes: int, parts: Sequence[Part], finish: Part | None = None, name: str = "") -> Transfer:
         """Queue a transfer that counts as `nbytes` once it has arrived."""
-        transfer = Transfer(self, nbytes, parts, finish)
+        transfer = Transfer(self, nbytes, parts, finish, name)
         with self._work:
             if self._closed:
                 raise RuntimeError(f"the {self.name} link is closed")
@@ -137,9 +146,9 @@ class Link:
             self._work.notify(len(parts))
         return transfer
 
-    def submit_first(self, nbytes: int, parts: Sequence[Part]) -> Transfer:
+    def submit_first(self, nbytes: int, parts: Sequence[Part], name: str = "") -> Transfer:
         """Queue a transfer that somebody is waiting for already, before those that were queued ahead of need."""
-        transfer = Transfer(self, nbytes, parts, None)
+        transfer = Transfer(self, nbytes, parts, None, name)
         with self._work:
             if self._closed:
                 raise RuntimeError(f"the {self.name} link is closed")
@@ -163,12 +172,16 @@ class Link:
                 if not self._queue:
                     return
                 transfer, part = self._queue.popleft()
+                now = time.perf_counter()
                 if self._active_parts == 0:
-                    self._busy_since = time.perf_counter()
+                    self._busy_since = now
+                transfer.begun_at = transfer.begun_at or now
                 self._active_parts += 1
             last = transfer._run(part)
             arrived = last and transfer._complete()
             self._end_part(transfer.nbytes if arrived else 0)
+            if arrived:
+                self._on_transfer(self.name, transfer.name, transfer.begun_at, time.perf_counter(), transfer.nbytes)
             if last:
                 transfer._end()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from storage.arena import HostBuffer
+from storage.device import Copy
 
 
 @dataclass(eq=False)
@@ -29,8 +30,8 @@ class DelayedDevice:
     copy_link = "h2d"
 
     def __init__(self, longest_delay_seconds: float = 0.004, seed: int = 0) -> None:
-        self.copied_bytes = 0
-        self.stalled = 0.0
+        self.ended = []
+        self.stalls = []
         self.in_flight = 0
         self.most_in_flight = 0
         self._longest = longest_delay_seconds
@@ -48,7 +49,7 @@ class DelayedDevice:
     def unlock_pages(self, buffer: object) -> None:
         pass
 
-    def copy_in(self, target, source, after):
+    def copy_in(self, target, source, after, name=""):
         event = LateEvent()
         with self._lock:
             delay = self._random.uniform(0, self._longest)
@@ -64,14 +65,16 @@ class DelayedDevice:
             target.copy_(source)
             with self._lock:
                 self.in_flight -= 1
-                self.copied_bytes += source.nbytes
+                now = time.perf_counter()
+                self.ended.append(Copy(name, now - delay, now, source.nbytes))
             event.passed.set()
 
         threading.Thread(target=copy, name="delayed-copy", daemon=True).start()
         return event
 
-    def copy_seconds(self) -> float:
-        return 1e-9 * self.copied_bytes
+    def ended_copies(self):
+        ended, self.ended = self.ended, []
+        return ended
 
     def record(self) -> LateEvent:
         event = LateEvent()
@@ -81,10 +84,11 @@ class DelayedDevice:
     def wait(self, event: LateEvent) -> None:
         begun = time.perf_counter()
         event.synchronize()
-        self.stalled += time.perf_counter() - begun
+        self.stalls.append((begun, time.perf_counter()))
 
-    def stall_seconds(self) -> float:
-        return self.stalled
+    def ended_stalls(self):
+        ended, self.stalls = self.stalls, []
+        return ended
 
     def synchronize(self) -> None:
         pass

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offload.runtime.clock import DECODE, OUTSIDE, PREFILL, PhaseTimes
+from scheduler.prediction import Prediction
 from storage.ledger import MemoryLedger
 
 
@@ -78,6 +79,52 @@ class PhaseUse:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """What the cost model says of what was asked, beside what was measured.
+
+    Attributes:
+        prefill_seconds, seconds_per_token: of the first prefill, and of a decode pass.
+        errors: predicted over measured, less one; None where nothing was measured.
+        bound: what holds decode back, by the prediction.
+        hardware_id: of the profile that was predicted with.
+        exact_work: False where the model's work was estimated from sizes.
+    """
+
+    prefill_seconds: float
+    prefill_measured_seconds: float | None
+    prefill_error: float | None
+    seconds_per_token: float
+    measured_seconds_per_token: float | None
+    seconds_per_token_error: float | None
+    decode_shares: dict[str, float]
+    bound: str
+    hardware_id: str
+    exact_work: bool
+
+    @classmethod
+    def of(cls, predicted: Prediction, phases: Mapping[str, PhaseTimes]) -> "Comparison":
+        prefill, decode = phases.get(PREFILL), phases.get(DECODE)
+        first = prefill.first_seconds if prefill is not None and prefill.passes else None
+        step = decode.seconds / decode.passes if decode is not None and decode.passes else None
+        return cls(
+            prefill_seconds=predicted.prefill_seconds,
+            prefill_measured_seconds=first,
+            prefill_error=_error(predicted.prefill_seconds, first),
+            seconds_per_token=predicted.seconds_per_token,
+            measured_seconds_per_token=step,
+            seconds_per_token_error=_error(predicted.seconds_per_token, step),
+            decode_shares=predicted.decode_shares,
+            bound=predicted.bound,
+            hardware_id=predicted.hardware_id,
+            exact_work=predicted.exact_work,
+        )
+
+
+def _error(predicted: float, measured: float | None) -> float | None:
+    return predicted / measured - 1 if measured else None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A session so far. `print` it, or take `to_dict` and `to_json`: their keys are stable (docs/report.md).
 
@@ -103,6 +150,7 @@ class Report:
     prefill: PhaseUse
     decode: PhaseUse
     outside: PhaseUse
+    prediction: Comparison | None
     process_bytes: int
     peak_device_bytes: int | None
     fallbacks: list[str]

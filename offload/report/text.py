@@ -6,8 +6,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from offload.report.report import PhaseUse, Report, TierUse
-from storage.errors import gib
+from offload.report.report import Comparison, PhaseUse, Report, TierUse
+from storage.errors import duration, gib
 
 _WIDTH = 100
 
@@ -27,6 +27,8 @@ def as_renderable(report: Report) -> RenderableType:
     ran = {name: use for name, use in phases.items() if use.seconds}
     if ran:
         parts.append(_phases(ran))
+    if report.prediction is not None:
+        parts.append(_prediction(report.prediction))
     parts += [Text(f"fell back: {sentence}") for sentence in report.fallbacks]
     return Group(*parts)
 
@@ -70,6 +72,19 @@ def _phases(phases: dict[str, PhaseUse]) -> Table:
         speed = f"{use.tokens_per_second:.2f} tokens/s" if use.tokens else ""
         table.add_row(name, str(use.tokens or ""), f"{use.seconds:.2f} s", speed, _shares(use))
     return table
+
+
+def _prediction(comparison: Comparison) -> Text:
+    first = _beside(comparison.prefill_seconds, comparison.prefill_measured_seconds, comparison.prefill_error)
+    step = _beside(comparison.seconds_per_token, comparison.measured_seconds_per_token, comparison.seconds_per_token_error)
+    guess = "" if comparison.exact_work else " (the model's work was estimated from its sizes)"
+    return Text(f"predicted: prefill {first}; a token {step}; bound by {comparison.bound}{guess}")
+
+
+def _beside(predicted: float, measured: float | None, error: float | None) -> str:
+    if measured is None or error is None:
+        return f"{duration(predicted)}"
+    return f"{duration(predicted)}, measured {duration(measured)} ({error:+.0%})"
 
 
 def _shares(use: PhaseUse) -> str:

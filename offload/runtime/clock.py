@@ -4,6 +4,9 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from offload.runtime.recorder import Recorder
+from scheduler.trace import COMPUTE, PASS, WAIT
+
 PREFILL = "prefill"
 DECODE = "decode"
 OUTSIDE = "outside"
@@ -16,12 +19,19 @@ class PhaseTimes:
 
     Attributes:
         tokens: processed in prefill; in decode, the steps forward of one sequence.
+        batch_size, pass_tokens: the shape of the first pass.
+        context_tokens: summed over the passes: positions that the KV cache held.
+        first_seconds: of the first pass.
         compute_seconds: inside windows, after the waiting.
         wait_seconds: for blocks that had not arrived, by link.
     """
 
     passes: int = 0
     tokens: int = 0
+    batch_size: int = 0
+    pass_tokens: int = 0
+    context_tokens: int = 0
+    first_seconds: float = 0.0
     seconds: float = 0.0
     compute_seconds: float = 0.0
     wait_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -36,10 +46,12 @@ class PassClock:
     """Charges time to the phase of the pass that is under way.
 
     Args:
+        recorder: keeps the spans.
         asynchronous: True if the device computes behind the host's back, so that what is not waiting is compute.
     """
 
-    def __init__(self, asynchronous: bool = False) -> None:
+    def __init__(self, recorder: Recorder, asynchronous: bool = False) -> None:
+        self._recorder = recorder
         self._asynchronous = asynchronous
         self.phases: defaultdict[str, PhaseTimes] = defaultdict(PhaseTimes)
         self.phase = OUTSIDE
@@ -57,6 +69,9 @@ class PassClock:
         self.phase = phase
         times = self.phases[phase]
         times.passes += 1
+        times.context_tokens += cached_tokens
+        if times.passes == 1:
+            times.batch_size, times.pass_tokens = batch_size, tokens
         if phase == PREFILL:
             times.tokens += tokens * batch_size
             self._decode_start_length = None
@@ -70,22 +85,29 @@ class PassClock:
 
     def end_pass(self) -> None:
         times = self.phases[self.phase]
-        times.seconds += time.perf_counter() - self._begun
+        ended = time.perf_counter()
+        times.seconds += ended - self._begun
+        if times.passes == 1:
+            times.first_seconds = times.seconds
+        self._recorder.span(PASS, self.phase, self._begun, ended)
         if self._asynchronous:
             times.compute_seconds = max(0.0, times.seconds - sum(times.wait_seconds.values()))
         self.phase = OUTSIDE
 
-    def charge_compute(self, seconds: float) -> None:
+    def charge_compute(self, name: str, begin: float, end: float, resource: str = COMPUTE) -> None:
+        """A window of `name` was computed, between two moments of `time.perf_counter()`."""
         times = self.phases[self.phase]
         if not self._asynchronous or self.phase == OUTSIDE:
-            times.compute_seconds += seconds
+            times.compute_seconds += end - begin
         if self.phase == OUTSIDE:
-            times.seconds += seconds
+            times.seconds += end - begin
+        self._recorder.span(resource, name, begin, end)
 
-    def charge_wait(self, link: str, seconds: float) -> None:
-        if not seconds:
-            return
+    def charge_wait(self, link: str, begin: float, end: float) -> None:
+        """Compute stood still."""
+        seconds = end - begin
         times = self.phases[self.phase]
         times.wait_seconds[link] += seconds
         if self.phase == OUTSIDE:
             times.seconds += seconds
+        self._recorder.span(WAIT, link, begin, end)

@@ -1,6 +1,7 @@
 """The one loop: wait for the slot, compute, release, prefetch."""
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -141,7 +142,9 @@ class LayerExecutor:
         block = self.blocks[key]
         arrival = self._arrivals[lease.generation]
         for link, seconds in arrival.wait().items():
-            self._clock.charge_wait(link, seconds)
+            if seconds:
+                now = time.perf_counter()
+                self._clock.charge_wait(link, now - seconds, now)
         for home in block.homes:
             home.notice_changes()
         block.bind(lease.first_slot, self._region(lease).tensor)

@@ -99,7 +99,7 @@ class UnitWindow:
         finally:
             self._depth -= 1
             if not self._depth:
-                self._clock.charge_compute(time.perf_counter() - begun)
+                self._clock.charge_compute(self._unit.key, begun, time.perf_counter())
             self._executor.close(self._unit.uses)
 
     def _own(self, output: Any) -> Any:

@@ -56,14 +56,14 @@ class ModelPass:
         # A cache that was made in advance holds bytes and no tokens.
         decodes = bool(length) if length is not None else bool(held)
         self._clock.begin_pass(DECODE if decodes else PREFILL, tokens, batch_size, length or 0)
-        stalled = self._device.stall_seconds()
         try:
             output = forward(*args, **kwargs)
             if not self._device.host_memory:
                 # Only compute is waited for; what was prefetched goes on.
                 self._device.record().synchronize()
         finally:
-            self._clock.charge_wait(self._device.copy_link, self._device.stall_seconds() - stalled)
+            for begin, end in self._device.ended_stalls():
+                self._clock.charge_wait(self._device.copy_link, begin, end)
             self._clock.end_pass()
         self._reserve.observe(cache if cache is not None else _cache_in(output), held, tokens)
         return output

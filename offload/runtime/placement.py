@@ -270,7 +270,7 @@ class Placement:
                 home.original = None
             home.tensor = view
             home.parameter.data = view
-        return StreamedBlock(unit.key, homes, HostSource(self._device, buffer, offsets, unit.block.nbytes))
+        return StreamedBlock(unit.key, homes, HostSource(unit.key, self._device, buffer, offsets, unit.block.nbytes))
 
     def _lock_pages(self, buffer: HostBuffer) -> None:
         self._host_buffers.append(buffer)
@@ -304,8 +304,8 @@ class Placement:
         ranges = [self._known[name] for name in unit.parameters]
         landing = self._reader.plan(ranges)
         if self._staged is None:
-            return DirectSource(self._reader, ranges, landing)
-        return StagedSource(self._staged, self._device, ranges, landing)
+            return DirectSource(unit.key, self._reader, ranges, landing)
+        return StagedSource(unit.key, self._staged, self._device, ranges, landing)
 
     def _table(self, unit: Unit) -> GatheredTable:
         home = self._homes_of(unit)[0]

@@ -63,15 +63,16 @@ class BlockSource(Protocol):
 class DirectSource:
     """Disk straight into the slot, on a device whose memory is the host's."""
 
-    def __init__(self, reader: DiskReader, ranges: Sequence[FileRange], landing: Landing) -> None:
-        self._reader, self._ranges, self._landing = reader, ranges, landing
+    def __init__(self, key: BlockKey, reader: DiskReader, ranges: Sequence[FileRange], landing: Landing) -> None:
+        self._key, self._reader, self._ranges, self._landing = key, reader, ranges, landing
         self.offsets = landing.offsets
         self.payload_bytes = landing.payload_bytes
         self.slot_bytes = landing.slot_bytes
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         assert region.memory is not None
-        return _DiskArrival(self._reader.read(self._ranges, self._landing, region.memory[: self._landing.slot_bytes]))
+        memory = region.memory[: self._landing.slot_bytes]
+        return _DiskArrival(self._reader.read(self._ranges, self._landing, memory, name=self._key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +89,16 @@ class _DiskArrival:
 class StagedSource:
     """Disk to a staging buffer to the device."""
 
-    def __init__(self, reader: StagedReader, device: Device, ranges: Sequence[FileRange], landing: Landing) -> None:
-        self._reader, self._device, self._ranges, self._landing = reader, device, ranges, landing
+    def __init__(
+        self, key: BlockKey, reader: StagedReader, device: Device, ranges: Sequence[FileRange], landing: Landing
+    ) -> None:
+        self._key, self._reader, self._device, self._ranges, self._landing = key, reader, device, ranges, landing
         self.offsets = landing.offsets
         self.payload_bytes = landing.payload_bytes
         self.slot_bytes = max(at + item.nbytes for at, item in zip(landing.offsets, ranges, strict=True))
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
-        transfer = self._reader.start(self._ranges, self._landing, region.tensor[: self.slot_bytes], after)
+        transfer = self._reader.start(self._key, self._ranges, self._landing, region.tensor[: self.slot_bytes], after)
         return _StagedArrival(transfer, self._device, self._reader.reader.link.name)
 
 
@@ -118,15 +121,16 @@ class _StagedArrival:
 class HostSource:
     """Page-locked host memory to the device: one copy a block."""
 
-    def __init__(self, device: Device, buffer: HostBuffer, offsets: Sequence[int], payload_bytes: int) -> None:
-        self._device, self._buffer = device, buffer
+    def __init__(self, key: BlockKey, device: Device, buffer: HostBuffer, offsets: Sequence[int], payload_bytes: int) -> None:
+        self._key, self._device, self._buffer = key, device, buffer
         self.offsets = offsets
         self.payload_bytes = payload_bytes
         self.slot_bytes = buffer.nbytes
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         size = self._buffer.nbytes
-        return _CopyArrival(self._device, self._device.copy_in(region.tensor[:size], self._buffer.tensor[:size], after))
+        copied = self._device.copy_in(region.tensor[:size], self._buffer.tensor[:size], after, self._key)
+        return _CopyArrival(self._device, copied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,5 +271,5 @@ class GatheredTable:
         assert self._source is not None
         rows = torch.empty((len(unique), table.shape[1]), dtype=table.dtype)
         width = table.shape[1] * table.element_size()
-        self._reader.read_rows(self._source, unique.tolist(), width, rows)
+        self._reader.read_rows(self._source, unique.tolist(), width, rows, self.key)
         return rows

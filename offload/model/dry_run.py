@@ -1,0 +1,306 @@
+"""A pass of the model without values: what each window computes, and how much memory is held at most.
+
+Runs the model's own code on torch's meta device, so that no formula of an architecture is needed.
+"""
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from offload.model.blocks import Structure, Unit, find_structure
+from scheduler.work import PassWork, WindowWork, Work
+from storage.blocks import BlockKey
+
+_CACHES = ("past_key_values", "cache_params")
+# fmt: off
+_VIEWS = {
+    "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "split", "alias",
+    "detach", "unbind", "_reshape_alias", "as_strided", "split_with_sizes", "chunk", "lift_fresh",
+}
+# fmt: on
+
+
+class DryRunFailed(Exception):
+    """The model's code needs values (a branch on them, say) or inputs that are not known here."""
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """The same modules with parameters and buffers that hold no memory.
+
+    Raises:
+        DryRunFailed: if a part of the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise DryRunFailed(f"it cannot be copied: {_first_line(error)}") from error
+
+
+class DryRun:
+    """Traces passes of one model.
+
+    Args:
+        model: on the meta device, or any; it is copied there.
+        split: keys of blocks that are taken apart.
+    """
+
+    def __init__(self, model: nn.Module, split: frozenset[BlockKey] = frozenset()) -> None:
+        on_meta = all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        self._model = (model if on_meta else meta_twin(model)).eval()
+        self._structure: Structure = find_structure(self._model, split)
+
+    def passes(self, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
+        """A prefill of `prompt_tokens`, and a decode step after `context_tokens`.
+
+        Raises:
+            DryRunFailed: if the model cannot be run without values.
+        """
+        prefill, _ = self._trace("prefill", batch_size, prompt_tokens, None)
+        _, cache = self._trace("prefill", batch_size, max(1, context_tokens), None)
+        if cache is None:
+            raise DryRunFailed("it returns no cache")
+        decode, _ = self._trace("decode", batch_size, 1, cache)
+        return prefill, decode
+
+    def forward(self, batch_size: int, tokens: int) -> PassWork:
+        """One pass of a model that does not generate."""
+        return self._trace("prefill", batch_size, tokens, None)[0]
+
+    def _trace(self, phase: str, batch_size: int, tokens: int, cache: Any) -> tuple[PassWork, Any]:
+        counter = _Counter(self._model)
+        counter.hold(cache)
+        inputs = self._inputs(batch_size, tokens)
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        windows = _Windows(self._structure.units, counter)
+        try:
+            with torch.no_grad(), _Fused(counter), counter, windows:
+                output = self._model(**inputs)
+        except Exception as error:
+            raise DryRunFailed(_first_line(error)) from error
+        cache = next((getattr(output, name) for name in _CACHES if getattr(output, name, None) is not None), None)
+        temporary = max(0, counter.peak_bytes - _cache_bytes(cache))
+        return PassWork(phase, batch_size, tokens, tuple(windows.called), counter.outside, temporary), cache
+
+    def _inputs(self, batch_size: int, tokens: int) -> dict[str, Any]:
+        taken = inspect.signature(self._model.forward).parameters
+        ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")
+        if "input_ids" not in taken:
+            raise DryRunFailed("it takes no input_ids")
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+            raise DryRunFailed("encoder and decoder see inputs of different lengths")
+        if "use_cache" in taken:
+            inputs["use_cache"] = True
+        if "logits_to_keep" in taken:
+            # As `generate` does.
+            inputs["logits_to_keep"] = 1
+        return inputs
+
+
+class _Counter(TorchDispatchMode):
+    """Sums up operations, and the memory that their results hold."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.outside = Work()
+        self.peak_bytes = 0
+        self._live_bytes = 0
+        self._weights = {value.untyped_storage()._cdata for value in model.parameters()}
+        self._constant = {value.untyped_storage()._cdata for value in model.buffers()} | self._weights
+        self._held: set[int] = set()
+        self._open: list[_Sums] = []
+        self._sums = _Sums()
+        self.paused = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not self.paused:
+            self._count(function, args, kwargs or {}, result)
+        self._hold_all(result)
+        return result
+
+    def hold(self, cache: Any) -> None:
+        """Count the cache's tensors as held from the start."""
+        for tensor in _tensors_of(cache):
+            self._hold(tensor)
+
+    def enter(self) -> None:
+        self._open.append(self._sums)
+        self._sums = _Sums()
+
+    def leave(self) -> Work:
+        work = self._sums.work()
+        self._sums = self._open.pop()
+        return work
+
+    def finish(self) -> None:
+        self.outside = self._sums.work()
+
+    def add(self, flops: float, nbytes: int) -> None:
+        """An operation that was not dispatched."""
+        self._sums.operations += 1
+        self._sums.other_flops += flops
+        self._sums.traffic_bytes += nbytes
+
+    def add_product(self, rows: int, flops: float) -> None:
+        """A product with weights that was not dispatched."""
+        self._sums.operations += 1
+        self._sums.products[rows] = self._sums.products.get(rows, 0.0) + flops
+
+    def _count(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        sums = self._sums
+        sums.operations += 1
+        packet = getattr(function, "overloadpacket", function)
+        if packet.__name__ in _VIEWS:
+            return
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        formula = flop_registry.get(packet)
+        flops = float(formula(*args, **kwargs, out_val=result)) if formula is not None else 0.0
+        if formula is not None and any(value.untyped_storage()._cdata in self._weights for value in tensors):
+            rows = max((_rows(value) for value in tensors if not self._is_weight(value)), default=1)
+            sums.products[rows] = sums.products.get(rows, 0.0) + flops
+            return
+        sums.other_flops += flops
+        touched = [value for value in tensors if not self._is_weight(value)]
+        results = [result] if isinstance(result, torch.Tensor) else []
+        sums.traffic_bytes += sum(value.nbytes for value in (*touched, *results))
+
+    def _is_weight(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._weights
+
+    def _hold_all(self, result: Any) -> None:
+        if isinstance(result, torch.Tensor):
+            self._hold(result)
+        elif isinstance(result, (tuple, list)):
+            for item in result:
+                self._hold_all(item)
+
+    def _hold(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._held or key in self._constant:
+            return
+        self._held.add(key)
+        nbytes = storage.nbytes()
+        self._live_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        weakref.finalize(storage, self._release, key, nbytes)
+
+    def _release(self, key: int, nbytes: int) -> None:
+        self._held.discard(key)
+        self._live_bytes -= nbytes
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.operations = 0
+        self.products: dict[int, float] = {}
+        self.other_flops = 0.0
+        self.traffic_bytes = 0
+
+    def work(self) -> Work:
+        return Work(self.operations, tuple(sorted(self.products.items())), self.other_flops, self.traffic_bytes)
+
+
+class _Fused(TorchFunctionMode):
+    """Counts what the meta device takes apart (attention, scores and all) or refuses (products grouped by expert)."""
+
+    def __init__(self, counter: _Counter) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.functional.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        if getattr(function, "__name__", "") in ("_grouped_mm", "grouped_mm") and args[1].dim() == 3:
+            return self._grouped(args[0], args[1])
+        return function(*args, **kwargs)
+
+    def _attention(self, query: Any, key: Any, value: Any, *args: Any, is_causal: bool = False, **kwargs: Any) -> torch.Tensor:
+        batch, heads, rows, _ = query.shape
+        pairs = batch * heads * rows * key.shape[-2]
+        if is_causal and rows > 1:
+            pairs //= 2
+        result: torch.Tensor = query.new_empty((batch, heads, rows, value.shape[-1]))
+        flops = 2.0 * pairs * (query.shape[-1] + value.shape[-1])
+        self._counter.add(flops, sum(tensor.nbytes for tensor in (query, key, value, result)))
+        return result
+
+    def _grouped(self, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """[rows, width] by [experts, width, out]: each expert's product has its share of the rows."""
+        count = rows.shape[0]
+        self._counter.add_product(max(1, count // experts.shape[0]), 2.0 * count * experts.shape[1] * experts.shape[2])
+        return rows.new_empty((count, experts.shape[2]))
+
+
+class _Windows:
+    """Notes the calls of the units while active."""
+
+    def __init__(self, units: list[Unit], counter: _Counter) -> None:
+        self.called: list[WindowWork] = []
+        self._units = units
+        self._counter = counter
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        for unit in self._units:
+            unit.module.forward = self._wrap(unit, unit.module.forward)  # type: ignore[method-assign]
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        for unit in self._units:
+            del unit.module.__dict__["forward"]
+        self._counter.finish()
+
+    def _wrap(self, unit: Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if self._depth:
+                return forward(*args, **kwargs)
+            self._depth += 1
+            self._counter.enter()
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                work = self._counter.leave()
+                self._depth -= 1
+            rows = args[0].numel() if unit.gathers and args and isinstance(args[0], torch.Tensor) else 0
+            self.called.append(WindowWork(unit.key, unit.uses, work, sum(_result_bytes(result)), rows))
+            return result
+
+        return called
+
+
+def _result_bytes(result: Any) -> list[int]:
+    if isinstance(result, torch.Tensor):
+        return [result.nbytes]
+    return [item.nbytes for item in result if isinstance(item, torch.Tensor)] if isinstance(result, (tuple, list)) else []
+
+
+def _tensors_of(cache: Any) -> list[torch.Tensor]:
+    layers = getattr(cache, "layers", None) or []
+    return [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+
+
+def _cache_bytes(cache: Any) -> int:
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in _tensors_of(cache)}.values())
+
+
+def _rows(tensor: torch.Tensor) -> int:
+    return max(1, tensor.numel() // max(1, tensor.shape[-1])) if tensor.dim() else 1
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

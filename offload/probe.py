@@ -1,0 +1,296 @@
+"""Measures this machine: a few seconds, once; the profile is kept by hardware id."""
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from offload.config import Progress
+from offload.model.dry_run import DryRun
+from scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
+from scheduler.work import total
+from storage.arena import HostBuffer
+from storage.device import Device
+from storage.engines.posix import PosixEngine
+from storage.errors import ProfileError
+from storage.probe import copy_bytes_per_second
+from storage.reader import DiskReader
+from storage.transfer import Link
+
+_ROWS = (1, 8, 64, 512)
+"""Tokens at once: decode, a batch, a short prompt, a long one."""
+
+_MATRIX_EDGE = 2048
+_WEIGHTS_BYTES = 192 << 20
+"""More than any cache holds."""
+
+_MEMORY_BYTES = 192 << 20
+_COPY_BYTES = 64 << 20
+_DISK_BYTES = 512 << 20
+_READ_THREADS = 4
+_SMALL_READS = 64
+_WRITE_BYTES = 16 << 20
+_POINT_SECONDS = 0.25
+_STEPS = 8
+
+
+def profile_folder() -> Path:
+    """Where profiles are kept: `$OFFLOAD_PROFILES`, else the user's cache."""
+    chosen = os.environ.get("OFFLOAD_PROFILES")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offload"
+
+
+def hardware_id(device: Device, disk_dir: str) -> str:
+    """Changes with the processor, its cores, the memory, the card, the disk, and torch's version."""
+    facts = [
+        _cpu_name(),
+        torch.get_num_threads(),
+        psutil.virtual_memory().total >> 30,
+        _device_name(device),
+        os.stat(disk_dir).st_dev,
+        torch.__version__,
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def kept_profile(device: Device, disk_dir: str | None = None) -> HardwareProfile | None:
+    """The profile of this machine that an earlier measurement kept; None if there is none.
+
+    Raises:
+        ProfileError: if it was broken by hand.
+    """
+    folder = disk_dir or tempfile.gettempdir()
+    if not os.path.isdir(folder):
+        return None
+    identity = hardware_id(device, folder)
+    path = profile_folder() / f"hardware-{identity}.json"
+    if not path.exists():
+        return None
+    profile = HardwareProfile.load(path)
+    if profile.hardware_id != identity:
+        raise ProfileError(f"{path} is a profile of other hardware ({profile.hardware_id}); delete it, it is made again")
+    return profile
+
+
+def hardware_profile(
+    device: Device, disk_dir: str | None = None, *, refresh: bool = False, progress: Progress | None = None
+) -> HardwareProfile:
+    """The profile of this machine: the kept one, or a new one.
+
+    Args:
+        device: what computes.
+        disk_dir: a folder on the disk that weights are read from; by default the system's temporary folder.
+        refresh: measure again.
+        progress: told of the steps.
+
+    Raises:
+        ProfileError: if the kept profile was broken by hand.
+    """
+    folder = disk_dir or tempfile.gettempdir()
+    kept = None if refresh else kept_profile(device, folder)
+    if kept is not None:
+        return kept
+    profile = measure(device, folder, progress or (lambda what, done, total: None))
+    path = profile_folder() / f"hardware-{profile.hardware_id}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(profile.to_dict(), indent=1))
+        partial.rename(path)
+    except OSError:
+        # A home that cannot be written: measured again next time.
+        pass
+    return profile
+
+
+def measure(device: Device, disk_dir: str, progress: Progress, sample: str | None = None) -> HardwareProfile:
+    """Measure everything now.
+
+    Args:
+        sample: a large file to read instead of one written for the purpose.
+    """
+    done = iter(range(1, _STEPS + 1))
+
+    def step() -> None:
+        progress("measuring", next(done, _STEPS), _STEPS)
+
+    read, write = _disk(disk_dir, sample)
+    step()
+    host = _processor(torch.device("cpu"), _cpu_name(), psutil.virtual_memory().total, step)
+    card = None
+    links: dict[str, LinkRate | None] = {}
+    if not device.host_memory:
+        free = device.free_bytes()
+        card = _processor(device.torch_device, _device_name(device), free, step)
+        links = _copies(device)
+    progress("measuring", _STEPS, _STEPS)
+    return HardwareProfile(
+        hardware_id=hardware_id(device, disk_dir),
+        description=f"{host.name}, {torch.get_num_threads()} threads" + (f"; {card.name}" if card else ""),
+        measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        host=host,
+        device=card,
+        disk_read=read,
+        disk_write=write,
+        **links,
+    )
+
+
+def _disk(folder: str, sample: str | None) -> tuple[LinkRate, LinkRate]:
+    room = psutil.disk_usage(folder).free
+    size = min(_DISK_BYTES, room // 4 // _WRITE_BYTES * _WRITE_BYTES)
+    if size < _WRITE_BYTES * _READ_THREADS:
+        raise ProfileError(f"{folder} has {room >> 20} MiB free, too little to measure the disk; name another with --disk")
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="probe") as file:
+        write = _write_rate(file.fileno(), size)
+        engine = PosixEngine()
+        link = Link("disk", _READ_THREADS)
+        try:
+            reader = DiskReader(engine, link)
+            rate = reader.measure(size if sample is None else os.path.getsize(sample), sample or file.name)
+            latency = _read_latency(engine, sample or file.name, size)
+        finally:
+            link.close()
+            engine.close()
+    assert rate is not None
+    return LinkRate(rate, latency), write
+
+
+def _write_rate(descriptor: int, size: int) -> LinkRate:
+    content = memoryview(os.urandom(_WRITE_BYTES))
+    begun = time.perf_counter()
+    for start in range(0, size, _WRITE_BYTES):
+        os.pwrite(descriptor, content, start)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    return LinkRate(size / (time.perf_counter() - begun))
+
+
+def _read_latency(engine: PosixEngine, path: str, size: int) -> float:
+    buffer = HostBuffer(engine.unit_bytes)
+    units = min(size, os.path.getsize(path)) // engine.unit_bytes
+    seconds = []
+    for index in range(_SMALL_READS):
+        # Far apart and in no order, so that nothing reads ahead.
+        unit = index * 7919 % units
+        begun = time.perf_counter()
+        engine.read(path, unit * engine.unit_bytes, buffer.memory[: engine.unit_bytes], engine.unit_bytes)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def _processor(device: torch.device, name: str, memory_bytes: int, step: Callable[[], None]) -> Processor:
+    asynchronous = device.type == "cuda"
+    memory = _memory_rate(device)
+    operation = _operation_seconds(device)
+    step()
+    rates = {}
+    for dtype in (torch.bfloat16, torch.float32) + ((torch.float16,) if asynchronous else ()):
+        rates[str(dtype).removeprefix("torch.")] = tuple(_matrix_rates(device, dtype))
+        step()
+    return Processor(name, memory_bytes, memory, operation, asynchronous, rates)
+
+
+def _memory_rate(device: torch.device) -> float:
+    source = torch.ones(_MEMORY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_seconds(device, lambda: target.copy_(source))
+
+
+def _matrix_rates(device: torch.device, dtype: torch.dtype) -> Iterator[MatrixRate]:
+    count = _WEIGHTS_BYTES // (_MATRIX_EDGE**2 * dtype.itemsize)
+    weights = [torch.randn(_MATRIX_EDGE, _MATRIX_EDGE, device=device, dtype=dtype) for _ in range(count)]
+    for rows in _ROWS:
+        # As many as take some time, and never the same one twice in a row.
+        inputs = torch.randn(rows, _MATRIX_EDGE, device=device, dtype=dtype)
+        used = weights if rows <= 8 else weights[: max(2, count // rows)]
+
+        def multiply(inputs: torch.Tensor = inputs, used: list[torch.Tensor] = used) -> None:
+            for weight in used:
+                nn.functional.linear(inputs, weight)
+
+        seconds = _best_seconds(device, multiply)
+        yield MatrixRate(rows, 2.0 * rows * _MATRIX_EDGE**2 * len(used) / seconds)
+
+
+def _operation_seconds(device: torch.device) -> float:
+    """Of one operation in a model too small to compute anything: what submitting it costs, modules included."""
+    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2)
+    model = LlamaForCausalLM(config).eval()
+    _, decode = DryRun(model).passes(1, 2, 2)
+    operations = total([decode.between, *(window.work for window in decode.windows)]).operations
+    model = model.to(device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    with torch.inference_mode():
+        cache = model(token, use_cache=True).past_key_values
+
+        def decode_once() -> None:
+            model(token, past_key_values=cache, use_cache=True)
+            cache.crop(-1)
+
+        return _best_seconds(device, decode_once, statistics.median) / operations
+
+
+def _copies(device: Device) -> dict[str, LinkRate | None]:
+    buffer, small = HostBuffer(_COPY_BYTES), HostBuffer(4096)
+    target = device.allocate(_COPY_BYTES).tensor
+    pageable = LinkRate(copy_bytes_per_second(device, target, buffer.tensor))
+    locked = device.lock_pages(buffer)
+    try:
+        fast = copy_bytes_per_second(device, target, buffer.tensor) if locked else pageable.bytes_per_second
+        latency = small.nbytes / copy_bytes_per_second(device, target[: small.nbytes], small.tensor)
+        back = _COPY_BYTES / _best_seconds(device.torch_device, lambda: buffer.tensor.copy_(target))
+    finally:
+        if locked:
+            device.unlock_pages(buffer)
+    return {"h2d": LinkRate(fast, latency), "d2h": LinkRate(back, latency), "h2d_pageable": pageable}
+
+
+def _best_seconds(
+    device: torch.device, run: Callable[[], object], pick: Callable[[list[float]], float] = statistics.median
+) -> float:
+    """Of several runs, the first one not counted, within the time that one measurement may take."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    run()
+    wait()
+    seconds: list[float] = []
+    ends = time.perf_counter() + _POINT_SECONDS
+    while not seconds or (time.perf_counter() < ends and len(seconds) < 50):
+        begun = time.perf_counter()
+        run()
+        wait()
+        seconds.append(time.perf_counter() - begun)
+    return pick(seconds)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _device_name(device: Device) -> str:
+    if device.torch_device.type == "cuda":
+        return torch.cuda.get_device_name(device.torch_device)
+    return device.name

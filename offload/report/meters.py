@@ -1,0 +1,62 @@
+"""The instruments of a session: what its tiers hold, what its links moved, when."""
+
+from offload.report.report import LinkUse, TierUse
+from offload.runtime.recorder import Recorder
+from storage.blocks import Tier
+from storage.device import Device
+from storage.ledger import MemoryLedger
+from storage.reader import DiskReader
+from storage.transfer import Link
+
+_PROBE_BYTES = 256 << 20
+_PROBE_SHARE = 0.05
+"""The report's own measurement reads at most this part of what the session streamed."""
+
+
+class Meters:
+    """Reads the instruments.
+
+    Args:
+        device_bytes, host_bytes: the budgets; no `host_bytes` where the device's memory is the host's.
+    """
+
+    def __init__(self, device: Device, recorder: Recorder, device_bytes: int, host_bytes: int | None) -> None:
+        self.recorder = recorder
+        self.copy_speed: float | None = None
+        """Bytes a second from host to device, measured when the slots were taken."""
+        self._device = device
+        tier = Tier.CPU if device.host_memory else Tier.DEVICE
+        self.ledger = MemoryLedger(tier, device_bytes, recorder.memory)
+        self.host_ledger = self.ledger if host_bytes is None else MemoryLedger(Tier.CPU, host_bytes, recorder.memory)
+        self.disk_ledger = MemoryLedger(Tier.DISK, None, recorder.memory)
+        self._copied_bytes = 0
+        self._copy_seconds = 0.0
+
+    def collect(self) -> None:
+        """Note the copies that have ended."""
+        for copy in self._device.ended_copies():
+            self._copied_bytes += copy.nbytes
+            self._copy_seconds += copy.end_seconds - copy.begin_seconds
+            self.recorder.span(self._device.copy_link, copy.name, copy.begin_seconds, copy.end_seconds, copy.nbytes)
+
+    def tier_uses(self) -> dict[str, TierUse]:
+        ledgers = {Tier.DEVICE: self.ledger, Tier.CPU: self.host_ledger, Tier.DISK: self.disk_ledger}
+        if self._device.host_memory:
+            ledgers[Tier.DEVICE] = MemoryLedger(Tier.DEVICE, 0)
+        return {tier.value: TierUse.of(ledger) for tier, ledger in ledgers.items()}
+
+    def link_uses(self, link: Link, reader: DiskReader, inside: bool) -> dict[str, LinkUse]:
+        """By name.
+
+        Args:
+            inside: the session has not ended: what the disk gives right now is measured, where what was streamed is
+                enough to compare with.
+        """
+        # What was prefetched would compete with the measurement.
+        link.wait_idle()
+        self.collect()
+        speed = reader.measure(min(_PROBE_BYTES, int(link.bytes_moved * _PROBE_SHARE))) if inside else None
+        uses = {"disk": LinkUse.of(link.bytes_moved, link.busy_seconds, speed)}
+        if not self._device.host_memory:
+            uses[self._device.copy_link] = LinkUse.of(self._copied_bytes, self._copy_seconds, self.copy_speed)
+        return uses

@@ -1,0 +1,206 @@
+"""What a machine can do: capacities, bandwidths, latencies and rates, each measured on it (or described by hand)."""
+
+import json
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from storage.errors import ProfileError
+
+PROFILE_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRate:
+    """A way for bytes.
+
+    Attributes:
+        bytes_per_second: of large transfers.
+        latency_seconds: that each transfer takes, however small.
+    """
+
+    bytes_per_second: float
+    latency_seconds: float = 0.0
+
+    def seconds(self, nbytes: float) -> float:
+        return self.latency_seconds + nbytes / self.bytes_per_second
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixRate:
+    """Speed of products of `rows` rows with weights that are not in any cache."""
+
+    rows: int
+    flops_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """What computes.
+
+    Attributes:
+        name: for people.
+        memory_bytes: what it has.
+        memory_bytes_per_second: reads and writes of what is in no cache.
+        operation_seconds: the least that one tensor operation takes, its submission included.
+        asynchronous: True if operations are submitted ahead, so that submitting and computing overlap.
+        matrix_rates: by dtype, in ascending order of rows; between two points the time is interpolated.
+    """
+
+    name: str
+    memory_bytes: int
+    memory_bytes_per_second: float
+    operation_seconds: float
+    asynchronous: bool
+    matrix_rates: Mapping[str, tuple[MatrixRate, ...]]
+
+    def matrix_seconds(self, flops: float, rows: int, dtype: str) -> float:
+        """Time of products with weights, `flops` in all, of `rows` rows each.
+
+        A product of few rows is bound by reading the weights, one of many by arithmetic (the roofline of Williams et
+        al., doi:10.1145/1498765.1498785); the measured points trace that curve. A dtype that was not measured counts as
+        the slowest one that was.
+        """
+        if not flops:
+            return 0.0
+        points = self.matrix_rates.get(dtype)
+        if points is None:
+            points = min(self.matrix_rates.values(), key=lambda rates: rates[0].flops_per_second)
+        return flops / rows * _seconds_per_row_flop(points, rows)
+
+
+def _seconds_per_row_flop(points: tuple[MatrixRate, ...], rows: int) -> float:
+    """Seconds that a product takes for each FLOP of one of its rows: constant where memory bounds it, then linear."""
+
+    def at(point: MatrixRate) -> float:
+        return point.rows / point.flops_per_second
+
+    place = bisect_left([point.rows for point in points], rows)
+    if place == 0:
+        return at(points[0])
+    if place == len(points):
+        return at(points[-1]) * rows / points[-1].rows
+    low, high = points[place - 1], points[place]
+    share = (rows - low.rows) / (high.rows - low.rows)
+    return at(low) + share * (at(high) - at(low))
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareProfile:
+    """One machine.
+
+    Attributes:
+        hardware_id: names the hardware that was measured: a profile of another one is stale.
+        description: for people.
+        measured_at: ISO time; empty if it was not measured but described.
+        host: the CPU and its memory.
+        device: the GPU; None where the CPU computes.
+        disk_read, disk_write: the disk that weights are on.
+        h2d, d2h: host memory to device and back, page-locked; None without a device.
+        h2d_pageable: the same from ordinary memory.
+    """
+
+    hardware_id: str
+    description: str
+    measured_at: str
+    host: Processor
+    device: Processor | None
+    disk_read: LinkRate
+    disk_write: LinkRate
+    h2d: LinkRate | None = None
+    d2h: LinkRate | None = None
+    h2d_pageable: LinkRate | None = None
+
+    def __post_init__(self) -> None:
+        if (self.device is None) != (self.h2d is None) or (self.device is None) != (self.d2h is None):
+            raise ProfileError("a hardware profile has either all of device, h2d and d2h, or none of them")
+
+    @property
+    def computes_on(self) -> Processor:
+        return self.host if self.device is None else self.device
+
+    def to_dict(self) -> dict[str, Any]:
+        content: dict[str, Any] = _plain(self)
+        return {"format": PROFILE_FORMAT} | content
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "HardwareProfile":
+        """Raises ProfileError, which names what is wrong."""
+        if not isinstance(content, dict) or content.get("format") != PROFILE_FORMAT:
+            raise ProfileError(f'the hardware profile has no "format": {PROFILE_FORMAT}; make a new one with `offload probe`')
+        given = {name: value for name, value in content.items() if name != "format"}
+        values = _checked(cls, given, "")
+        for name in ("host", "device"):
+            values[name] = None if values.get(name) is None else _processor(values[name], name)
+        for name in ("disk_read", "disk_write", "h2d", "d2h", "h2d_pageable"):
+            if values.get(name) is not None:
+                values[name] = _numbers(LinkRate, values[name], name)
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "HardwareProfile":
+        """Raises ProfileError, which names the file."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise ProfileError(f"the hardware profile {path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ProfileError(f"{path}: {error}") from error
+
+
+def _processor(content: Any, where: str) -> Processor:
+    values = _checked(Processor, content, where)
+    for name in ("memory_bytes", "memory_bytes_per_second", "operation_seconds"):
+        _positive(values[name], f"{where}.{name}")
+    rates = values["matrix_rates"]
+    if not isinstance(rates, dict) or not rates or not all(isinstance(points, list) and points for points in rates.values()):
+        raise ProfileError(f'{where}.matrix_rates must be like {{"bfloat16": [{{"rows": 1, "flops_per_second": 1e9}}]}}')
+    values["matrix_rates"] = {
+        dtype: tuple(
+            sorted(
+                (_numbers(MatrixRate, point, f"{where}.matrix_rates.{dtype}") for point in points), key=lambda point: point.rows
+            )
+        )
+        for dtype, points in rates.items()
+    }
+    return Processor(**values)
+
+
+def _numbers(kind: type, content: Any, where: str) -> Any:
+    values = _checked(kind, content, where)
+    for name, value in values.items():
+        _positive(value, f"{where}.{name}", zero=name == "latency_seconds")
+    return kind(**values)
+
+
+def _checked(kind: Any, content: Any, where: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ProfileError(f"{where or 'the hardware profile'} must be an object, not {content!r}")
+    known = {field.name: field for field in fields(kind)}
+    at = f"{where}." if where else ""
+    for name in content:
+        if name not in known:
+            raise ProfileError(f"{at}{name} is not known to a hardware profile; known: {', '.join(known)}")
+    for name, field in known.items():
+        if name not in content and repr(field.default).startswith("<"):
+            raise ProfileError(f"{at}{name} is missing")
+    return dict(content)
+
+
+def _positive(value: Any, where: str, zero: bool = False) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (value > 0 or (zero and value == 0)):
+        raise ProfileError(f"{where} must be a number above 0, not {value!r}")
+    if value == float("inf"):
+        raise ProfileError(f"{where} must be finite")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

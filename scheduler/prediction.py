@@ -1,0 +1,67 @@
+"""What a plan will give: time of prefill and of a token, and what holds them back."""
+
+from dataclasses import dataclass
+
+from scheduler.cost import CostModel
+from scheduler.model_spec import ModelSpec
+from scheduler.plan import Plan
+from scheduler.simulator import Simulation
+from scheduler.trace import Trace
+from scheduler.work import PassWork
+
+_DECODE_PASSES = 4
+"""The first ones still find what prefill left in the slots; the last one is what goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Of one plan on one machine for one workload.
+
+    Attributes:
+        prefill_seconds: the first pass, with nothing loaded ahead: the time to the first token, but for sampling it.
+        seconds_per_token: of a decode pass, once it goes on and on (TPOT).
+        tokens_per_second: of all sequences of the batch.
+        decode_shares: where the time of a decode pass goes, by cause; they add up to 1.
+        bound: the resource that holds decode back: `disk`, `h2d`, `compute`, or `cpu` where layers are computed there.
+        hardware_id: of the profile.
+        exact_work: False where the model's work was estimated from sizes.
+    """
+
+    prefill_seconds: float
+    seconds_per_token: float
+    tokens_per_second: float
+    decode_shares: dict[str, float]
+    bound: str
+    hardware_id: str
+    exact_work: bool
+
+    def total_seconds(self, new_tokens: int) -> float:
+        """Of a prompt and its answer."""
+        return self.prefill_seconds + max(0, new_tokens - 1) * self.seconds_per_token
+
+
+def predict(plan: Plan, model: ModelSpec, cost: CostModel, prefill: PassWork, decode: PassWork) -> Prediction:
+    """Simulate a prefill and some decode passes."""
+    simulation = Simulation(plan, model, cost)
+    prefill_seconds = simulation.run(prefill)
+    settled = 0.0
+    for _ in range(_DECODE_PASSES):
+        before = len(simulation.trace.spans)
+        settled = simulation.run(decode)
+    last = Trace("simulator", simulation.trace.spans[before:])
+    causes = last.attribution("decode")
+    total = sum(causes.values()) or 1.0
+    shares = {cause: seconds / total for cause, seconds in causes.items()}
+    return Prediction(
+        prefill_seconds=prefill_seconds,
+        seconds_per_token=settled,
+        tokens_per_second=decode.batch_size / settled if settled else 0.0,
+        decode_shares=shares,
+        bound=_resource(max(shares, key=lambda cause: shares[cause])),
+        hardware_id=cost.hardware.hardware_id,
+        exact_work=prefill.exact and decode.exact,
+    )
+
+
+def _resource(cause: str) -> str:
+    return cause.removeprefix("wait for ") if cause != "between blocks" else "compute"

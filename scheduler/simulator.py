@@ -1,0 +1,186 @@
+"""The executor's plan and instructions on a virtual clock: what a run will look like, before it runs."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from scheduler.cost import CostModel
+from scheduler.model_spec import ModelSpec
+from scheduler.plan import Plan
+from scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
+from scheduler.trace import COMPUTE, HOST_COMPUTE, PASS, WAIT, Span, Trace
+from scheduler.work import PassWork, WindowWork
+from storage.blocks import BlockKey
+
+DISK, H2D = "disk", "h2d"
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """When a block that was asked for is there: read from disk, and copied to the device."""
+
+    read_at: float
+    copied_at: float
+
+
+class Simulation:
+    """One machine, one plan, any number of passes one after another.
+
+    Args:
+        plan: what lives where.
+        model: its blocks.
+        cost: the machine.
+    """
+
+    def __init__(self, plan: Plan, model: ModelSpec, cost: CostModel) -> None:
+        self.trace = Trace("simulator")
+        self.now = 0.0
+        """Of the thread that runs the model."""
+        self._plan = plan
+        self._cost = cost
+        self._bytes = {block.key: block.streamed_bytes for block in model.blocks}
+        self._streamed = frozenset(plan.streamed)
+        self._in_host = frozenset(plan.in_host_memory)
+        self._on_host = frozenset(plan.computed_on_host)
+        self._gathered = frozenset(plan.gathered)
+        self._device_free = 0.0
+        self._link_free = {DISK: 0.0, H2D: 0.0}
+        self._staging = deque([0.0] * plan.staging_count)
+        self._slot_free: dict[int, float] = {}
+        self._arrivals: dict[int, _Arrival] = {}
+        slots = {block.key: -(-block.slot_bytes // plan.slot_bytes) for block in model.blocks if block.key in self._streamed}
+        self._schedule = SlotSchedule(plan.slot_count, {key: slots[key] for key in plan.streamed})
+        hardware = cost.hardware
+        self._rates = {DISK: hardware.disk_read}
+        if hardware.h2d is not None:
+            self._rates[H2D] = hardware.h2d
+        device = hardware.device
+        self._own_memory = device is not None
+        self._asynchronous = device is not None and device.asynchronous
+
+    def run(self, work: PassWork) -> float:
+        """One call of the model; returns its seconds."""
+        begun = self.now
+        self._compute_between(work)
+        for window in work.windows:
+            self._window(window, work.phase)
+        if self._asynchronous:
+            self.now = max(self.now, self._device_free)
+        self.trace.spans.append(Span(PASS, work.phase, begun, self.now))
+        return self.now - begun
+
+    def _compute_between(self, work: PassWork) -> None:
+        """The model's code outside of the windows: masks, positions. Most of it comes before the first one."""
+        span = self._cost.window(work.between)
+        begin = max(self._device_free, self.now)
+        self.now += span.submit_seconds
+        if self._asynchronous:
+            self._device_free = begin + span.compute_seconds
+
+    def _window(self, window: WindowWork, phase: str) -> None:
+        if window.key in self._gathered:
+            self._gather(window)
+            return
+        if not self._on_host.isdisjoint(window.uses):
+            self._compute_on_host(window)
+            return
+        keys = [key for key in window.uses if key in self._streamed]
+        if not keys:
+            self._compute_window(window, 0.0)
+            return
+        schedule = self._schedule
+        self._carry_out(schedule.open(keys, phase))
+        self._carry_out(schedule.look_ahead(phase))
+        copied_at = max([self._enter(schedule.lease(key)) for key in keys])
+        ended = self._compute_window(window, copied_at)
+        for lease in schedule.close(keys):
+            for slot in lease.slots:
+                self._slot_free[slot] = ended
+        self._carry_out(schedule.look_ahead(phase))
+
+    def _carry_out(self, instructions: Sequence[Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, Load):
+                self._arrivals[instruction.lease.generation] = self._load(instruction.lease)
+            elif isinstance(instruction, Evict):
+                arrival = self._arrivals.pop(instruction.lease.generation)
+                self.now = max(self.now, arrival.copied_at)
+
+    def _load(self, lease: Lease) -> _Arrival:
+        if not self._own_memory:
+            read_at = self._move(DISK, lease.key, self.now)
+            return _Arrival(read_at, read_at)
+        slots_free = max([self._slot_free.get(slot, 0.0) for slot in lease.slots])
+        if lease.key in self._in_host:
+            return _Arrival(0.0, self._move(H2D, lease.key, max(self.now, slots_free)))
+        buffer_free = self._staging.popleft()
+        read_at = self._move(DISK, lease.key, max(self.now, buffer_free))
+        copied_at = self._move(H2D, lease.key, max(read_at, slots_free))
+        self._staging.append(copied_at)
+        return _Arrival(read_at, copied_at)
+
+    def _move(self, link: str, key: BlockKey, earliest: float) -> float:
+        """Queue a transfer on a link, which serves one after another."""
+        rate = self._rates[link]
+        free = self._link_free[link]
+        # A queue hides the latency of all but its first request.
+        begin, latency = (earliest, rate.latency_seconds) if earliest >= free else (free, 0.0)
+        nbytes = self._bytes[key]
+        end = begin + latency + nbytes / rate.bytes_per_second
+        self._link_free[link] = end
+        self.trace.spans.append(Span(link, key, begin, end, nbytes))
+        return end
+
+    def _enter(self, lease: Lease) -> float:
+        """Wait as the executor's thread does; returns when the device may use the block."""
+        arrival = self._arrivals.pop(lease.generation)
+        self._wait(DISK, arrival.read_at)
+        if not self._asynchronous:
+            self._wait(H2D, arrival.copied_at)
+        return arrival.copied_at
+
+    def _wait(self, link: str, until: float) -> None:
+        if until > self.now:
+            self.trace.spans.append(Span(WAIT, link, self.now, until))
+            self.now = until
+
+    def _compute_window(self, window: WindowWork, copied_at: float) -> float:
+        """Returns when the compute ends."""
+        span = self._cost.window(window.work)
+        if not self._asynchronous:
+            begin, self.now = self.now, self.now + span.compute_seconds
+            self.trace.spans.append(Span(COMPUTE, window.key, begin, self.now))
+            return self.now
+        ready = max(self._device_free, self.now)
+        begin = max(ready, copied_at)
+        if begin > ready:
+            self.trace.spans.append(Span(WAIT, H2D, ready, begin))
+        self._device_free = begin + span.compute_seconds
+        self.now += span.submit_seconds
+        self.trace.spans.append(Span(COMPUTE, window.key, begin, self._device_free))
+        return self._device_free
+
+    def _compute_on_host(self, window: WindowWork) -> None:
+        hardware = self._cost.hardware
+        assert hardware.d2h is not None
+        assert hardware.h2d is not None
+        self.now = max(self.now, self._device_free) + hardware.d2h.seconds(window.result_bytes)
+        begin = self.now
+        self.now += self._cost.window(window.work, on_host=True).compute_seconds
+        self.trace.spans.append(Span(HOST_COMPUTE, window.key, begin, self.now))
+        self.now += hardware.h2d.seconds(window.result_bytes)
+        self._device_free = max(self._device_free, self.now)
+
+    def _gather(self, window: WindowWork) -> None:
+        begin = self.now
+        self.now += self._cost.gather_seconds(window)
+        self.trace.spans.append(Span(WAIT, DISK, begin, self.now))
+        self._compute_window(window, 0.0)
+
+
+def simulate(plan: Plan, model: ModelSpec, cost: CostModel, passes: Iterable[PassWork]) -> Trace:
+    """The trace of these passes, one after another."""
+    simulation = Simulation(plan, model, cost)
+    for work in passes:
+        simulation.run(work)
+    return simulation.trace

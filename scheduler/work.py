@@ -1,0 +1,83 @@
+"""What one pass of a model does, window by window: counted, not guessed from formulas of architectures."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from storage.blocks import BlockKey
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is computed between two points.
+
+    Attributes:
+        operations: tensor operations.
+        products: (rows, FLOPs) of the products with weights, summed for each number of rows.
+        other_flops: of everything else: attention, above all.
+        traffic_bytes: read and written by everything but the products with weights.
+    """
+
+    operations: int = 0
+    products: tuple[tuple[int, float], ...] = ()
+    other_flops: float = 0.0
+    traffic_bytes: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        products = dict(self.products)
+        for rows, flops in other.products:
+            products[rows] = products.get(rows, 0.0) + flops
+        return Work(
+            self.operations + other.operations,
+            tuple(sorted(products.items())),
+            self.other_flops + other.other_flops,
+            self.traffic_bytes + other.traffic_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WindowWork:
+    """One call of a unit.
+
+    Attributes:
+        key: the unit's.
+        uses: the blocks that it needs, its own and those that own tied weights.
+        work: what it computes.
+        result_bytes: what it returns, which crosses the link where it is computed elsewhere than the next one.
+        gathered_rows: rows looked up where the unit is an embedding.
+    """
+
+    key: BlockKey
+    uses: tuple[BlockKey, ...]
+    work: Work
+    result_bytes: int = 0
+    gathered_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PassWork:
+    """One call of the model.
+
+    Attributes:
+        phase: `prefill` or `decode`.
+        batch_size: sequences.
+        tokens: of each sequence in this pass.
+        windows: in the order in which they were called.
+        between: what is computed outside of all windows.
+        temporary_bytes: the most that is held at once beside weights and KV cache.
+        exact: False where this was estimated from sizes, because the model could not be traced.
+    """
+
+    phase: str
+    batch_size: int
+    tokens: int
+    windows: tuple[WindowWork, ...]
+    between: Work
+    temporary_bytes: int = 0
+    exact: bool = True
+
+
+def total(items: Iterable[Work]) -> Work:
+    result = Work()
+    for item in items:
+        result += item
+    return result
