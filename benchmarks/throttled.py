@@ -22,14 +22,35 @@ from storage.device import Copy
 from storage.engines.posix import PosixEngine
 
 
+_SLEEP_LATE_SECONDS = 1e-4
+"""By which a sleep is usually too long."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a processor: products of few rows are bound by reading the weights, those of many by arithmetic."""
+
+    memory_bytes_per_second: float
+    flops_per_second: float
+
+    def product_seconds(self, rows: int, weights: int) -> float:
+        """Of `rows` rows with a matrix of `weights` fp32 weights."""
+        return max(weights * 4 / self.memory_bytes_per_second, 2.0 * rows * weights / self.flops_per_second)
+
+    def matrix_rates(self) -> tuple[MatrixRate, ...]:
+        ridge = max(2, round(2 * self.flops_per_second / self.memory_bytes_per_second))
+        rows = (1, ridge, 4096)
+        return tuple(MatrixRate(count, 2.0 * count / self.product_seconds(count, 1)) for count in rows)
+
+
 @dataclass(frozen=True)
 class Rates:
-    """Bytes and FLOPs a second; `link` is None where the CPU computes from its own memory."""
+    """Bytes a second of disk and link, and the processors; `link` is None where the CPU computes from its own memory."""
 
     disk: float
     link: float | None
-    device_flops: float
-    host_flops: float
+    device: Speed
+    host: Speed
 
     def profile(self, operation_seconds: float) -> HardwareProfile:
         """The machine, described.
@@ -38,18 +59,17 @@ class Rates:
             operation_seconds: of one tensor operation, which is this machine's own.
         """
 
-        def processor(name: str, flops: float) -> Processor:
-            rates = {"float32": (MatrixRate(1, flops), MatrixRate(4096, flops))}
-            return Processor(name, 1 << 40, 1e12, operation_seconds, False, rates)
+        def processor(name: str, speed: Speed) -> Processor:
+            # Everything but the products runs at this machine's own pace.
+            return Processor(name, 1 << 40, 6e9, operation_seconds, False, {"float32": speed.matrix_rates()})
 
         link = None if self.link is None else LinkRate(self.link)
-        host_flops = self.host_flops if link else self.device_flops
         return HardwareProfile(
             hardware_id="throttled",
             description="a machine of known rates",
             measured_at="",
-            host=processor("host", host_flops),
-            device=processor("device", self.device_flops) if link else None,
+            host=processor("host", self.host if link else self.device),
+            device=processor("device", self.device) if link else None,
             disk_read=LinkRate(self.disk),
             disk_write=LinkRate(self.disk),
             h2d=link,
@@ -76,6 +96,14 @@ class Pace:
 def sleep_until(moment: float) -> None:
     while (left := moment - time.perf_counter()) > 0:
         time.sleep(left)
+
+
+def _pause_until(moment: float) -> None:
+    """To the microsecond, where many short pauses add up: the last of it is spent turning."""
+    if (left := moment - time.perf_counter()) > 2 * _SLEEP_LATE_SECONDS:
+        time.sleep(left - 2 * _SLEEP_LATE_SECONDS)
+    while time.perf_counter() < moment:
+        pass
 
 
 class ThrottledEngine(PosixEngine):
@@ -188,8 +216,7 @@ def paced_products(model: nn.Module, rates: Rates, on_host: frozenset[str] = fro
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             slow = any(name.startswith(f"{key}.") for key in on_host)
-            rate = rates.host_flops if slow else rates.device_flops
-            handles += _pace_one(module, 2.0 * module.in_features * module.out_features / rate)
+            handles += _pace_one(module, rates.host if slow else rates.device)
     try:
         yield
     finally:
@@ -197,7 +224,8 @@ def paced_products(model: nn.Module, rates: Rates, on_host: frozenset[str] = fro
             handle.remove()
 
 
-def _pace_one(module: nn.Module, seconds_per_row: float) -> list:
+def _pace_one(module: nn.Linear, speed: Speed) -> list:
+    weights = module.in_features * module.out_features
     begun = [0.0]
 
     def before(module: nn.Module, args) -> None:
@@ -205,7 +233,7 @@ def _pace_one(module: nn.Module, seconds_per_row: float) -> list:
 
     def after(module: nn.Module, args, output) -> None:
         rows = output.numel() // output.shape[-1]
-        sleep_until(begun[0] + rows * seconds_per_row)
+        _pause_until(begun[0] + speed.product_seconds(rows, weights))
 
     # Before all others, and inside of any window.
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from offload.config import EXACTNESS, IDENTICAL, Budgets, Progress, process_bytes, resolve_budgets, resolve_device
+from offload.config import EXACTNESS, IDENTICAL, ROUNDING, Budgets, Progress, process_bytes, resolve_budgets, resolve_device
 from offload.interrupts import HeldInterrupts
 from offload.model.blocks import Unit, find_structure
 from offload.model.guise import Guise
@@ -23,7 +23,7 @@ from offload.report.report import Comparison, Report, phase_uses
 from offload.runtime.buffers import DeviceBuffers
 from offload.runtime.changes import RegistrationWatch
 from offload.runtime.clock import PassClock
-from offload.runtime.decision import Decision, decide
+from offload.runtime.decision import Decision, decide, given_plan, load_plan
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.forecast import Forecast
 from offload.runtime.hooks import ForwardWrap, Windows
@@ -57,7 +57,9 @@ def offload(
     exactness: str = IDENTICAL,
     batch_size: int = 1,
     max_tokens: int | None = None,
+    new_tokens: int | None = None,
     hardware: HardwareProfile | str | Path | None = None,
+    plan: Plan | str | Path | None = None,
     progress: Progress | None = None,
     **loading: Any,
 ) -> "Session":
@@ -72,8 +74,10 @@ def offload(
         exactness: how far the output may be from the plain model's: `identical` (the default) or `rounding`.
         batch_size: how many sequences memory is reserved for.
         max_tokens: of one sequence, prompt and answer, to reserve for; by default up to 2,048.
+        new_tokens: of those, how many will be made: what the plan weighs against reading the prompt; by default half.
         hardware: a profile of this machine, or its file, that predictions are made with; by default the one that
             `offload probe` keeps, if there is one.
+        plan: what lives where, or the file of `offload plan --output`; by default it is planned.
         progress: told (what, done bytes, total bytes) during long steps.
         loading: for a path, what `from_pretrained` takes: `dtype`, `revision`, `trust_remote_code`...
 
@@ -84,8 +88,8 @@ def offload(
     """
     if exactness not in EXACTNESS:
         raise ConfigError(f"exactness={exactness!r} is not known; give one of {', '.join(EXACTNESS)}")
-    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
-        raise ConfigError(f"batch_size={batch_size} and max_tokens={max_tokens} must be at least 1")
+    if batch_size < 1 or any(count is not None and count < 1 for count in (max_tokens, new_tokens)):
+        raise ConfigError(f"batch_size={batch_size}, max_tokens={max_tokens} and new_tokens={new_tokens} must be at least 1")
     if isinstance(model_or_path, nn.Module) and loading:
         raise ConfigError(f"{', '.join(loading)}: only for a model that is loaded from a path")
     return Session(
@@ -93,9 +97,10 @@ def offload(
         resolve_device(device),
         (gpu_memory, cpu_memory),
         None if disk_dir is None else str(disk_dir),
-        (batch_size, max_tokens),
+        (batch_size, max_tokens, new_tokens),
         exactness,
         HardwareProfile.load(hardware) if isinstance(hardware, (str, Path)) else hardware,
+        load_plan(plan) if isinstance(plan, (str, Path)) else plan,
         progress or (lambda what, done, total: None),
         loading,
     )
@@ -118,9 +123,10 @@ class Session:
         device: Device,
         budgets: tuple[str | int | None, str | int | None],
         disk_dir: str | None,
-        reserve: tuple[int, int | None],
+        reserve: tuple[int, int | None, int | None],
         exactness: str,
         hardware: HardwareProfile | None,
+        plan: Plan | None,
         progress: Progress,
         loading: dict[str, Any],
     ) -> None:
@@ -128,8 +134,9 @@ class Session:
         self._device = device
         self._asked = budgets
         self._disk_dir = disk_dir
-        self._batch_size, self._max_tokens = reserve
+        self._batch_size, self._max_tokens, self._asked_new_tokens = reserve
         self._exactness = exactness
+        self._given = plan
         self._hardware = hardware or kept_profile(device, self._disk_dir)
         self._progress = progress
         self._loading = loading
@@ -166,7 +173,7 @@ class Session:
             model=self._target if isinstance(self._target, str) else type(self.model).__name__,
             device=self._device.name,
             engine=self._engine.name,
-            exactness=self._exactness,
+            exactness=ROUNDING if self.plan.computed_on_host else IDENTICAL,
             parameters=self._parameters,
             weight_bytes=self._weight_bytes,
             blocks={
@@ -224,6 +231,7 @@ class Session:
         decision = self._decide()
         self._take(decision)
         self._look_forward(decision)
+        self._choose()
         self._guise(stack)
         stack.callback(self._placement.restore)
         self._placement.apply(decision.structure, self.plan)
@@ -300,6 +308,16 @@ class Session:
             dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
             self._forecast = Forecast(self.model, decision.split, self._hardware, dtype)
 
+    def _choose(self) -> None:
+        """Another plan than the rule's: the one that was given, or one that computes layers on the CPU and is faster."""
+        host_bytes = self._budgets.host_bytes
+        if self._given is not None:
+            self.plan = given_plan(self._given, self._spec, self._workload(self.model), self._budgets, self._exactness)
+        elif self._exactness == ROUNDING and self._forecast is not None and host_bytes is not None:
+            workload = self._workload(self.model)
+            new_tokens = self._asked_new_tokens or max(1, workload.total_tokens // 2)
+            self.plan = self._forecast.choose(self._spec, workload, self._budgets.device_bytes, host_bytes, new_tokens).plan
+
     def _guise(self, stack: ExitStack) -> None:
         stack.callback(Guise(self.model, self._device.torch_device, self._fallbacks.append).undo)
         stack.callback(DeviceBuffers(self.model, self._device, self._ledger).undo)
@@ -325,7 +343,7 @@ class Session:
         stack.callback(lambda: self._windows.undo())
 
     def _windows_of(self, units: list[Unit]) -> Windows:
-        return Windows(units, self._placement.tables, self._executor, self._clock)
+        return Windows(units, self._placement.tables, frozenset(self.plan.computed_on_host), self._executor, self._clock)
 
     def _before_pass(self) -> None:
         self._engine.check_unchanged()
@@ -359,7 +377,8 @@ class Session:
     def _grow(self, workload: Workload) -> None:
         """Make room for a larger workload: give up resident blocks. Raises BudgetTooSmall if that is not enough."""
         candidates = frozenset(self.plan.resident)
-        plan = make_plan(self._spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates)
+        on_host = frozenset(self.plan.computed_on_host)
+        plan = make_plan(self._spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates, on_host)
         with HeldInterrupts():
             self._give_up_for(plan)
 

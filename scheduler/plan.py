@@ -1,10 +1,10 @@
 """What was decided, frozen."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from scheduler.model_spec import ModelSpec
+from scheduler.model_spec import ModelSpec, Workload
 from storage.blocks import BlockKey
 from storage.errors import PlanError, gib
 
@@ -70,6 +70,18 @@ class Plan:
         if missing := sorted(set(known) - set(content)):
             raise PlanError(f"the plan lacks {', '.join(missing)}")
         return cls(**{name: _checked(name, value) for name, value in content.items()})
+
+    def completed(self, model: ModelSpec, workload: Workload) -> "Plan":
+        """The same placement, with the sums that follow from it."""
+        blocks = {block.key: block for block in model.blocks}
+        return replace(
+            self,
+            kv_bytes=workload.kv_bytes(model),
+            activation_bytes=workload.activation_bytes(model),
+            pinned_bytes=model.pinned_bytes,
+            resident_bytes=sum(blocks[key].resident_bytes for key in self.resident),
+            streamed_bytes=sum(blocks[key].streamed_bytes for key in self.streamed),
+        )
 
     def check(self, model: ModelSpec) -> None:
         """Raise PlanError unless this is a plan for `model`: each block in one place, slots that hold what is streamed."""

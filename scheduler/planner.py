@@ -1,6 +1,11 @@
-"""Which blocks stay on the device. A simple rule for now, behind the interface that a cost model will fill."""
+"""Which blocks stay on the device, and how the others are streamed, given which are computed on the CPU.
+
+With nothing computed elsewhere, time falls with every byte that stays, so that the rule is: as much as fits. What is
+weighed by its cost is decided in `choice.py`.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock, Workload
 from scheduler.plan import Plan
@@ -26,6 +31,7 @@ def make_plan(
     workload: Workload,
     host_bytes: int | None = None,
     candidates: frozenset[BlockKey] | None = None,
+    on_host: frozenset[BlockKey] = frozenset(),
 ) -> Plan:
     """Place every block: what fits is resident, spread evenly among the layers; the rest is streamed.
 
@@ -35,10 +41,17 @@ def make_plan(
         workload: what KV cache and activations are reserved for.
         host_bytes: CPU memory for blocks that a device with memory of its own streams; None if the device has none.
         candidates: the blocks that may be resident; None for all. A running job gives up blocks and takes none on.
+        on_host: the blocks that are computed on the CPU, from CPU memory.
 
     Raises:
         BudgetTooSmall: if not even one block at a time fits; `least_bytes` is the budget that would do.
     """
+    if on_host:
+        assert host_bytes is not None
+        apart = [block for block in model.blocks if block.key in on_host]
+        taken = sum(block.slot_bytes for block in apart)
+        plan = make_plan(without(model, on_host), budget_bytes, workload, max(0, host_bytes - taken), candidates)
+        return replace(plan, computed_on_host=tuple(block.key for block in apart))
     room = budget_bytes - model.pinned_bytes - workload.kv_bytes(model) - workload.activation_bytes(model)
     everything = {block.key for block in model.blocks}
     if candidates is None:
@@ -52,6 +65,15 @@ def make_plan(
         raise _too_small(model, budget_bytes, workload)
     resident, slot_bytes, slot_count = _best_residents(model, small, candidates, room)
     return _assemble(model, workload, resident | small, slot_bytes, slot_count, host_bytes)
+
+
+def without(model: ModelSpec, keys: frozenset[BlockKey]) -> ModelSpec:
+    """The model as if it had not these blocks."""
+    return replace(
+        model,
+        blocks=tuple(block for block in model.blocks if block.key not in keys),
+        windows=tuple(tuple(key for key in window if key not in keys) for window in model.windows),
+    )
 
 
 def least_budget_bytes(model: ModelSpec, workload: Workload) -> int:
@@ -127,16 +149,15 @@ def _small_blocks(model: ModelSpec) -> set[BlockKey]:
 
 def _least_slots(model: ModelSpec, resident: set[BlockKey]) -> tuple[int, int]:
     """The size of a slot, and the least number of them, with which everything outside of `resident` can run."""
-    blocks = {block.key: block for block in model.blocks}
     streamed = [block for block in model.blocks if block.key not in resident and block.role is not BlockRole.TABLE]
+    sizes = {block.key: block.slot_bytes for block in streamed}
     if not streamed:
         return 0, 0
     layers = [block.slot_bytes for block in streamed if block.role is BlockRole.LAYER]
     slot_bytes = align_up(max(layers or [block.slot_bytes for block in streamed]), 4096)
     least = 1
     for window in model.windows:
-        needed = [blocks[key] for key in window if blocks[key] in streamed]
-        least = max(least, sum(-(-block.slot_bytes // slot_bytes) for block in needed))
+        least = max(least, sum(-(-sizes[key] // slot_bytes) for key in window if key in sizes))
     return slot_bytes, least
 
 

@@ -14,6 +14,6 @@ def copy_bytes_per_second(device: Device, target: torch.Tensor, source: torch.Te
     best = float("inf")
     for _ in range(_ROUNDS):
         begun = time.perf_counter()
-        device.copy_in(target, source, None).synchronize()
+        device.copy_in(target, source, None, "measurement").synchronize()
         best = min(best, time.perf_counter() - begun)
     return source.nbytes / best

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
-from offload.config import Budgets
+from offload.config import ROUNDING, Budgets
 from offload.model.blocks import Structure, Unit, can_split, find_structure
 from offload.model.sizing import model_spec
 from scheduler.model_spec import ModelSpec, Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
 from storage.blocks import BlockKey
-from storage.errors import BudgetTooSmall, gib
+from storage.errors import BudgetTooSmall, PlanError, gib
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +70,38 @@ def _said(structure: Structure, split: frozenset[BlockKey]) -> tuple[str, ...]:
             f"largest has {gib(largest)}"
         )
     return tuple(sentences)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Raises PlanError, which names the file."""
+    try:
+        return Plan.from_json(Path(path).read_text())
+    except OSError as error:
+        raise PlanError(f"the plan {path} cannot be read: {error.strerror}") from error
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def given_plan(plan: Plan, spec: ModelSpec, workload: Workload, budgets: Budgets, exactness: str) -> Plan:
+    """A plan that somebody gave, edited perhaps: checked, and its sums made anew.
+
+    Raises:
+        PlanError: if it is for another model, or computes layers on the CPU where that was not asked for.
+        BudgetTooSmall: if it takes more than the budget.
+    """
+    plan.check(spec)
+    plan = plan.completed(spec, workload)
+    if plan.computed_on_host and exactness != ROUNDING:
+        raise PlanError(
+            f"the plan computes {len(plan.computed_on_host)} layers on the CPU, whose results are rounded otherwise than the "
+            "device's; give exactness='rounding' (--exactness rounding) to allow that"
+        )
+    if (plan.computed_on_host or plan.in_host_memory) and budgets.host_bytes is None:
+        raise PlanError("the plan places layers in CPU memory beside a device, and the device that computes is the CPU")
+    if plan.device_bytes > budgets.device_bytes:
+        raise BudgetTooSmall(
+            f"the plan takes {gib(plan.device_bytes)} of the device, and the budget is {gib(budgets.device_bytes)}; "
+            "give a larger budget, or make less of it resident",
+            plan.device_bytes,
+        )
+    return plan

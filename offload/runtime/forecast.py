@@ -1,6 +1,7 @@
 """What the machine's profile says of a session: before it runs, and beside what was measured."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -9,11 +10,14 @@ from offload.model.estimate import estimated_pass
 from offload.runtime.clock import DECODE, PREFILL, PhaseTimes
 from scheduler.cost import CostModel
 from scheduler.hardware import HardwareProfile
-from scheduler.model_spec import ModelSpec
+from scheduler.model_spec import ModelSpec, Workload
 from scheduler.plan import Plan
 from scheduler.prediction import Prediction, predict
 from scheduler.work import PassWork
 from storage.blocks import BlockKey
+
+if TYPE_CHECKING:
+    from scheduler.choice import Choice
 
 
 class Forecast:
@@ -47,6 +51,16 @@ class Forecast:
     def predict(self, plan: Plan, spec: ModelSpec, batch_size: int, prompt_tokens: int, context_tokens: int) -> Prediction:
         prefill, decode = self.work(spec, batch_size, prompt_tokens, context_tokens)
         return predict(plan, spec, self.cost, prefill, decode)
+
+    def choose(
+        self, spec: ModelSpec, workload: Workload, device_bytes: int, host_bytes: int | None, new_tokens: int
+    ) -> "Choice":
+        """The fastest plan of level *rounding*."""
+        from scheduler.choice import Task, choose_plan
+
+        prompt = max(1, workload.total_tokens - new_tokens)
+        prefill, decode = self.work(spec, workload.batch_size, prompt, workload.total_tokens)
+        return choose_plan(Task(spec, workload, prefill, decode, new_tokens, self.cost, device_bytes, host_bytes), True)
 
     def afterwards(self, plan: Plan, spec: ModelSpec, phases: Mapping[str, PhaseTimes]) -> Prediction | None:
         """For what was really asked: the first prefill, and decode steps after the mean context."""

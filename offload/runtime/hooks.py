@@ -16,11 +16,15 @@ from torch.overrides import TorchFunctionMode
 from offload.model.blocks import Unit
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
+from offload.runtime.moving import moved
 from offload.runtime.weights import GatheredTable
+from scheduler.trace import HOST_COMPUTE
 from storage.blocks import BlockKey
 from storage.errors import SessionError, StaleSlot
 
 Forward = Callable[..., Any]
+
+_CPU = torch.device("cpu")
 
 
 class ForwardWrap:
@@ -116,6 +120,29 @@ class UnitWindow:
         return tensor
 
 
+class HostWindow:
+    """The window of a unit that the CPU computes, from its home in CPU memory: what it works on crosses the link instead.
+
+    Its part of a KV cache stays in CPU memory, since it is made there.
+    """
+
+    def __init__(self, unit: Unit, executor: LayerExecutor, clock: PassClock) -> None:
+        self._unit = unit
+        self._executor = executor
+        self._clock = clock
+
+    def wrap(self, forward: Forward) -> Forward:
+        def windowed(*args: Any, **kwargs: Any) -> Any:
+            with self._executor.lock:
+                args, kwargs = moved(args, _CPU), moved(kwargs, _CPU)
+                begun = time.perf_counter()
+                output = forward(*args, **kwargs)
+                self._clock.charge_compute(self._unit.key, begun, time.perf_counter(), HOST_COMPUTE)
+                return moved(output, self._executor.device)
+
+        return windowed
+
+
 class _InSlot:
     """What autograd keeps instead of a tensor in a slot."""
 
@@ -194,9 +221,18 @@ class Windows:
     """The windows of all units of a model, until undone."""
 
     def __init__(
-        self, units: Sequence[Unit], tables: Mapping[BlockKey, GatheredTable], executor: LayerExecutor, clock: PassClock
+        self,
+        units: Sequence[Unit],
+        tables: Mapping[BlockKey, GatheredTable],
+        on_host: frozenset[BlockKey],
+        executor: LayerExecutor,
+        clock: PassClock,
     ) -> None:
-        self._wraps = [ForwardWrap(unit.module, UnitWindow(unit, executor, clock, tables).wrap) for unit in units]
+        windows = [
+            UnitWindow(unit, executor, clock, tables) if on_host.isdisjoint(unit.uses) else HostWindow(unit, executor, clock)
+            for unit in units
+        ]
+        self._wraps = [ForwardWrap(unit.module, window.wrap) for unit, window in zip(units, windows, strict=True)]
 
     def undo(self) -> None:
         while self._wraps:

@@ -9,6 +9,7 @@ from offload.runtime.clock import DECODE, PREFILL, PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.hooks import Forward
 from offload.runtime.kv_reserve import KvReserve, cache_bytes, cached_tokens
+from offload.runtime.moving import moved
 from storage.device import Device
 
 _CACHES = ("past_key_values", "cache_params")
@@ -48,7 +49,8 @@ class ModelPass:
 
     def _run(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         self._before()
-        args, kwargs = self._moved(args), self._moved(kwargs)
+        # Inputs are accepted from either device.
+        args, kwargs = moved(args, self._device.torch_device), moved(kwargs, self._device.torch_device)
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         batch_size, tokens = _shape_of(args, kwargs)
         held, length = cache_bytes(cache), cached_tokens(cache)
@@ -67,17 +69,6 @@ class ModelPass:
             self._clock.end_pass()
         self._reserve.observe(cache if cache is not None else _cache_in(output), held, tokens)
         return output
-
-    def _moved(self, value: Any) -> Any:
-        """Inputs are accepted from either device."""
-        device = self._device.torch_device
-        if isinstance(value, torch.Tensor):
-            return value.to(device) if value.device != device else value
-        if type(value) in (tuple, list):
-            return type(value)(self._moved(item) for item in value)
-        if type(value) is dict:
-            return {name: self._moved(item) for name, item in value.items()}
-        return value
 
 
 def _shape_of(args: Any, kwargs: Any) -> tuple[int, int]:

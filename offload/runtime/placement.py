@@ -61,6 +61,8 @@ class Placement:
         self.resident: dict[BlockKey, ResidentBlock] = {}
         self.streamed: dict[BlockKey, StreamedBlock] = {}
         self.tables: dict[BlockKey, GatheredTable] = {}
+        self.on_host: dict[BlockKey, list[ParameterHome]] = {}
+        """Blocks that the CPU computes."""
         self.outside: list[ParameterHome] = []
         """Parameters that no block holds; on the device throughout."""
         self.fallbacks: list[str] = []
@@ -108,6 +110,8 @@ class Placement:
         if not self._device.host_memory:
             for key in plan.in_host_memory:
                 self.streamed[key] = self._to_host_memory(units[key])
+            for key in plan.computed_on_host:
+                self.on_host[key] = self._to_cpu(units[key])
         self._spill([units[key] for key in (*plan.streamed, *plan.gathered) if key not in in_host])
         from_disk = [units[key] for key in plan.streamed if key not in in_host]
         self._open_staging(from_disk, plan.staging_count)
@@ -174,6 +178,9 @@ class Placement:
         """The user gave this parameter another shape: it is theirs from now on."""
         self._homes.pop(home.name)
         self.tables = {key: table for key, table in self.tables.items() if home not in table.homes}
+        for homes in self.on_host.values():
+            if home in homes:
+                homes.remove(home)
         for block in (*self.streamed.values(), *self.resident.values()):
             if home in block.homes:
                 block.drop(home)
@@ -194,6 +201,7 @@ class Placement:
         self.resident.clear()
         self.streamed.clear()
         self.tables.clear()
+        self.on_host.clear()
         self.outside.clear()
         self._homes.clear()
 
@@ -248,7 +256,7 @@ class Placement:
             staged, places = self._read_to_host(unit, self._host_ledger, "staging")
             sources = views_of(homes, places, staged.tensor)
         for view, source in zip(views_of(homes, offsets, buffer.tensor), sources, strict=True):
-            self._device.copy_in(view, source, None).synchronize()
+            self._device.copy_in(view, source, None, unit.key).synchronize()
         if all(on_disk):
             self._host_ledger.release("staging", staged.nbytes)
         block = ResidentBlock(unit.key, homes, buffer, offsets)
@@ -261,16 +269,27 @@ class Placement:
 
     def _to_host_memory(self, unit: Unit) -> StreamedBlock:
         """Into page-locked memory of the block's own, from where one copy brings it to the device."""
-        homes = self._homes_of(unit)
-        buffer, offsets = self._read_to_host(unit, self._host_ledger, "streamed weights")
+        buffer, offsets = self._live_in_host_memory(unit, "streamed weights")
         self._lock_pages(buffer)
-        for home, offset in zip(homes, offsets, strict=True):
+        source = HostSource(unit.key, self._device, buffer, offsets, unit.block.nbytes)
+        return StreamedBlock(unit.key, self._homes_of(unit), source)
+
+    def _to_cpu(self, unit: Unit) -> list[ParameterHome]:
+        """Into ordinary memory, from where the CPU computes with it."""
+        buffer, _ = self._live_in_host_memory(unit, "weights computed on the CPU")
+        self._host_buffers.append(buffer)
+        return self._homes_of(unit)
+
+    def _live_in_host_memory(self, unit: Unit, category: str) -> tuple[HostBuffer, list[int]]:
+        """Make one new host buffer the home of the unit's parameters."""
+        buffer, offsets = self._read_to_host(unit, self._host_ledger, category)
+        for home, offset in zip(self._homes_of(unit), offsets, strict=True):
             view = buffer.own_storage(offset, home.tensor.nbytes).view(home.tensor.dtype).view(home.tensor.shape)
             if self.source_of(home.name, home.parameter) is None:
                 home.original = None
             home.tensor = view
             home.parameter.data = view
-        return StreamedBlock(unit.key, homes, HostSource(unit.key, self._device, buffer, offsets, unit.block.nbytes))
+        return buffer, offsets
 
     def _lock_pages(self, buffer: HostBuffer) -> None:
         self._host_buffers.append(buffer)

@@ -1,0 +1,216 @@
+"""Which layers the CPU computes, beside a device with memory of its own: weighed by the cost model.
+
+A layer that the CPU computes never crosses the link; it costs the CPU's time instead, and CPU memory. An integer program
+finds how many of each kind of layer should live where, and the simulator chooses among the plans around its answer.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from scheduler.cost import CostModel
+from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock, Workload
+from scheduler.plan import Plan
+from scheduler.planner import make_plan, spread
+from scheduler.prediction import Prediction, predict
+from scheduler.work import PassWork, WindowWork, Work
+from storage.blocks import BlockKey
+from storage.errors import BudgetTooSmall
+
+_NEIGHBOURS = (-2, -1, 1, 2)
+"""The program knows sums, not the order of things: plans with some layers more or fewer are tried too."""
+
+_GAP = 0.01
+
+
+class Home(Enum):
+    """Where a layer lives and what computes it."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    CPU = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is asked, and of which machine.
+
+    Attributes:
+        prefill, decode: the work of a prompt's pass and of one token's.
+        new_tokens: of each sequence.
+        device_bytes, host_bytes: the budgets.
+    """
+
+    model: ModelSpec
+    workload: Workload
+    prefill: PassWork
+    decode: PassWork
+    new_tokens: int
+    cost: CostModel
+    device_bytes: int
+    host_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A plan, and what it will give."""
+
+    plan: Plan
+    prediction: Prediction
+
+    def seconds(self, task: Task) -> float:
+        return self.prediction.total_seconds(task.new_tokens)
+
+
+def choose_plan(task: Task, allow_cpu: bool) -> Choice:
+    """The plan with the least time for a prompt and its answer.
+
+    Args:
+        allow_cpu: layers may be computed on the CPU, which is of level *rounding*.
+
+    Raises:
+        BudgetTooSmall: if no plan fits.
+    """
+    choices = [evaluate(task, frozenset())]
+    layers = _layers_apart(task.model) if allow_cpu and task.host_bytes is not None else []
+    if layers and choices[0].plan.streamed:
+        for on_host in _candidates(task, layers):
+            try:
+                choices.append(evaluate(task, on_host))
+            except BudgetTooSmall:
+                continue
+    return min(choices, key=lambda choice: choice.seconds(task))
+
+
+def evaluate(task: Task, on_host: frozenset[BlockKey]) -> Choice:
+    """The plan that computes these layers on the CPU, and what it will give.
+
+    Raises:
+        BudgetTooSmall: if it does not fit.
+    """
+    held = sum(block.slot_bytes for block in task.model.blocks if block.key in on_host)
+    if held > (task.host_bytes or 0):
+        raise BudgetTooSmall(f"{len(on_host)} layers in CPU memory take more than its budget", held)
+    plan = make_plan(task.model, task.device_bytes, task.workload, task.host_bytes, on_host=on_host)
+    return Choice(plan, predict(plan, task.model, task.cost, task.prefill, task.decode))
+
+
+def _candidates(task: Task, layers: Sequence[PlacedBlock]) -> Iterator[frozenset[BlockKey]]:
+    counts = solve(task, layers)
+    groups = _alike(layers, task.decode)
+    best = sum(counts[index][Home.CPU] for index in range(len(groups)))
+    tried: set[int] = {0}
+    for wanted in (best, *(best + step for step in _NEIGHBOURS), len(layers)):
+        if 0 < wanted <= len(layers) and wanted not in tried:
+            tried.add(wanted)
+            yield frozenset(block.key for block in _share_out(groups, counts, wanted))
+
+
+def _share_out(groups: Sequence[Sequence[PlacedBlock]], counts: Sequence[Mapping[Home, int]], wanted: int) -> list[PlacedBlock]:
+    """`wanted` layers, as many of each kind as the program said as far as that goes, spread evenly among their like."""
+    chosen: list[PlacedBlock] = []
+    rest: list[PlacedBlock] = []
+    for group, count in zip(groups, counts, strict=True):
+        order = spread(group)
+        chosen += order[: count[Home.CPU]]
+        rest += order[count[Home.CPU] :]
+    return (chosen + rest)[:wanted]
+
+
+def solve(task: Task, layers: Sequence[PlacedBlock]) -> list[dict[Home, int]]:
+    """How many layers of each kind live where, by an integer program; kinds in the order of `_alike`.
+
+    Minimises prefill + new tokens x decode, where a pass takes as long as the busiest of its resources (FlexGen, arXiv
+    2303.06865, equation 1): the chain of compute, the link, the disk, and the CPU's memory, through which both go.
+    """
+    groups = _alike(layers, task.decode)
+    homes = list(Home)
+    size = len(groups) * len(homes)
+    prefill_at, decode_at = size, size + 1
+    objective = numpy.zeros(size + 2)
+    objective[prefill_at], objective[decode_at] = 1.0, max(0, task.new_tokens - 1)
+    rows: list[tuple[numpy.ndarray, float, float]] = []
+    for index, group in enumerate(groups):
+        row = numpy.zeros(size + 2)
+        row[index * len(homes) : (index + 1) * len(homes)] = 1
+        rows.append((row, len(group), len(group)))
+    for work, at in ((task.prefill, prefill_at), (task.decode, decode_at)):
+        rows += [(row, -numpy.inf, 0.0) for row in _times(task, groups, homes, work, at, size)]
+    rows += _memory(task, groups, homes, size)
+    matrix, lows, highs = (numpy.array(column) for column in zip(*rows, strict=True))
+    solution = milp(
+        objective,
+        constraints=LinearConstraint(matrix, lows, highs),
+        integrality=numpy.array([1] * size + [0, 0]),
+        bounds=Bounds(0, numpy.inf),
+        options={"mip_rel_gap": _GAP},
+    )
+    if solution.x is None:
+        # No room by the program's reckoning: the rule's plan stands.
+        return [dict.fromkeys(homes, 0) for _ in groups]
+    found = [round(value) for value in solution.x[:size]]
+    return [dict(zip(homes, found[start : start + len(homes)], strict=True)) for start in range(0, size, len(homes))]
+
+
+def _times(
+    task: Task, groups: Sequence[Sequence[PlacedBlock]], homes: Sequence[Home], work: PassWork, at: int, size: int
+) -> Iterator[numpy.ndarray]:
+    """For each resource: its seconds, less the seconds of the pass."""
+    hardware = task.cost.hardware
+    assert hardware.h2d is not None
+    assert hardware.d2h is not None
+    windows = {window.key: window for window in work.windows}
+    compute, link, disk, memory = (numpy.zeros(size + 2) for _ in range(4))
+    for index, group in enumerate(groups):
+        window = windows.get(group[0].key, WindowWork(group[0].key, (), Work()))
+        hops = hardware.h2d.seconds(window.result_bytes) + hardware.d2h.seconds(window.result_bytes)
+        nbytes = group[0].streamed_bytes
+        for place, home in enumerate(homes):
+            column = index * len(homes) + place
+            on_cpu = home is Home.CPU
+            compute[column] = task.cost.window(window.work, on_cpu).compute_seconds + (hops if on_cpu else 0.0)
+            crosses = home in (Home.HOST, Home.DISK)
+            link[column] = nbytes / hardware.h2d.bytes_per_second if crosses else 0.0
+            disk[column] = nbytes / hardware.disk_read.bytes_per_second if home is Home.DISK else 0.0
+            passes = {Home.DEVICE: 0, Home.HOST: 1, Home.CPU: 1, Home.DISK: 2}[home]
+            memory[column] = passes * nbytes / hardware.host.memory_bytes_per_second
+    for row in (compute, link, disk, memory):
+        row[at] = -1.0
+        yield row
+
+
+def _memory(
+    task: Task, groups: Sequence[Sequence[PlacedBlock]], homes: Sequence[Home], size: int
+) -> Iterator[tuple[numpy.ndarray, float, float]]:
+    layers = [block for group in groups for block in group]
+    slot_bytes = max(block.slot_bytes for block in layers)
+    names = {block.key for block in layers}
+    fixed = sum(block.resident_bytes for block in task.model.blocks if block.key not in names)
+    reserved = task.model.pinned_bytes + task.workload.kv_bytes(task.model) + task.workload.activation_bytes(task.model)
+    device, host = numpy.zeros(size + 2), numpy.zeros(size + 2)
+    for index, group in enumerate(groups):
+        for place, home in enumerate(homes):
+            column = index * len(homes) + place
+            device[column] = group[0].resident_bytes if home is Home.DEVICE else 0
+            host[column] = group[0].slot_bytes if home in (Home.HOST, Home.CPU) else 0
+    yield device, -numpy.inf, max(0, task.device_bytes - reserved - fixed - 2 * slot_bytes)
+    yield host, -numpy.inf, max(0, (task.host_bytes or 0) - 2 * slot_bytes)
+
+
+def _layers_apart(model: ModelSpec) -> list[PlacedBlock]:
+    """The layers that share no window with another block."""
+    shared = {key for window in model.windows if len(window) > 1 for key in window}
+    return [block for block in model.blocks if block.role is BlockRole.LAYER and block.key not in shared]
+
+
+def _alike(layers: Iterable[PlacedBlock], work: PassWork) -> list[list[PlacedBlock]]:
+    """The layers in groups of equal size and equal work."""
+    works = {window.key: window.work for window in work.windows}
+    groups: dict[object, list[PlacedBlock]] = {}
+    for block in layers:
+        groups.setdefault((block.slot_bytes, block.streamed_bytes, works.get(block.key)), []).append(block)
+    return list(groups.values())
