@@ -16,9 +16,7 @@ OPTIONS = {"batch_size": 2, "max_tokens": 20, "cpu_memory": 1 << 26}
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
-    device = DelayedDevice()
-    monkeypatch.setattr("offload.api.resolve_device", lambda name: device)
-    return device
+    monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice())
 
 
 def layers_of(spec):
