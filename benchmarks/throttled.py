@@ -21,7 +21,6 @@ from storage.cpu import CpuDevice
 from storage.device import Copy
 from storage.engines.posix import PosixEngine
 
-
 _SLEEP_LATE_SECONDS = 1e-4
 """By which a sleep is usually too long."""
 
@@ -131,6 +130,7 @@ class ThrottledDevice:
     """A second device with memory of its own, made of CPU tensors: one copy after another, at a fixed rate."""
 
     name = "throttled"
+    hardware_name = "throttled"
     torch_device = torch.device("cpu")
     host_memory = False
     copy_link = "h2d"

@@ -16,7 +16,7 @@ from offload.model.blocks import Unit, find_structure
 from offload.model.guise import Guise
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
-from offload.model.sizing import longest_sequence
+from offload.model.sizing import longest_sequence, takes_tokens
 from offload.probe import kept_profile
 from offload.report.meters import Meters
 from offload.report.report import Comparison, Report, phase_uses
@@ -90,8 +90,14 @@ def offload(
         raise ConfigError(f"exactness={exactness!r} is not known; give one of {', '.join(EXACTNESS)}")
     if batch_size < 1 or any(count is not None and count < 1 for count in (max_tokens, new_tokens)):
         raise ConfigError(f"batch_size={batch_size}, max_tokens={max_tokens} and new_tokens={new_tokens} must be at least 1")
+    if isinstance(model_or_path, nn.Module) and any(value.is_meta for value in model_or_path.parameters()):
+        raise ConfigError(
+            "the model has parameters on torch's meta device, which have no values; load it first, or give its path"
+        )
     if isinstance(model_or_path, nn.Module) and loading:
-        raise ConfigError(f"{', '.join(loading)}: only for a model that is loaded from a path")
+        raise ConfigError(
+            f"{', '.join(loading)}: no option of offload; what from_pretrained takes is for a model given by its path"
+        )
     return Session(
         model_or_path if isinstance(model_or_path, nn.Module) else str(model_or_path),
         resolve_device(device),
@@ -169,6 +175,8 @@ class Session:
 
     def report(self) -> Report:
         """What was moved and how fast, so far, beside what was predicted for it. Measures the disk for a moment."""
+        if not hasattr(self, "_windows"):
+            raise SessionError("there is nothing to report yet: enter the session first, `with offload(...) as session:`")
         return Report(
             model=self._target if isinstance(self._target, str) else type(self.model).__name__,
             device=self._device.name,
@@ -227,6 +235,8 @@ class Session:
         loaded = self._load(stack, loader)
         self.model = loaded.model
         self._fallbacks += loaded.fallbacks
+        if not takes_tokens(self.model):
+            self._fallbacks.append("the model takes no tokens: its temporaries are not known beforehand and not in the budget")
         self._open_storage(stack, loaded)
         decision = self._decide()
         self._take(decision)
@@ -263,7 +273,7 @@ class Session:
 
     def _workload(self, model: nn.Module) -> Workload:
         longest = longest_sequence(getattr(model, "config", None)) or _DEFAULT_TOKENS
-        tokens = self._max_tokens or min(longest, _DEFAULT_TOKENS)
+        tokens = self._max_tokens or (min(longest, _DEFAULT_TOKENS) if takes_tokens(model) else 1)
         return Workload(self._batch_size, tokens, tokens)
 
     def _open_storage(self, stack: ExitStack, loaded: LoadedModel) -> None:

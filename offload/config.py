@@ -37,7 +37,7 @@ def parse_bytes(text: str | int | None, name: str = "size") -> int | None:
     if isinstance(text, int) and not isinstance(text, bool):
         count = text
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text) if isinstance(text, str) else None
         unit = _UNITS.get(match[2].lower()) if match else None
         if match is None or unit is None:
             raise ConfigError(f'{name}={text!r} is not a size; write it like "8GiB", "500MB", or as a number of bytes')

@@ -29,10 +29,14 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature={self.temperature} must not be negative")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature} must be 0 or a positive number")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be more than 0 and at most 1")
+        if self.top_p < 1 and not self.temperature:
+            raise ConfigError(f"top_p={self.top_p} says nothing at temperature 0, where the likeliest token is taken")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"seed={self.seed} must be at least 0 and below 2^63")
 
     def options(self) -> dict[str, Any]:
         if self.temperature == 0:

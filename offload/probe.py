@@ -4,7 +4,6 @@ import datetime
 import hashlib
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from offload.model.dry_run import DryRun
 from scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
 from scheduler.work import total
 from storage.arena import HostBuffer
+from storage.cpu import CpuDevice
 from storage.device import Device
 from storage.engines.posix import PosixEngine
 from storage.errors import ProfileError
@@ -41,7 +41,8 @@ _DISK_BYTES = 512 << 20
 _READ_THREADS = 4
 _SMALL_READS = 64
 _WRITE_BYTES = 16 << 20
-_POINT_SECONDS = 0.25
+_POINT_SECONDS = 0.2
+_WRITE_SECONDS = 1.5
 _STEPS = 8
 
 
@@ -56,10 +57,10 @@ def profile_folder() -> Path:
 def hardware_id(device: Device, disk_dir: str) -> str:
     """Changes with the processor, its cores, the memory, the card, the disk, and torch's version."""
     facts = [
-        _cpu_name(),
+        CpuDevice().hardware_name,
         torch.get_num_threads(),
         psutil.virtual_memory().total >> 30,
-        _device_name(device),
+        device.hardware_name,
         os.stat(disk_dir).st_dev,
         torch.__version__,
     ]
@@ -129,12 +130,11 @@ def measure(device: Device, disk_dir: str, progress: Progress, sample: str | Non
 
     read, write = _disk(disk_dir, sample)
     step()
-    host = _processor(torch.device("cpu"), _cpu_name(), psutil.virtual_memory().total, step)
+    host = _processor(CpuDevice(), psutil.virtual_memory().total, step)
     card = None
     links: dict[str, LinkRate | None] = {}
     if not device.host_memory:
-        free = device.free_bytes()
-        card = _processor(device.torch_device, _device_name(device), free, step)
+        card = _processor(device, device.free_bytes(), step)
         links = _copies(device)
     progress("measuring", _STEPS, _STEPS)
     return HardwareProfile(
@@ -160,28 +160,31 @@ def _disk(folder: str, sample: str | None) -> tuple[LinkRate, LinkRate]:
         link = Link("disk", _READ_THREADS)
         try:
             reader = DiskReader(engine, link)
-            rate = reader.measure(size if sample is None else os.path.getsize(sample), sample or file.name)
-            latency = _read_latency(engine, sample or file.name, size)
+            path = sample or file.name
+            rate = statistics.median(reader.measure(_DISK_BYTES, path) or 0.0 for _ in range(3))
+            latency = _read_latency(engine, path)
         finally:
             link.close()
             engine.close()
-    assert rate is not None
     return LinkRate(rate, latency), write
 
 
 def _write_rate(descriptor: int, size: int) -> LinkRate:
+    """Fill the file as far as the time for it goes; it is read afterwards."""
     content = memoryview(os.urandom(_WRITE_BYTES))
-    begun = time.perf_counter()
-    for start in range(0, size, _WRITE_BYTES):
-        os.pwrite(descriptor, content, start)
-    os.fsync(descriptor)
+    begun, written = time.perf_counter(), 0
+    while written < size and (time.perf_counter() - begun < _WRITE_SECONDS or written < _READ_THREADS * _WRITE_BYTES):
+        os.pwrite(descriptor, content, written)
+        os.fdatasync(descriptor)
+        written += _WRITE_BYTES
+    seconds = time.perf_counter() - begun
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    return LinkRate(size / (time.perf_counter() - begun))
+    return LinkRate(written / seconds)
 
 
-def _read_latency(engine: PosixEngine, path: str, size: int) -> float:
+def _read_latency(engine: PosixEngine, path: str) -> float:
     buffer = HostBuffer(engine.unit_bytes)
-    units = min(size, os.path.getsize(path)) // engine.unit_bytes
+    units = os.path.getsize(path) // engine.unit_bytes
     seconds = []
     for index in range(_SMALL_READS):
         # Far apart and in no order, so that nothing reads ahead.
@@ -192,48 +195,48 @@ def _read_latency(engine: PosixEngine, path: str, size: int) -> float:
     return statistics.median(seconds)
 
 
-def _processor(device: torch.device, name: str, memory_bytes: int, step: Callable[[], None]) -> Processor:
-    asynchronous = device.type == "cuda"
+def _processor(device: Device, memory_bytes: int, step: Callable[[], None]) -> Processor:
+    asynchronous = device.torch_device.type == "cuda"
     memory = _memory_rate(device)
-    operation = _operation_seconds(device)
+    operation = operation_seconds(device)
     step()
     rates = {}
     for dtype in (torch.bfloat16, torch.float32) + ((torch.float16,) if asynchronous else ()):
         rates[str(dtype).removeprefix("torch.")] = tuple(_matrix_rates(device, dtype))
         step()
-    return Processor(name, memory_bytes, memory, operation, asynchronous, rates)
+    return Processor(device.hardware_name, memory_bytes, memory, operation, asynchronous, rates)
 
 
-def _memory_rate(device: torch.device) -> float:
-    source = torch.ones(_MEMORY_BYTES // 4, device=device)
+def _memory_rate(device: Device) -> float:
+    source = torch.ones(_MEMORY_BYTES // 4, device=device.torch_device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_seconds(device, lambda: target.copy_(source))
+    return 2 * source.nbytes / _median_seconds(device, lambda: target.copy_(source))
 
 
-def _matrix_rates(device: torch.device, dtype: torch.dtype) -> Iterator[MatrixRate]:
+def _matrix_rates(device: Device, dtype: torch.dtype) -> Iterator[MatrixRate]:
     count = _WEIGHTS_BYTES // (_MATRIX_EDGE**2 * dtype.itemsize)
-    weights = [torch.randn(_MATRIX_EDGE, _MATRIX_EDGE, device=device, dtype=dtype) for _ in range(count)]
+    weights = [torch.randn(_MATRIX_EDGE, _MATRIX_EDGE, device=device.torch_device, dtype=dtype) for _ in range(count)]
     for rows in _ROWS:
         # As many as take some time, and never the same one twice in a row.
-        inputs = torch.randn(rows, _MATRIX_EDGE, device=device, dtype=dtype)
+        inputs = torch.randn(rows, _MATRIX_EDGE, device=device.torch_device, dtype=dtype)
         used = weights if rows <= 8 else weights[: max(2, count // rows)]
 
         def multiply(inputs: torch.Tensor = inputs, used: list[torch.Tensor] = used) -> None:
             for weight in used:
                 nn.functional.linear(inputs, weight)
 
-        seconds = _best_seconds(device, multiply)
+        seconds = _median_seconds(device, multiply)
         yield MatrixRate(rows, 2.0 * rows * _MATRIX_EDGE**2 * len(used) / seconds)
 
 
-def _operation_seconds(device: torch.device) -> float:
+def operation_seconds(device: Device) -> float:
     """Of one operation in a model too small to compute anything: what submitting it costs, modules included."""
     config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2)
     model = LlamaForCausalLM(config).eval()
     _, decode = DryRun(model).passes(1, 2, 2)
     operations = total([decode.between, *(window.work for window in decode.windows)]).operations
-    model = model.to(device)
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    model = model.to(device.torch_device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=device.torch_device)
     with torch.inference_mode():
         cache = model(token, use_cache=True).past_key_values
 
@@ -241,7 +244,7 @@ def _operation_seconds(device: torch.device) -> float:
             model(token, past_key_values=cache, use_cache=True)
             cache.crop(-1)
 
-        return _best_seconds(device, decode_once, statistics.median) / operations
+        return _median_seconds(device, decode_once) / operations
 
 
 def _copies(device: Device) -> dict[str, LinkRate | None]:
@@ -252,45 +255,22 @@ def _copies(device: Device) -> dict[str, LinkRate | None]:
     try:
         fast = copy_bytes_per_second(device, target, buffer.tensor) if locked else pageable.bytes_per_second
         latency = small.nbytes / copy_bytes_per_second(device, target[: small.nbytes], small.tensor)
-        back = _COPY_BYTES / _best_seconds(device.torch_device, lambda: buffer.tensor.copy_(target))
+        back = _COPY_BYTES / _median_seconds(device, lambda: buffer.tensor.copy_(target))
     finally:
         if locked:
             device.unlock_pages(buffer)
     return {"h2d": LinkRate(fast, latency), "d2h": LinkRate(back, latency), "h2d_pageable": pageable}
 
 
-def _best_seconds(
-    device: torch.device, run: Callable[[], object], pick: Callable[[list[float]], float] = statistics.median
-) -> float:
-    """Of several runs, the first one not counted, within the time that one measurement may take."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
+def _median_seconds(device: Device, run: Callable[[], object]) -> float:
+    """The median of several runs, the first one not counted, within the time that one measurement may take."""
     run()
-    wait()
+    device.synchronize()
     seconds: list[float] = []
     ends = time.perf_counter() + _POINT_SECONDS
     while not seconds or (time.perf_counter() < ends and len(seconds) < 50):
         begun = time.perf_counter()
         run()
-        wait()
+        device.synchronize()
         seconds.append(time.perf_counter() - begun)
-    return pick(seconds)
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _device_name(device: Device) -> str:
-    if device.torch_device.type == "cuda":
-        return torch.cuda.get_device_name(device.torch_device)
-    return device.name
+    return statistics.median(seconds)

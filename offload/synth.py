@@ -131,29 +131,38 @@ def synthesize(
         raise ConfigError(f"family={family!r} is not known; give one of {', '.join(FAMILIES)}")
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known; give one of {', '.join(_DTYPES)}")
-    _prepare(folder, size_bytes)
+    _check_room(folder, size_bytes)
     config, entries = _choose(family, size_bytes, DTYPE_BYTES[dtype])
+    _make(folder)
     config.dtype = getattr(torch, dtype)
     written: list[Path] = []
     try:
         total = _write_shards(Path(folder), entries, dtype, shard_bytes, seed, progress, written)
-    except OSError as error:
+    except BaseException as error:
         for path in written:
             path.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise DiskFull(f"{folder} could not take {gib(size_bytes)}: {error.strerror}; what was written is removed") from error
     config.save_pretrained(folder)
     _write_tokenizer(Path(folder), config.vocab_size)
     return total
 
 
-def _prepare(folder: str, size_bytes: int) -> None:
+def _make(folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise DiskFolderError(f"the folder {folder} cannot be made: {error.strerror}") from error
     if os.listdir(folder):
         raise DiskFolderError(f"the folder {folder} is not empty; name another, or delete what is in it")
-    disk = os.statvfs(folder)
+
+
+def _check_room(folder: str, size_bytes: int) -> None:
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    disk = os.statvfs(existing)
     if disk.f_bavail * disk.f_frsize < size_bytes:
         raise DiskFull(f"{gib(size_bytes)} were asked for, and {folder} has {gib(disk.f_bavail * disk.f_frsize)} free")
 

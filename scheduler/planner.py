@@ -211,11 +211,14 @@ def _assemble(
 
 def _too_small(model: ModelSpec, budget_bytes: int, workload: Workload) -> BudgetTooSmall:
     least = least_budget_bytes(model, workload)
-    slot_bytes, slots = _least_slots(model, _small_blocks(model))
+    small = _small_blocks(model)
+    slot_bytes, slots = _least_slots(model, small)
+    held = model.pinned_bytes + sum(block.resident_bytes for block in model.blocks if block.key in small)
     return BudgetTooSmall(
         f"the memory budget is {gib(budget_bytes)}, and this model needs at least {gib(least)} ({least} bytes): "
         f"{gib(slot_bytes * slots)} for the largest part that must be there at once, {gib(workload.kv_bytes(model))} for the "
         f"KV cache of {workload.batch_size} x {workload.total_tokens} tokens, {gib(workload.activation_bytes(model))} for "
-        f"temporaries. Give a larger budget, or a shorter prompt, fewer new tokens, or a smaller batch.",
+        f"temporaries, {gib(held)} for what always stays. Give a larger budget, or reserve for less: fewer tokens "
+        "(max_tokens), a smaller batch (batch_size).",
         least,
     )

@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, TENSOR_ALIGNMENT_BYTES, FileRange, TensorSpec, align_up
@@ -37,10 +38,34 @@ def key_of(facts: dict[str, Any]) -> str:
 
 def check_folder(folder: str) -> None:
     """Raise DiskFolderError unless block files can be written in `folder`."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise DiskFolderError(f"the disk folder {folder} is a file; name a folder")
     if not os.path.isdir(folder):
         raise DiskFolderError(f"the disk folder {folder} does not exist; make it, or name another")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise DiskFolderError(f"the disk folder {folder} cannot be written; name another")
+
+
+def spill_folder() -> str:
+    """Where weights are spilled that nobody named a folder for: the system's temporary folder, if that is on a disk.
+
+    Raises:
+        DiskFolderError: if it is in memory, and `/var/tmp` is too.
+    """
+    for folder in (tempfile.gettempdir(), "/var/tmp"):
+        if os.path.isdir(folder) and os.access(folder, os.W_OK) and _filesystem(folder) not in ("tmpfs", "ramfs"):
+            return folder
+    raise DiskFolderError(
+        f"weights must be spilled to disk, and {tempfile.gettempdir()} is in memory; name a folder on a disk (disk_dir=)"
+    )
+
+
+def _filesystem(folder: str) -> str:
+    real = os.path.realpath(folder)
+    mounts = [
+        part for part in psutil.disk_partitions(all=True) if os.path.commonpath([real, part.mountpoint]) == part.mountpoint
+    ]
+    return str(max(mounts, key=lambda part: len(part.mountpoint)).fstype) if mounts else ""
 
 
 class BlockFileWriter:

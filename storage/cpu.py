@@ -1,5 +1,8 @@
 """The CPU as the device that computes: its memory is the host's."""
 
+import platform
+from pathlib import Path
+
 import psutil
 import torch
 
@@ -17,10 +20,21 @@ class Done:
 DONE = Done()
 
 
+def _model_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
 class CpuDevice:
     """Computes where the disk's bytes land: no copy between host and device, and every call is synchronous."""
 
     name = "cpu"
+    hardware_name = _model_name()
     torch_device = torch.device("cpu")
     host_memory = True
     copy_link = "ram"

@@ -34,6 +34,7 @@ class CudaDevice:
     def __init__(self, index: int) -> None:
         self.torch_device = torch.device("cuda", index)
         self.name = str(self.torch_device)
+        self.hardware_name = torch.cuda.get_device_name(self.torch_device)
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         self._pending_copies: deque[tuple[str, torch.cuda.Event, torch.cuda.Event, int]] = deque()
         self._ended_copies: list[Copy] = []

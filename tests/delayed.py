@@ -25,6 +25,7 @@ class LateEvent:
 
 class DelayedDevice:
     name = "delayed"
+    hardware_name = "delayed"
     torch_device = torch.device("cpu")
     host_memory = False
     copy_link = "h2d"

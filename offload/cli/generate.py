@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from offload.api import Session, offload
-from offload.cli.terminal import progress_bar, say
+from offload.cli.terminal import check_writable, progress_bar, say
 from offload.config import Progress
 from offload.generate import Completion, Prompts, Sampling, complete, load_tokenizer
 from offload.model.loading import find_folder
@@ -29,34 +29,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=128, metavar="N", help="stop after N tokens (default: 128)")
     add("--batch-size", type=int, default=1, metavar="N", help="prompts that share each pass over the weights (default: 1)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that add up to P (default: 1)")
-    add("--seed", type=int, metavar="N", help="makes draws repeatable")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens that add up to P, with --temperature (default: 1)",
+    )
+    add("--seed", type=int, metavar="N", help="makes draws repeatable (with --temperature)")
     add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu (default: auto)")
     add("--gpu-memory", metavar="SIZE", help="budget on the GPU, like 8GiB (default: what is free, less 10%%)")
-    add("--cpu-memory", metavar="SIZE", help="budget of CPU memory, like 24GiB (default: what is free, less a margin)")
-    add("--disk", metavar="DIR", help="a folder on a fast disk, for weights that must be converted once")
+    add(
+        "--cpu-memory",
+        metavar="SIZE",
+        help="budget of CPU memory, like 24GiB; the only one on a CPU (default: what is free, less a margin)",
+    )
+    add("--disk", metavar="DIR", help="keeps weights that must be converted (default: converted each time, in $TMPDIR)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
-    add("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    add("--revision", metavar="REV", help="branch, tag or commit, of a hub id")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
     add("--report", metavar="FILE.json", help="write the report there, as JSON")
     add("--quiet", action="store_true", help="do not print the report")
-    add("--json", action="store_true", help="print one JSON object (completions and report) instead of text")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object (completions and report) at the end, instead of text and report",
+    )
 
 
 def run(request: argparse.Namespace) -> None:
     if request.batch_size < 1:
         raise ConfigError(f"--batch-size {request.batch_size} must be at least 1")
+    for path in (request.report,):
+        check_writable(path)
     sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
     texts = _read_prompts(request.prompt, request.prompts)
     transformers_logging.set_verbosity_error()
     folder = find_folder(request.model, request.revision)
     prompts = Prompts(load_tokenizer(folder, request.trust_remote_code), texts, request.chat)
     completions, report = _generate(request, folder, prompts, sampling)
-    if request.report:
-        Path(request.report).write_text(report.to_json())
     if request.json:
         items = [{"prompt": item.prompt, "text": item.text, "new_tokens": item.new_tokens} for item in completions]
-        print(json.dumps({"completions": items, "report": report.to_dict()}))
+        print(json.dumps({"completions": items, "report": report.to_dict()}), flush=True)
+    if request.report:
+        Path(request.report).write_text(report.to_json())
     elif not request.quiet:
         say(f"\n{report}")
 
@@ -113,15 +129,22 @@ def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
         return _read_lines(path)
     if sys.stdin.isatty():
         raise ConfigError("there is no prompt: give --prompt TEXT, --prompts FILE.jsonl, or text on standard input")
-    text = sys.stdin.read().strip()
+    text = _decoded(sys.stdin.buffer.read(), "standard input").strip()
     if not text:
         raise ConfigError("standard input is empty: give --prompt TEXT, --prompts FILE.jsonl, or some text")
     return [text]
 
 
+def _decoded(content: bytes, what: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} is not UTF-8 text: byte {error.start:,} is {content[error.start]:#x}") from error
+
+
 def _read_lines(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = _decoded(Path(path).read_bytes(), f"--prompts {path}").splitlines()
     except OSError as error:
         raise ConfigError(f"--prompts {path} cannot be read: {error.strerror}") from error
     prompts = []

@@ -1,5 +1,6 @@
 """What the commands show while they work: text on stdout, everything else on stderr."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +9,21 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from offload.config import Progress as ProgressCall
+from storage.errors import ConfigError
 
 
 def say(text: str) -> None:
     """A line for people, beside the output."""
     print(text, file=sys.stderr)
+
+
+def check_writable(path: str | None) -> None:
+    """Raise ConfigError, before any work is done for it, if a file cannot be written."""
+    if path is None:
+        return
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: name a file in a folder that exists and is yours")
 
 
 @contextmanager

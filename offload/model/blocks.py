@@ -14,6 +14,10 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 """These have no forward: what they hold is called instead."""
 
 
+_READ_AT_ONCE = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+"""torch's own fast path reads the weights of everything inside without calling it."""
+
+
 @dataclass(slots=True, eq=False)
 class Unit:
     """A module whose call is a window: while it runs, its parameters are on the device.
@@ -159,7 +163,7 @@ def estimated_slot_bytes(unit: Unit) -> int:
 
 def can_split(unit: Unit) -> bool:
     """True if the unit consists of smaller modules that can be streamed by themselves."""
-    return any(_has_parameters(child) for child in unit.module.children())
+    return not isinstance(unit.module, _READ_AT_ONCE) and any(_has_parameters(child) for child in unit.module.children())
 
 
 def _is_repeated_list(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from offload.config import Progress
 from offload.model.blocks import Unit, estimated_slot_bytes, tensor_spec
 from offload.model.homes import FileMaps
 from storage.arena import release_freed_memory
-from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of
+from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of, spill_folder
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, FileRange
 from storage.checkpoint import identity, read_checkpoint, weight_files
 from storage.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
@@ -58,6 +57,10 @@ def find_folder(name: str, revision: str | None = None) -> str:
     if name == DEMO:
         return str(resources.files("offload") / "demo")
     if os.path.isdir(name):
+        if revision is not None:
+            raise ConfigError(f"revision {revision} was asked for, and {name} is a folder: only the hub has revisions")
+        if not Path(name, "config.json").exists():
+            raise CheckpointError(f"{name} holds no config.json; give a folder that save_pretrained wrote")
         return name
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; give the folder that holds the checkpoint, with its config.json")
@@ -67,7 +70,7 @@ def find_folder(name: str, revision: str | None = None) -> str:
     try:
         return snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES)
     except HFValidationError as error:
-        raise CheckpointError(f"there is no folder {name}, and it is no hub id either") from error
+        raise CheckpointError(f"there is no folder {name!r}, and it is no hub id either") from error
     except Exception as error:
         raise CheckpointError(
             f"there is no folder {name}, and the hub did not give a model of that name: {str(error).splitlines()[0]}"
@@ -89,12 +92,10 @@ class CheckpointLoader:
 
     def __init__(self, folder: str, dtype: Any = "auto", trust_remote_code: bool = False, **options: Any) -> None:
         self.folder = folder
-        if not Path(folder, "config.json").exists():
-            raise CheckpointError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
         self.stored = read_checkpoint(folder)
         self._trust = trust_remote_code
         self._options = {key: value for key, value in options.items() if value is not None}
-        for refused in ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit"):
+        for refused in ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit", "output_loading_info"):
             if refused in self._options:
                 raise ConfigError(f"{refused} cannot be given: offload decides what lives where, and streams plain weights")
         self.config = self._options.pop("config", None) or self._read_config()
@@ -137,16 +138,19 @@ class CheckpointLoader:
         total_bytes = sum(item.spec.nbytes for item in self.stored.values())
         conversions = _Conversions(self._converted_key(), disk_dir, lambda done: progress("converting", done, total_bytes))
         with _loading, _threads_off(), _bar_off(), conversions:
-            model = self._from_pretrained()
+            model, found = self._from_pretrained()
+            self._check_whole(found)
         model.eval()
         file = conversions.finish()
+        unused = sorted(found["unexpected_keys"])
+        said = [f"{len(unused)} tensors of the checkpoint are not used by the model, such as {unused[0]}"] if unused else []
         if file is None:
-            return LoadedModel(model, {})
+            return LoadedModel(model, {}, fallbacks=said)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in file.tensors:
                 parameter.data = file.view(name)
         places = {name: stored.range for name, stored in file.tensors.items()}
-        loaded = LoadedModel(model, places, [file])
+        loaded = LoadedModel(model, places, [file], said)
         if disk_dir is None:
             loaded.fallbacks.append(
                 f"{len(places)} tensors are stored otherwise than the model holds them: converted at each start, since no disk "
@@ -154,12 +158,26 @@ class CheckpointLoader:
             )
         return loaded
 
-    def _from_pretrained(self) -> Any:
+    def _check_whole(self, found: dict[str, Any]) -> None:
+        """transformers makes up what a checkpoint lacks, at random: no such model is run."""
+        if missing := sorted(found["missing_keys"]):
+            raise CheckpointError(
+                f"{self.folder} lacks {len(missing)} tensors that the model has, such as {missing[0]}: they would be random. "
+                "Give a checkpoint that was saved from this kind of model, with the config.json that belongs to it."
+            )
+        if mismatched := sorted(str(item) for item in found["mismatched_keys"]):
+            raise CheckpointError(
+                f"{self.folder}: {len(mismatched)} tensors have other shapes than config.json says, such as {mismatched[0]}. "
+                "Give the config.json that belongs to the weights."
+            )
+
+    def _from_pretrained(self) -> tuple[Any, dict[str, Any]]:
         options = {"config": self.config, "dtype": self.dtype, "trust_remote_code": self._trust, **self._options}
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         if self._method is None:
             return self._class().from_pretrained(self.folder, **options)
         try:
-            model = self._class().from_pretrained(self.folder, **options)
+            model, found = self._class().from_pretrained(self.folder, **options)
             for name, parameter in model.named_parameters():
                 tensor_spec(name, parameter)
         except (ImportError, RuntimeError, ValueError, NotImplementedError, UnsupportedCheckpoint) as error:
@@ -167,7 +185,7 @@ class CheckpointLoader:
                 f"{self.folder} is quantised with {self._method}, and its weights are not plain tensors that can be streamed "
                 f"here ({str(error).splitlines()[0]}). Use the unquantised checkpoint."
             ) from error
-        return model
+        return model, found
 
     def _read_config(self) -> Any:
         try:
@@ -299,7 +317,7 @@ class _Conversions:
         if self._kept is not None or on_disk or parameters != set(tensors):
             return results
         if self._writer is None:
-            self._writer = BlockFileWriter(self._disk_dir or tempfile.gettempdir(), self._key if self._disk_dir else None)
+            self._writer = BlockFileWriter(self._disk_dir or spill_folder(), self._key if self._disk_dir else None)
         stand_ins = {}
         for name, value in tensors.items():
             self._writer.add(name, value, layer_name)

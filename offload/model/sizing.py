@@ -78,6 +78,11 @@ def longest_sequence(config: Any) -> int | None:
     return int(length) if isinstance(length, int) and length > 0 else None
 
 
+def takes_tokens(model: nn.Module) -> bool:
+    """True if the model reads or makes text, whose length tells how large its temporaries will be."""
+    return _generates(model) or getattr(model, "main_input_name", None) in ("input_ids", "decoder_input_ids", "inputs_embeds")
+
+
 def _placed(unit: Unit, slot_bytes: Callable[[Unit], int]) -> PlacedBlock:
     block = unit.block
     # Read in whole units, a resident block takes what a slot takes, in whole pages.

@@ -39,15 +39,18 @@ def decide(
     Raises:
         BudgetTooSmall: if it is too small for the largest module that cannot be taken apart.
     """
+    refusals: list[BudgetTooSmall] = []
     while True:
         structure = find_structure(model, split)
         spec = model_spec(model, structure, slot_bytes)
         try:
             plan = make_plan(spec, budgets.device_bytes, workload, budgets.host_bytes)
-        except BudgetTooSmall:
+        except BudgetTooSmall as error:
+            refusals.append(error)
             largest = _largest_to_split(structure)
             if not largest:
-                raise
+                # Taken apart further, a model may need more: what lies beside the parts stays on the device.
+                raise min(refusals, key=lambda refusal: refusal.least_bytes) from None
             split |= largest
             continue
         return Decision(structure, spec, plan, split, _said(structure, split))

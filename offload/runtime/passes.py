@@ -77,8 +77,10 @@ def _shape_of(args: Any, kwargs: Any) -> tuple[int, int]:
     tensors = [value for value in (*named, *args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     if not tensors or tensors[0].dim() == 0:
         return 1, 1
-    # An image or a sound has no tokens to count: its shape says nothing about a KV cache.
-    return tensors[0].shape[0], tensors[0].shape[1] if tensors[0].dim() == 2 or named else 1
+    first = tensors[0]
+    # Images and sounds have no tokens to count: their shape says nothing about a KV cache.
+    has_tokens = bool(named) or (first.dim() == 2 and not first.is_floating_point())
+    return first.shape[0], first.shape[1] if has_tokens and first.dim() > 1 else 1
 
 
 def _cache_in(output: Any) -> Any:

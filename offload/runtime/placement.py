@@ -1,7 +1,6 @@
 """Brings a model's parameters to where the plan wants them, and back in the end."""
 
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from offload.runtime.weights import (
 )
 from scheduler.plan import Plan
 from storage.arena import HostBuffer
-from storage.block_file import BlockFile, BlockFileWriter, check_folder
+from storage.block_file import BlockFile, BlockFileWriter, check_folder, spill_folder
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
 from storage.device import Device
 from storage.errors import DiskFull, gib
@@ -349,7 +348,7 @@ class Placement:
         ]
         if not homes:
             return
-        folder = self._disk_dir or tempfile.gettempdir()
+        folder = self._disk_dir or spill_folder()
         check_folder(folder)
         total = sum(home.tensor.nbytes for home in homes)
         free = os.statvfs(folder)
@@ -380,6 +379,8 @@ class Placement:
         spill = writer.finish()
         self._spills.append(spill)
         self._disk_ledger.charge("spilled weights", writer.nbytes)
+        if self._disk_dir is None:
+            self.fallbacks.append(f"{gib(writer.nbytes)} of weights that no file holds were spilled to {folder} (disk_dir=)")
         self._take_over(spill, homes)
         self._known.update({home.name: spill.tensors[home.name].range for home in homes})
 

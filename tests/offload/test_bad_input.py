@@ -93,6 +93,43 @@ def test_shards_are_read(sharded):
         assert torch.equal(session.model(input_ids=tokens()).logits, oracle_of(model)(input_ids=tokens()).logits)
 
 
+def test_weights_that_are_missing_are_not_made_up(folder):
+    """transformers fills them with random numbers and goes on."""
+    tensors = load_file(folder / WEIGHTS)
+    tensors["stray"] = tensors.pop("model.layers.2.mlp.down_proj.weight")
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors.*model\.layers\.2\.mlp\.down_proj\.weight"):
+        enter(folder)
+
+
+def test_a_config_of_another_size(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    with pytest.raises(CheckpointError, match=r"other shapes than config\.json says"):
+        enter(folder)
+
+
+def test_weights_that_are_not_used_are_told(folder):
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {"stray": torch.zeros(3)}, folder / WEIGHTS, {"format": "pt"})
+    with offload(folder, device="cpu") as session:
+        assert any("stray" in sentence for sentence in session.report().fallbacks)
+
+
+def test_spilling_to_memory_is_refused(monkeypatch):
+    model = make("llama")
+    monkeypatch.setattr("storage.block_file._filesystem", lambda folder: "tmpfs")
+    with pytest.raises(DiskFolderError, match="is in memory"):
+        enter(model, cpu_memory=tight(model), batch_size=2, max_tokens=16)
+
+
+def test_a_model_without_values():
+    with torch.device("meta"):
+        model = make("llama")
+    with pytest.raises(ConfigError, match="meta device"):
+        enter(model)
+
+
 def test_an_unsupported_dtype(folder):
     raw = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(raw.replace(b'"dtype":"F32"', b'"dtype":"F4_"', 1))
@@ -161,7 +198,7 @@ def test_a_request_that_cannot_be_met(folder, options, message):
 
 
 def test_loading_options_for_a_model_that_exists():
-    with pytest.raises(ConfigError, match="only for a model that is loaded"):
+    with pytest.raises(ConfigError, match="no option of offload"):
         enter(make("llama", True), dtype="bfloat16")
 
 

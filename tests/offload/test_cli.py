@@ -165,7 +165,11 @@ def test_on_a_terminal_the_progress_bar_does_not_tear_the_text(plain):
         (["--prompt", "x", "--max-new-tokens", "0"], "must be at least 1"),
         (["--prompt", "x", "--batch-size", "0"], "must be at least 1"),
         (["--prompt", "x", "--top-p", "2"], "at most 1"),
-        (["--prompt", "x", "--temperature", "-1"], "must not be negative"),
+        (["--prompt", "x", "--temperature", "-1"], "must be 0 or a positive"),
+        (["--prompt", "x", "--temperature", "nan"], "must be 0 or a positive"),
+        (["--prompt", "x", "--top-p", "0.5"], "says nothing at temperature 0"),
+        (["--prompt", "x", "--seed", "99999999999999999999"], "below 2^63"),
+        (["--prompt", "x", "--report", "/no/such/report.json"], "cannot be written"),
         (["--prompt", ""], "has no tokens"),
         (["--prompts", "/no/such/file"], "cannot be read"),
         (["--prompt", "x", "--cpu-memory", "1KiB", "--device", "cpu"], "needs at least"),
@@ -180,6 +184,34 @@ def test_a_wrong_call_gets_one_plain_line(capsys, arguments, message):
     assert message in err
     assert err.startswith("offload: ")
     assert err.count("\n") == 1
+
+
+def test_text_that_is_not_utf8_is_refused(capsys, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_bytes(b'"\xff"')
+    status, _, err = run(capsys, "generate", "demo", "--prompts", str(prompts))
+    assert status == 1
+    assert "not UTF-8" in err
+
+
+def test_output_that_cannot_be_written_is_one_plain_line():
+    command = [
+        sys.executable,
+        "-m",
+        "offload.cli.main",
+        "generate",
+        "demo",
+        "--prompt",
+        "a",
+        "--max-new-tokens",
+        "2",
+        "--quiet",
+    ]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("offload: ")
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("line", ["{not json", '{"text": "x"}', "17"])

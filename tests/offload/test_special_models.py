@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2Model
 
-from offload import StaleSlot, offload
-from tests.architectures import BY_NAME, SPECIAL, make, oracle_of, text_inputs
+from offload import BudgetTooSmall, StaleSlot, offload
+from tests.architectures import BY_NAME, SPECIAL, VOCAB, make, oracle_of, text_inputs
 from tests.budgets import NONE, budget_for, enter, spec_of
 from tests.poison import poison_homes
 
@@ -83,3 +84,33 @@ def test_backward_through_a_sliced_table_raises(tmp_path):
         output = model(**BY_NAME["whisper"].inputs())
         with pytest.raises(StaleSlot):
             output.logits.sum().backward()
+
+
+def test_sound_is_not_counted_in_tokens():
+    """One second of it is 16,000 numbers, none of which takes memory of a KV cache."""
+    config = Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=VOCAB,
+        conv_dim=[16, 16], conv_kernel=[10, 8], conv_stride=[5, 4], num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+    )  # fmt: skip
+    model = Wav2Vec2Model(config).eval()
+    sound = torch.randn(2, 16_000, generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        wanted = model(sound).last_hidden_state
+        with offload(model, device="cpu", cpu_memory=3 * sum(value.nbytes for value in model.parameters())) as session:
+            assert torch.equal(model(sound).last_hidden_state, wanted)
+            assert any("takes no tokens" in sentence for sentence in session.report().fallbacks)
+
+
+def test_the_least_budget_of_a_fast_path_is_told_and_works():
+    """torch's encoder layer reads everything inside at once under no_grad: it is not taken apart."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 4).eval()
+    inputs = torch.randn(2, 5, 64)
+    with pytest.raises(BudgetTooSmall) as refusal:
+        offload(model, device="cpu", cpu_memory="8KiB").__enter__()
+    with torch.no_grad():
+        wanted = model(inputs)
+        with offload(model, device="cpu", cpu_memory=refusal.value.least_bytes) as session:
+            assert torch.equal(model(inputs), wanted)
+            assert session.report().links["disk"].bytes > 0
