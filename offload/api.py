@@ -22,10 +22,10 @@ from offload.report.meters import Meters
 from offload.report.report import Comparison, Report, phase_uses
 from offload.runtime.buffers import DeviceBuffers
 from offload.runtime.changes import RegistrationWatch
-from offload.runtime.clock import PassClock
+from offload.runtime.clock import DECODE, PREFILL, PassClock
 from offload.runtime.decision import Decision, decide, given_plan, load_plan
 from offload.runtime.executor import LayerExecutor
-from offload.runtime.forecast import Forecast
+from offload.runtime.forecast import Forecast, Order, drifted_hardware
 from offload.runtime.hooks import ForwardWrap, Windows
 from offload.runtime.kv_reserve import KvReserve
 from offload.runtime.passes import ModelPass
@@ -177,6 +177,7 @@ class Session:
         """What was moved and how fast, so far, beside what was predicted for it. Measures the disk for a moment."""
         if not hasattr(self, "_windows"):
             raise SessionError("there is nothing to report yet: enter the session first, `with offload(...) as session:`")
+        links = self._meters.link_uses(self._link, self._reader, self._inside)
         return Report(
             model=self._target if isinstance(self._target, str) else type(self.model).__name__,
             device=self._device.name,
@@ -195,9 +196,9 @@ class Session:
             streamed_bytes_per_pass=self.plan.streamed_bytes,
             kv={"reserved_bytes": self.plan.kv_bytes, "peak_bytes": self._reserve.peak_bytes},
             tiers=self._meters.tier_uses(),
-            links=self._meters.link_uses(self._link, self._reader, self._inside),
+            links=links,
             **phase_uses(self._clock.phases),
-            prediction=self._compared(),
+            prediction=self._compared({name: use.bytes_per_second for name, use in links.items() if use.bytes_per_second}),
             process_bytes=self._process_bytes,
             peak_device_bytes=self._device.peak_bytes(),
             fallbacks=self._all_fallbacks(),
@@ -208,12 +209,25 @@ class Session:
         self._meters.collect()
         return self._recorder.trace
 
-    def _compared(self) -> Comparison | None:
-        """Prediction beside measurement, for what was asked of the model so far; None without a hardware profile."""
+    def _compared(self, given: dict[str, float]) -> Comparison | None:
+        """Prediction beside measurement, for what was asked of the model so far; None without a hardware profile.
+
+        Args:
+            given: bytes a second that the links gave.
+        """
         if self._forecast is None:
             return None
-        predicted = self._forecast.afterwards(self.plan, self._spec, self._clock.phases)
-        return None if predicted is None else Comparison.of(predicted, self._clock.phases)
+        phases = self._clock.phases
+        predicted = self._forecast.afterwards(self.plan, self._spec, phases)
+        if predicted is None:
+            return None
+        prompt, made = phases[PREFILL].pass_tokens, phases[DECODE].passes + 1
+        order = Order(self._reserve.workload, prompt, made, self._budgets, self._exactness)
+        what_if = self._forecast.what_if(self._spec, order, predicted)
+        drifted, drift = drifted_hardware(self._forecast.hardware, given)
+        undrifted = self._forecast.afterwards(self.plan, self._spec, phases, drifted)
+        assert undrifted is not None
+        return Comparison.of(predicted, undrifted, drift, what_if, phases)
 
     def _all_fallbacks(self) -> list[str]:
         whole = [
@@ -320,13 +334,16 @@ class Session:
 
     def _choose(self) -> None:
         """Another plan than the rule's: the one that was given, or one that computes layers on the CPU and is faster."""
-        host_bytes = self._budgets.host_bytes
+        workload = self._workload(self.model)
         if self._given is not None:
-            self.plan = given_plan(self._given, self._spec, self._workload(self.model), self._budgets, self._exactness)
-        elif self._exactness == ROUNDING and self._forecast is not None and host_bytes is not None:
-            workload = self._workload(self.model)
-            new_tokens = self._asked_new_tokens or max(1, workload.total_tokens // 2)
-            self.plan = self._forecast.choose(self._spec, workload, self._budgets.device_bytes, host_bytes, new_tokens).plan
+            self.plan = given_plan(self._given, self._spec, workload, self._budgets, self._exactness)
+        elif self._exactness == ROUNDING and self._forecast is not None and self._budgets.host_bytes is not None:
+            self.plan, _ = self._forecast.best(self._spec, self._order())
+
+    def _order(self) -> Order:
+        workload = self._workload(self.model)
+        new_tokens = min(self._asked_new_tokens or max(1, workload.total_tokens // 2), workload.total_tokens - 1)
+        return Order(workload, max(1, workload.total_tokens - new_tokens), new_tokens, self._budgets, self._exactness)
 
     def _guise(self, stack: ExitStack) -> None:
         stack.callback(Guise(self.model, self._device.torch_device, self._fallbacks.append).undo)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -86,6 +87,11 @@ def read_header(path: str) -> dict[str, StoredTensor]:
             f"{path} has {size:,} bytes and its header describes {longest:,}: the file is truncated. Download it again."
         )
     return tensors
+
+
+def dtypes_of(headers: Mapping[str, str]) -> list[str]:
+    """torch's names for the dtypes in safetensors headers, by tensor; those that are not known are left out."""
+    return [_DTYPES[kind] for kind in headers.values() if kind in _DTYPES]
 
 
 def identity(path: str) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from transformers.utils import logging as transformers_logging
 
 from offload.api import Session, offload
 from offload.cli.terminal import check_writable, progress_bar, say
-from offload.config import Progress
+from offload.config import EXACTNESS, Progress, resolve_device
 from offload.generate import Completion, Prompts, Sampling, complete, load_tokenizer
 from offload.model.loading import find_folder
-from offload.report.report import Report
+from offload.probe import hardware_profile
+from offload.report.perfetto import as_perfetto
+from offload.report.record import Record, write_record
 from storage.errors import ConfigError
 
 SUMMARY = "Generate text. Tokens go to stdout as they are made, the report to stderr."
@@ -48,55 +50,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
     add("--revision", metavar="REV", help="branch, tag or commit, of a hub id")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
-    add("--report", metavar="FILE.json", help="write the report there, as JSON")
+    add("--exactness", default="identical", choices=EXACTNESS, help="rounding allows layers on the CPU (default: identical)")
+    add("--plan", metavar="FILE.json", help="what lives where, from `offload plan --output` (default: planned here)")
+    add("--report", metavar="FILE", help="write the report there: .html for a page, else JSON that `offload report` reads")
+    add("--trace", metavar="FILE.json", help="write what happened when, for ui.perfetto.dev")
     add("--quiet", action="store_true", help="do not print the report")
-    add(
-        "--json",
-        action="store_true",
-        help="print one JSON object (completions and report) at the end, instead of text and report",
-    )
+    add("--json", action="store_true", help="print one JSON object (completions and report) at the end instead")
 
 
 def run(request: argparse.Namespace) -> None:
     if request.batch_size < 1:
         raise ConfigError(f"--batch-size {request.batch_size} must be at least 1")
-    for path in (request.report,):
+    for path in (request.report, request.trace):
         check_writable(path)
     sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
     texts = _read_prompts(request.prompt, request.prompts)
     transformers_logging.set_verbosity_error()
     folder = find_folder(request.model, request.revision)
     prompts = Prompts(load_tokenizer(folder, request.trust_remote_code), texts, request.chat)
-    completions, report = _generate(request, folder, prompts, sampling)
+    completions, record = _generate(request, folder, prompts, sampling)
     if request.json:
         items = [{"prompt": item.prompt, "text": item.text, "new_tokens": item.new_tokens} for item in completions]
-        print(json.dumps({"completions": items, "report": report.to_dict()}), flush=True)
+        print(json.dumps({"completions": items, "report": record.report}), flush=True)
     if request.report:
-        Path(request.report).write_text(report.to_json())
-    elif not request.quiet:
-        say(f"\n{report}")
+        write_record(record, request.report)
+    if request.trace:
+        Path(request.trace).write_text(as_perfetto(record.trace))
 
 
 def _generate(
     request: argparse.Namespace, folder: str, prompts: Prompts, sampling: Sampling
-) -> tuple[list[Completion], Report]:
+) -> tuple[list[Completion], Record]:
     batch_size = min(request.batch_size, len(prompts.texts))
     with ExitStack() as stack:
         # The bar is gone before the first token, which would tear it.
         with progress_bar() as show:
-            session = stack.enter_context(
-                _session(request, folder, batch_size, prompts.longest + sampling.max_new_tokens, show)
-            )
+            session = stack.enter_context(_session(request, folder, batch_size, prompts.longest, sampling, show))
         done = []
         stream = None if request.json or batch_size > 1 else _print_now
         for completion in complete(session.model, prompts, sampling, batch_size, stream):
             done.append(completion)
             if not request.json:
                 _print_rest(completion, len(prompts.texts) > 1, streamed=stream is not None)
-        return done, session.report()
+        report = session.report()
+        if not (request.json or request.quiet):
+            say(f"\n{report}")
+        return done, Record.of(report, session.trace())
 
 
-def _session(request: argparse.Namespace, folder: str, batch_size: int, max_tokens: int, show: Progress) -> Session:
+def _session(
+    request: argparse.Namespace, folder: str, batch_size: int, prompt_tokens: int, sampling: Sampling, show: Progress
+) -> Session:
+    # Measured once for each machine and disk; kept.
+    hardware_profile(resolve_device(request.device), request.disk, progress=show)
     return offload(
         folder,
         device=request.device,
@@ -104,7 +110,10 @@ def _session(request: argparse.Namespace, folder: str, batch_size: int, max_toke
         cpu_memory=request.cpu_memory,
         disk_dir=request.disk,
         batch_size=batch_size,
-        max_tokens=max_tokens,
+        max_tokens=prompt_tokens + sampling.max_new_tokens,
+        new_tokens=sampling.max_new_tokens,
+        exactness=request.exactness,
+        plan=request.plan,
         progress=show,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from offload.config import Progress as ProgressCall
@@ -26,11 +26,22 @@ def check_writable(path: str | None) -> None:
         raise ConfigError(f"{path} cannot be written: name a file in a folder that exists and is yours")
 
 
+def print_table(table: RenderableType) -> None:
+    """On stdout; as wide as it needs where that is not a terminal."""
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
+
+
 @contextmanager
-def progress_bar() -> Iterator[ProgressCall]:
-    """A bar on stderr for each long step, on a terminal; elsewhere nothing is drawn."""
+def progress_bar(counted: bool = True) -> Iterator[ProgressCall]:
+    """A bar on stderr for each long step, on a terminal; elsewhere nothing is drawn.
+
+    Args:
+        counted: the steps are counted in bytes.
+    """
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    bytes_done = (DownloadColumn(binary_units=True), TimeRemainingColumn()) if counted else ()
+    columns = (TextColumn("{task.description}"), BarColumn(), *bytes_done)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks = {}
 

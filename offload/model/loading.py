@@ -21,7 +21,7 @@ from offload.model.homes import FileMaps
 from storage.arena import release_freed_memory
 from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of, spill_folder
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, FileRange
-from storage.checkpoint import identity, read_checkpoint, weight_files
+from storage.checkpoint import dtypes_of, identity, read_checkpoint, weight_files
 from storage.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
 from storage.landing import plan_landing
 
@@ -77,6 +77,27 @@ def find_folder(name: str, revision: str | None = None) -> str:
         ) from error
 
 
+def find_outline(name: str, dtype: Any = "auto", trust_remote_code: bool = False) -> "CheckpointLoader":
+    """A loader to look at: of a hub id nothing but the config and the safetensors headers is fetched.
+
+    Raises:
+        CheckpointError: if there is no such folder and the hub does not give it.
+    """
+    if name == DEMO or os.path.exists(name):
+        return CheckpointLoader(find_folder(name), dtype, trust_remote_code)
+    from huggingface_hub import get_safetensors_metadata, snapshot_download
+
+    try:
+        folder = snapshot_download(name, allow_patterns=["config.json", "*.py"])
+        files = get_safetensors_metadata(name).files_metadata
+    except Exception as error:
+        raise CheckpointError(
+            f"there is no folder {name!r}, and the hub did not give a model of that name: {str(error).splitlines()[0]}"
+        ) from error
+    headers = {tensor: info.dtype for file in files.values() for tensor, info in file.tensors.items()}
+    return CheckpointLoader(folder, dtype, trust_remote_code, headers=headers)
+
+
 class CheckpointLoader:
     """One checkpoint, to be looked at first and then loaded.
 
@@ -84,15 +105,24 @@ class CheckpointLoader:
         folder: as `find_folder` gives it.
         dtype: `auto` for the checkpoint's own, a torch dtype or its name.
         trust_remote_code: run the model code that the checkpoint brings along.
+        headers: dtypes of the tensors by name, of a checkpoint whose weights are not here: it cannot be loaded.
         options: anything else that `from_pretrained` takes.
 
     Raises:
         CheckpointError: if the checkpoint cannot be streamed. Nothing is loaded by then.
     """
 
-    def __init__(self, folder: str, dtype: Any = "auto", trust_remote_code: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        folder: str,
+        dtype: Any = "auto",
+        trust_remote_code: bool = False,
+        headers: dict[str, str] | None = None,
+        **options: Any,
+    ) -> None:
         self.folder = folder
-        self.stored = read_checkpoint(folder)
+        self.stored = read_checkpoint(folder) if headers is None else {}
+        self._dtypes = [item.spec.dtype for item in self.stored.values()] if headers is None else dtypes_of(headers)
         self._trust = trust_remote_code
         self._options = {key: value for key, value in options.items() if value is not None}
         for refused in ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit", "output_loading_info"):
@@ -213,7 +243,7 @@ class CheckpointLoader:
             return dtype
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
-        kinds = [getattr(torch, item.spec.dtype) for item in self.stored.values()]
+        kinds = [getattr(torch, name) for name in self._dtypes]
         return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
     def _converted_key(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offload.runtime.clock import DECODE, OUTSIDE, PREFILL, PhaseTimes
+from offload.runtime.forecast import WhatIf
 from scheduler.prediction import Prediction
 from storage.ledger import MemoryLedger
 
@@ -86,6 +87,9 @@ class Comparison:
         prefill_seconds, seconds_per_token: of the first prefill, and of a decode pass.
         errors: predicted over measured, less one; None where nothing was measured.
         bound: what holds decode back, by the prediction.
+        what_if: changes, and how many times as fast a prompt with its answer would be.
+        drift: what each link gave during the run over what it gave when the profile was made, less one.
+        model_error: of a decode pass, predicted again with what the links gave: what is left is the cost model's own.
         hardware_id: of the profile that was predicted with.
         exact_work: False where the model's work was estimated from sizes.
     """
@@ -98,11 +102,21 @@ class Comparison:
     seconds_per_token_error: float | None
     decode_shares: dict[str, float]
     bound: str
+    what_if: list[WhatIf]
+    drift: dict[str, float]
+    model_error: float | None
     hardware_id: str
     exact_work: bool
 
     @classmethod
-    def of(cls, predicted: Prediction, phases: Mapping[str, PhaseTimes]) -> "Comparison":
+    def of(
+        cls,
+        predicted: Prediction,
+        undrifted: Prediction,
+        drift: dict[str, float],
+        what_if: list[WhatIf],
+        phases: Mapping[str, PhaseTimes],
+    ) -> "Comparison":
         prefill, decode = phases.get(PREFILL), phases.get(DECODE)
         first = prefill.first_seconds if prefill is not None and prefill.passes else None
         step = decode.seconds / decode.passes if decode is not None and decode.passes else None
@@ -115,6 +129,9 @@ class Comparison:
             seconds_per_token_error=_error(predicted.seconds_per_token, step),
             decode_shares=predicted.decode_shares,
             bound=predicted.bound,
+            what_if=what_if,
+            drift=drift,
+            model_error=_error(undrifted.seconds_per_token, step),
             hardware_id=predicted.hardware_id,
             exact_work=predicted.exact_work,
         )
@@ -161,6 +178,19 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Report":
+        """The other way round. Raises TypeError or KeyError for what `to_dict` did not give."""
+        values = dict(content)
+        values["tiers"] = {name: TierUse(**use) for name, use in values["tiers"].items()}
+        values["links"] = {name: LinkUse(**use) for name, use in values["links"].items()}
+        for phase in (PREFILL, DECODE, OUTSIDE):
+            values[phase] = PhaseUse(**values[phase])
+        if values["prediction"] is not None:
+            what_if = [WhatIf(**item) for item in values["prediction"]["what_if"]]
+            values["prediction"] = Comparison(**(values["prediction"] | {"what_if": what_if}))
+        return cls(**values)
 
     def __str__(self) -> str:
         from offload.report.text import as_text

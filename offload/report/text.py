@@ -78,7 +78,10 @@ def _prediction(comparison: Comparison) -> Text:
     first = _beside(comparison.prefill_seconds, comparison.prefill_measured_seconds, comparison.prefill_error)
     step = _beside(comparison.seconds_per_token, comparison.measured_seconds_per_token, comparison.seconds_per_token_error)
     guess = "" if comparison.exact_work else " (the model's work was estimated from its sizes)"
-    return Text(f"predicted: prefill {first}; a token {step}; bound by {comparison.bound}{guess}")
+    drifts = [f"{name} {share:+.0%}" for name, share in comparison.drift.items()]
+    rest = f"; without it the error is {comparison.model_error:+.0%}" if comparison.model_error is not None else ""
+    drifted = f"\nsince the profile was made: {', '.join(drifts)}{rest}" if drifts else ""
+    return Text(f"predicted: prefill {first}; a token {step}; bound by {comparison.bound}{guess}{drifted}")
 
 
 def _beside(predicted: float, measured: float | None, error: float | None) -> str:

@@ -1,23 +1,73 @@
 """What the machine's profile says of a session: before it runs, and beside what was measured."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from offload.config import ROUNDING, Budgets
 from offload.model.dry_run import DryRun, DryRunFailed
 from offload.model.estimate import estimated_pass
 from offload.runtime.clock import DECODE, PREFILL, PhaseTimes
 from scheduler.cost import CostModel
-from scheduler.hardware import HardwareProfile
+from scheduler.hardware import HardwareProfile, LinkRate
 from scheduler.model_spec import ModelSpec, Workload
 from scheduler.plan import Plan
 from scheduler.prediction import Prediction, predict
 from scheduler.work import PassWork
 from storage.blocks import BlockKey
+from storage.errors import BudgetTooSmall
 
-if TYPE_CHECKING:
-    from scheduler.choice import Choice
+Shape = tuple[int, int, int]
+"""Batch size, prompt tokens, context tokens."""
+
+
+_MORE_MEMORY = (4 << 30, 16 << 30)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is asked of a plan.
+
+    Attributes:
+        workload: what memory is reserved for.
+        prompt_tokens, new_tokens: of each sequence.
+        exactness: `identical` or `rounding`.
+    """
+
+    workload: Workload
+    prompt_tokens: int
+    new_tokens: int
+    budgets: Budgets
+    exactness: str
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """A change, and how many times as fast a prompt with its answer would be."""
+
+    change: str
+    speedup: float
+
+
+def _twice(rate: LinkRate) -> LinkRate:
+    return replace(rate, bytes_per_second=2 * rate.bytes_per_second)
+
+
+def drifted_hardware(hardware: HardwareProfile, given: Mapping[str, float]) -> tuple[HardwareProfile, dict[str, float]]:
+    """The machine with the speeds that its links gave, and by how much they differ from the profile's.
+
+    Args:
+        given: bytes a second by link: `disk`, `h2d`.
+    """
+    rates = {"disk_read": hardware.disk_read, "h2d": hardware.h2d}
+    drift = {}
+    for link, field in (("disk", "disk_read"), ("h2d", "h2d")):
+        rate = rates[field]
+        if rate is not None and link in given:
+            drift[link] = given[link] / rate.bytes_per_second - 1
+            rates[field] = replace(rate, bytes_per_second=given[link])
+    return replace(hardware, **rates), drift
 
 
 class Forecast:
@@ -29,9 +79,16 @@ class Forecast:
         dtype: of the weights, by torch's name.
     """
 
-    def __init__(self, model: nn.Module, split: frozenset[BlockKey], hardware: HardwareProfile, dtype: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        split: frozenset[BlockKey],
+        hardware: HardwareProfile,
+        dtype: str,
+    ) -> None:
         self.hardware = hardware
         self.cost = CostModel(hardware, dtype)
+        self._dtype = dtype
         self.failure: str | None = None
         """Why the model's work is estimated from sizes; None if it was counted."""
         self._dry_run: DryRun | None = None
@@ -39,7 +96,7 @@ class Forecast:
             self._dry_run = DryRun(model, split)
         except DryRunFailed as error:
             self.failure = str(error)
-        self._known: dict[tuple[int, int, int], tuple[PassWork, PassWork]] = {}
+        self._known: dict[Shape, tuple[PassWork, PassWork]] = {}
 
     def work(self, spec: ModelSpec, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
         """A prefill and a decode step: counted where the model's code runs without values, else estimated."""
@@ -48,29 +105,75 @@ class Forecast:
             self._known[shape] = self._work(spec, *shape)
         return self._known[shape]
 
-    def predict(self, plan: Plan, spec: ModelSpec, batch_size: int, prompt_tokens: int, context_tokens: int) -> Prediction:
-        prefill, decode = self.work(spec, batch_size, prompt_tokens, context_tokens)
-        return predict(plan, spec, self.cost, prefill, decode)
+    def best(self, spec: ModelSpec, order: Order, hardware: HardwareProfile | None = None) -> tuple[Plan, Prediction]:
+        """The fastest plan for an order, and what it will give.
 
-    def choose(
-        self, spec: ModelSpec, workload: Workload, device_bytes: int, host_bytes: int | None, new_tokens: int
-    ) -> "Choice":
-        """The fastest plan of level *rounding*."""
+        Args:
+            hardware: another machine than the forecast's.
+
+        Raises:
+            BudgetTooSmall: if none fits.
+        """
         from scheduler.choice import Task, choose_plan
 
-        prompt = max(1, workload.total_tokens - new_tokens)
-        prefill, decode = self.work(spec, workload.batch_size, prompt, workload.total_tokens)
-        return choose_plan(Task(spec, workload, prefill, decode, new_tokens, self.cost, device_bytes, host_bytes), True)
+        cost = self.cost if hardware is None else CostModel(hardware, self._dtype)
+        context = order.prompt_tokens + order.new_tokens // 2
+        prefill, decode = self.work(spec, order.workload.batch_size, order.prompt_tokens, context)
+        budgets = order.budgets
+        task = Task(spec, order.workload, prefill, decode, order.new_tokens, cost, budgets.device_bytes, budgets.host_bytes)
+        choice = choose_plan(task, allow_cpu=order.exactness == ROUNDING)
+        return choice.plan, choice.prediction
 
-    def afterwards(self, plan: Plan, spec: ModelSpec, phases: Mapping[str, PhaseTimes]) -> Prediction | None:
-        """For what was really asked: the first prefill, and decode steps after the mean context."""
+    def what_if(self, spec: ModelSpec, order: Order, now: Prediction, batch: bool = False) -> list[WhatIf]:
+        """What changes would give: a plan is made for each (shadow prices, by trying). The largest help first.
+
+        Args:
+            now: without any change.
+            batch: try a larger batch too, for which the model's work must be counted again.
+        """
+        budgets, hardware, found = order.budgets, self.hardware, []
+        base = now.total_seconds(order.new_tokens) / order.workload.batch_size
+
+        def attempt(change: str, order: Order, hardware: HardwareProfile | None = None) -> None:
+            try:
+                _, prediction = self.best(spec, order, hardware)
+            except BudgetTooSmall:
+                return
+            found.append(WhatIf(change, base * order.workload.batch_size / prediction.total_seconds(order.new_tokens)))
+
+        alone = budgets.host_bytes is None
+        for more in _MORE_MEMORY:
+            larger = replace(budgets, device_bytes=budgets.device_bytes + more)
+            attempt(f"+{more >> 30} GiB of {'CPU' if alone else 'GPU'} memory", replace(order, budgets=larger))
+            if budgets.host_bytes is not None:
+                larger = replace(budgets, host_bytes=budgets.host_bytes + more)
+                attempt(f"+{more >> 30} GiB of CPU memory", replace(order, budgets=larger))
+        attempt("a disk twice as fast", order, replace(hardware, disk_read=_twice(hardware.disk_read)))
+        if hardware.h2d is not None:
+            attempt("a bus twice as fast", order, replace(hardware, h2d=_twice(hardware.h2d)))
+        if order.exactness != ROUNDING and not alone:
+            attempt("exactness rounding (layers on the CPU)", replace(order, exactness=ROUNDING))
+        if batch:
+            larger_batch = replace(order.workload, batch_size=4 * order.workload.batch_size)
+            attempt(f"batch size {larger_batch.batch_size}", replace(order, workload=larger_batch))
+        return sorted(found, key=lambda item: -item.speedup)
+
+    def afterwards(
+        self, plan: Plan, spec: ModelSpec, phases: Mapping[str, PhaseTimes], hardware: HardwareProfile | None = None
+    ) -> Prediction | None:
+        """For what was really asked: the first prefill, and decode steps after the mean context.
+
+        Args:
+            hardware: another machine than the forecast's.
+        """
         prefill, decode = phases.get(PREFILL), phases.get(DECODE)
         if prefill is None or not prefill.passes:
             return None
         context = prefill.pass_tokens
         if decode is not None and decode.passes:
             context = max(1, decode.context_tokens // decode.passes)
-        return self.predict(plan, spec, prefill.batch_size, prefill.pass_tokens, context)
+        cost = self.cost if hardware is None else CostModel(hardware, self._dtype)
+        return predict(plan, spec, cost, *self.work(spec, prefill.batch_size, prefill.pass_tokens, context))
 
     def _work(self, spec: ModelSpec, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
         if self._dry_run is not None:

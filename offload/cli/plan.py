@@ -1,0 +1,118 @@
+"""`offload plan`: what would live where, how fast it would be, and what would help."""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from offload.cli.terminal import check_writable, print_table, progress_bar, say
+from offload.config import EXACTNESS
+from offload.planning import Asked, Planned, Planner
+from scheduler.hardware import HardwareProfile
+from storage.errors import duration, gib
+
+SUMMARY = "Plan a run without loading the model: what lives where, how fast, what holds it back, what would help."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder with a safetensors checkpoint, `demo`, or a hub id (its headers)")
+    add("--prompt-tokens", type=int, default=512, metavar="N", help="of each prompt (default: 512)")
+    add("--new-tokens", type=int, default=128, metavar="N", help="of each answer (default: 128)")
+    add("--batch-size", type=int, default=1, metavar="N", help="prompts that share each pass over the weights (default: 1)")
+    add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu (default: auto)")
+    add("--gpu-memory", metavar="SIZE", help="budget on the GPU, like 8GiB (default: what is free, less 10%%)")
+    add("--cpu-memory", metavar="SIZE", help="budget of CPU memory, like 24GiB; on a CPU the only one (default: what is free)")
+    add("--disk", metavar="DIR", help="a folder on the disk that the weights are read from (default: $TMPDIR)")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
+    add("--exactness", default="identical", choices=EXACTNESS, help="rounding allows layers on the CPU (default: identical)")
+    add("--hardware", metavar="FILE.json", help="plan for the machine that this profile describes (default: this one)")
+    add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
+    add("--output", metavar="FILE.json", help="write the plan there, to edit it and give it to `generate --plan`")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def run(request: argparse.Namespace) -> None:
+    check_writable(request.output)
+    transformers_logging.set_verbosity_error()
+    asked = Asked(
+        request.prompt_tokens, request.new_tokens, request.batch_size, request.gpu_memory, request.cpu_memory, request.exactness
+    )
+    hardware = None if request.hardware is None else HardwareProfile.load(request.hardware)
+    with progress_bar(counted=False) as show:
+        planner = Planner(request.model, request.dtype, hardware, request.device, request.disk, request.trust_remote_code, show)
+    planned = planner.plan(asked)
+    if request.output:
+        Path(request.output).write_text(planned.plan.to_json())
+    if request.json:
+        print(json.dumps(planned.to_dict()))
+    else:
+        _print(planned, asked)
+        if request.output:
+            say(f"written to {request.output}; run it with: offload generate {request.model} --plan {request.output}")
+
+
+def _print(planned: Planned, asked: Asked) -> None:
+    prediction, plan = planned.prediction, planned.plan
+    print(f"{planned.model}: {gib(planned.weight_bytes)} of weights, on {planned.hardware}")
+    print(
+        f"{asked.batch_size} x ({asked.prompt_tokens} + {asked.new_tokens} tokens): first token after "
+        f"{duration(prediction.prefill_seconds)}, then {duration(prediction.seconds_per_token)} each, "
+        f"{prediction.tokens_per_second:.2f} tokens/s in all; bound by {prediction.bound}\n"
+    )
+    print_table(_places(planned))
+    print_table(_memory(planned))
+    shares = ", ".join(f"{cause} {share:.0%}" for cause, share in prediction.decode_shares.items() if share >= 0.005)
+    print(f"a token: {shares}; {gib(plan.streamed_bytes)} streamed, {plan.slot_count} slots of {gib(plan.slot_bytes)}\n")
+    changes = Table(box=None, pad_edge=False, header_style="bold")
+    changes.add_column("what if")
+    changes.add_column("a sequence is done", justify="right")
+    for item in planned.what_if:
+        changes.add_row(item.change, f"{item.speedup:.2f}x as fast")
+    print_table(changes)
+    for note in planned.notes:
+        print(f"note: {note}")
+
+
+def _places(planned: Planned) -> Table:
+    plan = planned.plan
+    disk = [key for key in plan.streamed if key not in plan.in_host_memory]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("blocks", "how many", "which"):
+        table.add_column(column)
+    rows = {
+        "stay on the device": plan.resident,
+        "stream from CPU memory": plan.in_host_memory,
+        "computed on the CPU": plan.computed_on_host,
+        "stream from disk": disk,
+        "read by row": plan.gathered,
+    }
+    for name, keys in rows.items():
+        if keys:
+            table.add_row(name, str(len(keys)), _short(list(keys)))
+    return table
+
+
+def _short(keys: list[str]) -> str:
+    return ", ".join(keys) if len(keys) <= 4 else f"{keys[0]}, {keys[1]}, ... {keys[-1]}"
+
+
+def _memory(planned: Planned) -> Table:
+    plan = planned.plan
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("memory", "budget", "peak", "of which"):
+        table.add_column(column)
+    parts = {
+        "resident weights": plan.resident_bytes + plan.pinned_bytes,
+        "slots": plan.arena_bytes,
+        "KV cache": plan.kv_bytes,
+        "temporaries": plan.activation_bytes,
+    }
+    computing = next(iter(planned.budget_bytes))
+    for tier, budget in planned.budget_bytes.items():
+        named = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+        what = named if tier == computing else "weights, staging"
+        table.add_row(tier, gib(budget), gib(planned.peak_bytes[tier]), what)
+    return table

@@ -1,0 +1,75 @@
+"""`offload probe`: what this machine can do."""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from offload.cli.terminal import check_writable, print_table, progress_bar, say
+from offload.config import resolve_device
+from offload.probe import hardware_profile, profile_folder
+from scheduler.hardware import HardwareProfile, LinkRate
+from storage.errors import duration, gib
+
+SUMMARY = "Measure this machine (a few seconds), for `plan` and for predictions. The profile is kept by hardware id."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu (default: auto)")
+    add("--disk", metavar="DIR", help="a folder on the disk that weights are read from (default: $TMPDIR)")
+    add("--refresh", action="store_true", help="measure again, even if a profile is kept")
+    add("--output", metavar="FILE.json", help="write the profile there too, to plan for this machine elsewhere")
+    add("--json", action="store_true", help="print the profile as JSON")
+
+
+def run(request: argparse.Namespace) -> None:
+    check_writable(request.output)
+    with progress_bar(counted=False) as show:
+        profile = hardware_profile(resolve_device(request.device), request.disk, refresh=request.refresh, progress=show)
+    text = json.dumps(profile.to_dict(), indent=1)
+    if request.output:
+        Path(request.output).write_text(text)
+    if request.json:
+        print(text)
+    else:
+        _print(profile)
+        say(f"kept in {profile_folder() / f'hardware-{profile.hardware_id}.json'}")
+
+
+def _print(profile: HardwareProfile) -> None:
+    print(f"{profile.description}, measured {profile.measured_at or 'by nobody'}\n")
+    links = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("link", "speed", "latency"):
+        links.add_column(column)
+    named = {
+        "disk, reading": profile.disk_read,
+        "disk, writing": profile.disk_write,
+        "CPU to device, page-locked": profile.h2d,
+        "CPU to device, ordinary memory": profile.h2d_pageable,
+        "device to CPU": profile.d2h,
+    }
+    for name, rate in named.items():
+        if rate is not None:
+            links.add_row(name, _speed(rate), duration(rate.latency_seconds) if rate.latency_seconds else "")
+    print_table(links)
+    for processor in (profile.host, profile.device):
+        if processor is None:
+            continue
+        print(
+            f"\n{processor.name}: {gib(processor.memory_bytes)}, memory {processor.memory_bytes_per_second / 1e9:.1f} GB/s, "
+            f"an operation {duration(processor.operation_seconds)}"
+        )
+        rates = Table(box=None, pad_edge=False, header_style="bold")
+        rates.add_column("GFLOP/s at rows")
+        points = next(iter(processor.matrix_rates.values()))
+        for point in points:
+            rates.add_column(str(point.rows), justify="right")
+        for dtype, row in processor.matrix_rates.items():
+            rates.add_row(dtype, *(f"{point.flops_per_second / 1e9:,.1f}" for point in row))
+        print_table(rates)
+
+
+def _speed(rate: LinkRate) -> str:
+    return f"{rate.bytes_per_second / 1e9:.2f} GB/s"

@@ -1,0 +1,75 @@
+"""`offload report`: a run shown again, or two compared."""
+
+import argparse
+from typing import Any
+
+from rich.table import Table
+
+from offload.cli.terminal import check_writable, print_table, say
+from offload.report.record import Record, write_record
+from offload.report.report import Report
+from storage.errors import ConfigError, duration, gib
+
+SUMMARY = "Show a run again that `generate --report FILE.json` wrote; given two, compare them."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN.json", help="one run, or two to compare")
+    add("--output", metavar="FILE.html", help="write the run as a page")
+
+
+def run(request: argparse.Namespace) -> None:
+    if len(request.runs) > 2:
+        raise ConfigError(f"{len(request.runs)} runs were given; give one, or two to compare")
+    records = [Record.load(path) for path in request.runs]
+    if len(records) == 2:
+        if request.output:
+            raise ConfigError("--output is for one run; two are compared in the terminal")
+        _compare(request.runs, [record.report for record in records])
+    elif request.output:
+        check_writable(request.output)
+        write_record(records[0], request.output)
+        say(f"written to {request.output}")
+    else:
+        print(Report.from_dict(records[0].report))
+
+
+def _compare(names: list[str], reports: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", *names, "second / first"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, path, show in _ROWS:
+        values = [_at(report, path) for report in reports]
+        if any(values):
+            ratio = f"{values[1] / values[0]:.2f}" if values[0] and values[1] else ""
+            table.add_row(name, *("" if value is None else show(value) for value in values), ratio)
+    print_table(table)
+
+
+def _at(report: dict[str, Any], path: str) -> Any:
+    value: Any = report
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _rate(value: float) -> str:
+    return f"{value / 1e9:.2f} GB/s"
+
+
+_ROWS = (
+    ("prefill", "prefill.seconds", duration),
+    ("a token", "decode.seconds_per_token", duration),
+    ("decode: compute", "decode.compute_seconds", duration),
+    ("decode: waiting for disk", "decode.wait_seconds.disk", duration),
+    ("decode: waiting for h2d", "decode.wait_seconds.h2d", duration),
+    ("decode: between blocks", "decode.other_seconds", duration),
+    ("weights", "weight_bytes", gib),
+    ("streamed a pass", "streamed_bytes_per_pass", gib),
+    ("disk", "links.disk.bytes_per_second", _rate),
+    ("h2d", "links.h2d.bytes_per_second", _rate),
+    ("GPU memory, peak", "tiers.gpu.peak_bytes", gib),
+    ("CPU memory, peak", "tiers.cpu.peak_bytes", gib),
+    ("predicted token", "prediction.seconds_per_token", duration),
+)

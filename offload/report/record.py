@@ -1,0 +1,54 @@
+"""A run in a file: the report and the trace together, to be shown again later."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offload.report.report import Report
+from scheduler.trace import Trace
+from storage.errors import ConfigError
+
+_SPANS_KEPT = 20_000
+"""In a file: the beginning of a long run, which is like the rest of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One run.
+
+    Attributes:
+        report: as `Report.to_dict` gives it.
+    """
+
+    report: dict[str, Any]
+    trace: Trace
+
+    @classmethod
+    def of(cls, report: Report, trace: Trace) -> "Record":
+        return cls(report.to_dict(), trace)
+
+    @classmethod
+    def load(cls, path: str) -> "Record":
+        """Raises ConfigError for a file that `write_record` did not write."""
+        try:
+            content = json.loads(Path(path).read_text())
+            trace = Trace.from_dict(content.pop("trace"))
+            return cls(Report.from_dict(content).to_dict(), trace)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is no run that `generate --report FILE.json` wrote ({error!r})") from error
+
+
+def write_record(record: Record, path: str) -> None:
+    """As a page if the name ends in .html, else as JSON."""
+    if path.endswith((".html", ".htm")):
+        from offload.report.html import as_page
+
+        Path(path).write_text(as_page(record))
+        return
+    trace = record.trace.to_dict()
+    trace["dropped_spans"] += max(0, len(trace["spans"]) - _SPANS_KEPT)
+    trace["spans"] = trace["spans"][:_SPANS_KEPT]
+    Path(path).write_text(json.dumps(record.report | {"trace": trace}))
