@@ -17,7 +17,7 @@ from offload.model.guise import Guise
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
 from offload.model.sizing import longest_sequence, takes_tokens
-from offload.probe import kept_profile
+from offload.probe import kept_profile, suits
 from offload.report.meters import Meters
 from offload.report.report import Comparison, Report, phase_uses
 from offload.runtime.buffers import DeviceBuffers
@@ -39,7 +39,7 @@ from scheduler.trace import Trace
 from storage.device import Device
 from storage.engines.gds import choose_engine
 from storage.engines.posix import PosixEngine
-from storage.errors import BudgetExceeded, BudgetTooSmall, ConfigError, SessionError, gib
+from storage.errors import BudgetExceeded, BudgetTooSmall, ConfigError, ProfileError, SessionError, gib
 from storage.reader import DiskReader
 from storage.transfer import Link
 
@@ -143,6 +143,9 @@ class Session:
         self._batch_size, self._max_tokens, self._asked_new_tokens = reserve
         self._exactness = exactness
         self._given = plan
+        if hardware is not None and not suits(hardware, device):
+            has = "no GPU" if hardware.device is None else "a GPU"
+            raise ProfileError(f"the hardware profile describes a machine with {has}, and {device.name} computes here")
         self._hardware = hardware or kept_profile(device, self._disk_dir)
         self._progress = progress
         self._loading = loading

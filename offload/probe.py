@@ -54,6 +54,11 @@ def profile_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offload"
 
 
+def suits(profile: HardwareProfile, device: Device) -> bool:
+    """True if the profile describes a machine that computes where `device` does."""
+    return (profile.device is None) == device.host_memory
+
+
 def hardware_id(device: Device, disk_dir: str) -> str:
     """Changes with the processor, its cores, the memory, the card, the disk, and torch's version."""
     facts = [
@@ -68,11 +73,15 @@ def hardware_id(device: Device, disk_dir: str) -> str:
 
 
 def kept_profile(device: Device, disk_dir: str | None = None) -> HardwareProfile | None:
-    """The profile of this machine that an earlier measurement kept; None if there is none.
+    """The profile of this machine that an earlier measurement kept, or the file `$OFFLOAD_HARDWARE`; None if there is none.
 
     Raises:
         ProfileError: if it was broken by hand.
     """
+    described = os.environ.get("OFFLOAD_HARDWARE")
+    if described:
+        profile = HardwareProfile.load(described)
+        return profile if suits(profile, device) else None
     folder = disk_dir or tempfile.gettempdir()
     if not os.path.isdir(folder):
         return None

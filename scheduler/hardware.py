@@ -106,9 +106,9 @@ class HardwareProfile:
     description: str
     measured_at: str
     host: Processor
-    device: Processor | None
     disk_read: LinkRate
     disk_write: LinkRate
+    device: Processor | None = None
     h2d: LinkRate | None = None
     d2h: LinkRate | None = None
     h2d_pageable: LinkRate | None = None

@@ -86,13 +86,13 @@ class Simulation:
             return
         keys = [key for key in window.uses if key in self._streamed]
         if not keys:
-            self._compute_window(window, 0.0)
+            self._compute_window(window, ())
             return
         schedule = self._schedule
         self._carry_out(schedule.open(keys, phase))
         self._carry_out(schedule.look_ahead(phase))
-        copied_at = max([self._enter(schedule.lease(key)) for key in keys])
-        ended = self._compute_window(window, copied_at)
+        arrivals = [self._enter(schedule.lease(key)) for key in keys]
+        ended = self._compute_window(window, arrivals)
         for lease in schedule.close(keys):
             for slot in lease.slots:
                 self._slot_free[slot] = ended
@@ -131,34 +131,44 @@ class Simulation:
         self.trace.spans.append(Span(link, key, begin, end, nbytes))
         return end
 
-    def _enter(self, lease: Lease) -> float:
-        """Wait as the executor's thread does; returns when the device may use the block."""
+    def _enter(self, lease: Lease) -> _Arrival:
+        """Wait as the executor's thread does: for the disk always, for the copy where the device does not itself."""
         arrival = self._arrivals.pop(lease.generation)
-        self._wait(DISK, arrival.read_at)
-        if not self._asynchronous:
+        if self._asynchronous:
+            self.now = max(self.now, arrival.read_at)
+        else:
+            self._wait(DISK, arrival.read_at)
             self._wait(H2D, arrival.copied_at)
-        return arrival.copied_at
+        return arrival
 
     def _wait(self, link: str, until: float) -> None:
         if until > self.now:
             self.trace.spans.append(Span(WAIT, link, self.now, until))
             self.now = until
 
-    def _compute_window(self, window: WindowWork, copied_at: float) -> float:
+    def _compute_window(self, window: WindowWork, arrivals: Sequence[_Arrival]) -> float:
         """Returns when the compute ends."""
         span = self._cost.window(window.work)
         if not self._asynchronous:
             begin, self.now = self.now, self.now + span.compute_seconds
             self.trace.spans.append(Span(COMPUTE, window.key, begin, self.now))
             return self.now
-        ready = max(self._device_free, self.now)
-        begin = max(ready, copied_at)
-        if begin > ready:
-            self.trace.spans.append(Span(WAIT, H2D, ready, begin))
+        idle = self._device_free
+        if arrivals:
+            idle = self._idle(DISK, idle, max(arrival.read_at for arrival in arrivals))
+            idle = self._idle(H2D, idle, max(arrival.copied_at for arrival in arrivals))
+        begin = max(idle, self.now)
         self._device_free = begin + span.compute_seconds
         self.now += span.submit_seconds
         self.trace.spans.append(Span(COMPUTE, window.key, begin, self._device_free))
         return self._device_free
+
+    def _idle(self, link: str, since: float, until: float) -> float:
+        """The device has nothing to compute, because of a link."""
+        if until <= since:
+            return since
+        self.trace.spans.append(Span(WAIT, link, since, until))
+        return until
 
     def _compute_on_host(self, window: WindowWork) -> None:
         hardware = self._cost.hardware
@@ -175,7 +185,7 @@ class Simulation:
         begin = self.now
         self.now += self._cost.gather_seconds(window)
         self.trace.spans.append(Span(WAIT, DISK, begin, self.now))
-        self._compute_window(window, 0.0)
+        self._compute_window(window, ())
 
 
 def simulate(plan: Plan, model: ModelSpec, cost: CostModel, passes: Iterable[PassWork]) -> Trace:

@@ -65,6 +65,8 @@ class SlotSchedule:
         self._expected = dict(zip(order, order[1:] + order[:1], strict=True))
         self._learned: dict[tuple[BlockKey, Phase], BlockKey] = {}
         self._leases: dict[BlockKey, Lease] = {}
+        self._holders: list[Lease | None] = [None] * slot_count
+        self._free_count = slot_count
         self._in_use: dict[BlockKey, int] = {}
         self._last: BlockKey | None = None
         self._generation = 0
@@ -78,7 +80,8 @@ class SlotSchedule:
 
     def generation_of(self, slot: int) -> int:
         """The generation of the lease that holds `slot`; -1 if it is free."""
-        return next((lease.generation for lease in self._leases.values() if slot in lease.slots), -1)
+        holder = self._holders[slot]
+        return -1 if holder is None else holder.generation
 
     def open(self, keys: Sequence[BlockKey], phase: Phase) -> list[Instruction]:
         """The blocks `keys` are needed now, all of them at once.
@@ -103,13 +106,13 @@ class SlotSchedule:
             self._in_use[key] -= 1
             if not self._in_use[key]:
                 del self._in_use[key]
-                ended.append(self._leases.pop(key))
+                ended.append(self._release(key))
         return ended
 
     def look_ahead(self, phase: Phase) -> list[Instruction]:
         """Loads for what comes next, as far as there is room. Never displaces anything."""
         instructions: list[Instruction] = []
-        if sum(lease.slot_count for lease in self._leases.values()) >= self._slot_count:
+        if not self._free_count:
             return instructions
         for key in self._upcoming(phase):
             if key not in self._leases:
@@ -121,12 +124,12 @@ class SlotSchedule:
 
     def forget(self) -> list[Instruction]:
         """Evict all that is not in use."""
-        return [Evict(self._leases.pop(key)) for key in list(self._leases) if key not in self._in_use]
+        return [Evict(self._release(key)) for key in list(self._leases) if key not in self._in_use]
 
     def _make_present(self, keys: Sequence[BlockKey], phase: Phase) -> list[Instruction]:
         missing = [key for key in keys if key not in self._leases]
         evicted: list[Instruction] = []
-        granted: list[Instruction] = []
+        granted: list[Load] = []
         if not missing:
             return []
         victims = [key for key in reversed(list(self._upcoming(phase))) if key not in keys]
@@ -135,11 +138,12 @@ class SlotSchedule:
             while (first := self._free_run(self._slots_of[key])) is None:
                 victim = next((name for name in victims if name in self._leases and name not in self._in_use), None)
                 if victim is None:
-                    self._leases = {name: lease for name, lease in self._leases.items() if Load(lease) not in granted}
+                    for load in granted:
+                        self._release(load.lease.key)
                     return evicted + self._start_over(keys)
-                evicted.append(Evict(self._leases.pop(victim)))
+                evicted.append(Evict(self._release(victim)))
             granted.append(Load(self._grant(key, first)))
-        return evicted + granted
+        return [*evicted, *granted]
 
     def _start_over(self, keys: Sequence[BlockKey]) -> list[Instruction]:
         """There is room, but in pieces: evict all that can be, then place the blocks side by side."""
@@ -171,18 +175,25 @@ class SlotSchedule:
         self._generation += 1
         lease = Lease(key, first, self._slots_of[key], self._generation)
         self._leases[key] = lease
+        for slot in range(first, first + lease.slot_count):
+            self._holders[slot] = lease
+        self._free_count -= lease.slot_count
         self._next_slot = (first + lease.slot_count) % self._slot_count
+        return lease
+
+    def _release(self, key: BlockKey) -> Lease:
+        lease = self._leases.pop(key)
+        for slot in range(lease.first_slot, lease.first_slot + lease.slot_count):
+            self._holders[slot] = None
+        self._free_count += lease.slot_count
         return lease
 
     def _free_run(self, count: int) -> int | None:
         """The first of `count` neighbouring free slots, searched onwards from the slot after the last granted."""
-        taken = bytearray(self._slot_count)
-        for lease in self._leases.values():
-            for slot in lease.slots:
-                taken[slot] = 1
-        starts = self._slot_count - count + 1
-        for step in range(self._slot_count):
-            start = (self._next_slot + step) % self._slot_count
-            if start < starts and not any(taken[start : start + count]):
+        holders = self._holders
+        starts = self._slot_count - count
+        order: list[int] = [*range(self._next_slot, self._slot_count), *range(self._next_slot)]
+        for start in order:
+            if start <= starts and holders[start] is None and (count == 1 or not any(holders[start : start + count])):
                 return start
         return None

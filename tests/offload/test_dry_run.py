@@ -1,0 +1,61 @@
+"""Work that is counted without values, against what can be computed by hand."""
+
+import pytest
+import torch
+
+from offload.model.dry_run import DryRun, DryRunFailed
+from tests.architectures import ARCHITECTURES, BY_NAME, SPECIAL, make
+
+COUNTED = [item for item in (*ARCHITECTURES, *SPECIAL) if item.name not in ("t5", "bart", "bert", "vit", "clip", "whisper")]
+
+
+@pytest.mark.parametrize("architecture", COUNTED, ids=str)
+def test_decoders_are_counted(architecture):
+    prefill, decode = DryRun(make(architecture.name)).passes(2, 16, 20)
+    assert prefill.exact
+    assert decode.exact
+    assert [window.key for window in prefill.windows] == [window.key for window in decode.windows]
+    for work in (prefill, decode):
+        assert sum(flops for window in work.windows for _, flops in window.work.products) > 0
+        assert work.temporary_bytes > 0
+
+
+def test_products_are_two_flops_a_weight_and_row():
+    model = make("llama")
+    batch, prompt = 3, 10
+    prefill, decode = DryRun(model).passes(batch, prompt, 30)
+    layer = sum(value.numel() for value in model.model.layers[0].parameters() if value.dim() == 2)
+    head = model.lm_head.weight.numel()
+    products = {window.key: dict(window.work.products) for window in prefill.windows}
+    assert products["model.layers.1"] == {batch * prompt: 2 * batch * prompt * layer}
+    # Only the last position's logits are wanted.
+    assert products["lm_head"] == {batch: 2 * batch * head}
+    assert dict(decode.windows[2].work.products) == {batch: 2 * batch * layer}
+    embedding = prefill.windows[0]
+    assert embedding.gathered_rows == batch * prompt
+    assert embedding.result_bytes == batch * prompt * 32 * 4
+
+
+def test_attention_grows_with_the_context():
+    run = DryRun(make("llama"))
+    _, near = run.passes(1, 8, 50)
+    _, far = run.passes(1, 8, 100)
+    ratio = far.windows[2].work.other_flops / near.windows[2].work.other_flops
+    assert 1.7 < ratio < 2.1
+
+
+@pytest.mark.parametrize("name", ["t5", "vit", "clip"])
+def test_what_cannot_be_counted_says_why(name):
+    with pytest.raises(DryRunFailed):
+        DryRun(make(name)).passes(1, 8, 8)
+
+
+def test_nothing_of_the_model_is_touched():
+    model = make("gemma3")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    buffers = {name: id(value) for name, value in model.named_buffers()}
+    DryRun(model).passes(1, 8, 8)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {name: id(value) for name, value in model.named_buffers()} == buffers
+    assert "forward" not in vars(model.model.layers[0])
+    assert BY_NAME["gemma3"].generates
