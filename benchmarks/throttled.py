@@ -215,7 +215,7 @@ def paced_products(model: nn.Module, rates: Rates, on_host: frozenset[str] = fro
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            slow = any(name.startswith(f"{key}.") for key in on_host)
+            slow = any(f"{name}.".startswith(f"{key}.") for key in on_host)
             handles += _pace_one(module, rates.host if slow else rates.device)
     try:
         yield

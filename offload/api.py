@@ -340,7 +340,7 @@ class Session:
         workload = self._workload(self.model)
         if self._given is not None:
             self.plan = given_plan(self._given, self._spec, workload, self._budgets, self._exactness)
-        elif self._exactness == ROUNDING and self._forecast is not None and self._budgets.host_bytes is not None:
+        elif self._forecast is not None and self._budgets.host_bytes is not None:
             self.plan, _ = self._forecast.best(self._spec, self._order())
 
     def _order(self) -> Order:

@@ -5,7 +5,7 @@ finds how many of each kind of layer should live where, and the simulator choose
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy
@@ -22,6 +22,9 @@ from storage.errors import BudgetTooSmall
 
 _NEIGHBOURS = (-2, -1, 1, 2)
 """The program knows sums, not the order of things: plans with some layers more or fewer are tried too."""
+
+_PARTS = 8
+"""And so are every eighth of the layers: a plan costs milliseconds to try."""
 
 _GAP = 0.01
 
@@ -76,14 +79,16 @@ def choose_plan(task: Task, allow_cpu: bool) -> Choice:
         BudgetTooSmall: if no plan fits.
     """
     choices = [evaluate(task, frozenset())]
-    layers = _layers_apart(task.model) if allow_cpu and task.host_bytes is not None else []
-    if layers and choices[0].plan.streamed:
-        for on_host in _candidates(task, layers):
-            try:
-                choices.append(evaluate(task, on_host))
-            except BudgetTooSmall:
-                continue
-    return min(choices, key=lambda choice: choice.seconds(task))
+    if task.host_bytes is None or not choices[0].plan.streamed:
+        return choices[0]
+    layers = _layers_apart(task.model) if allow_cpu else []
+    for on_host in _candidates(task, layers) if layers else ():
+        try:
+            choices.append(evaluate(task, on_host))
+        except BudgetTooSmall:
+            continue
+    best = min(choices, key=lambda choice: choice.seconds(task))
+    return min([best, *_with_more_slots(task, best.plan)], key=lambda choice: choice.seconds(task))
 
 
 def evaluate(task: Task, on_host: frozenset[BlockKey]) -> Choice:
@@ -95,8 +100,27 @@ def evaluate(task: Task, on_host: frozenset[BlockKey]) -> Choice:
     held = sum(block.slot_bytes for block in task.model.blocks if block.key in on_host)
     if held > (task.host_bytes or 0):
         raise BudgetTooSmall(f"{len(on_host)} layers in CPU memory take more than its budget", held)
-    plan = make_plan(task.model, task.device_bytes, task.workload, task.host_bytes, on_host=on_host)
+    return _predicted(task, make_plan(task.model, task.device_bytes, task.workload, task.host_bytes, on_host=on_host))
+
+
+def _predicted(task: Task, plan: Plan) -> Choice:
     return Choice(plan, predict(plan, task.model, task.cost, task.prefill, task.decode))
+
+
+def _with_more_slots(task: Task, plan: Plan) -> Iterator[Choice]:
+    """Some layers given up for a deeper prefetch, which helps where a pass computes for long and then waits for long."""
+    layers = [block for block in task.model.blocks if block.role is BlockRole.LAYER and block.key in plan.resident]
+    for given_up in {0, 1, 2, len(layers) // 2, len(layers)}:
+        kept = frozenset(plan.resident) - {block.key for block in spread(layers)[:given_up]}
+        on_host = frozenset(plan.computed_on_host)
+        try:
+            deeper = make_plan(task.model, task.device_bytes, task.workload, task.host_bytes, kept, on_host)
+        except BudgetTooSmall:
+            continue
+        room = (task.device_bytes - deeper.device_bytes) // deeper.slot_bytes if deeper.slot_bytes else 0
+        useful = min(room, len(deeper.streamed) - deeper.slot_count)
+        if useful > 0:
+            yield _predicted(task, replace(deeper, slot_count=deeper.slot_count + useful))
 
 
 def _candidates(task: Task, layers: Sequence[PlacedBlock]) -> Iterator[frozenset[BlockKey]]:
@@ -104,7 +128,8 @@ def _candidates(task: Task, layers: Sequence[PlacedBlock]) -> Iterator[frozenset
     groups = _alike(layers, task.decode)
     best = sum(counts[index][Home.CPU] for index in range(len(groups)))
     tried: set[int] = {0}
-    for wanted in (best, *(best + step for step in _NEIGHBOURS), len(layers)):
+    parts = (len(layers) * part // _PARTS for part in range(1, _PARTS + 1))
+    for wanted in (best, *(best + step for step in _NEIGHBOURS), *parts):
         if 0 < wanted <= len(layers) and wanted not in tried:
             tried.add(wanted)
             yield frozenset(block.key for block in _share_out(groups, counts, wanted))

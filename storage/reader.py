@@ -20,6 +20,10 @@ _PART_BYTES = 8 << 20
 """Large enough for the disk's full speed, small enough that a block's parts keep all threads busy."""
 
 
+_FEW_ROWS = 16
+"""So few are read by the thread that needs them."""
+
+
 class DiskReader:
     """Reads blocks with one engine over one link.
 
@@ -76,7 +80,13 @@ class DiskReader:
             lane = memory[index * row_bytes : (index + 1) * row_bytes]
             return lambda: self.engine.read_unaligned(table.path, table.offset + rows[index] * row_bytes, lane)
 
-        if rows:
+        if len(rows) <= _FEW_ROWS:
+            # The link's threads may all be in the middle of a large part.
+            begun = time.perf_counter()
+            for index in range(len(rows)):
+                part(index)()
+            self.link.count(name, begun, time.perf_counter(), len(memory))
+        else:
             self.link.submit_first(len(memory), [part(index) for index in range(len(rows))], name).wait()
 
     def measure(self, span_bytes: int, path: str | None = None) -> float | None:

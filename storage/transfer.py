@@ -156,6 +156,12 @@ class Link:
             self._work.notify(len(parts))
         return transfer
 
+    def count(self, name: str, begin: float, end: float, nbytes: int) -> None:
+        """Count bytes that another thread than the link's has moved, between two moments of `time.perf_counter()`."""
+        with self._lock:
+            self.bytes_moved += nbytes
+        self._on_transfer(self.name, name, begin, end, nbytes)
+
     def close(self) -> None:
         """Finish what is queued, then end the threads."""
         with self._work:

@@ -83,11 +83,22 @@ class UnitWindow:
             with self._executor.lock:
                 table = self._tables.get(self._unit.uses[0]) if self._unit.gathers else None
                 if table is not None:
-                    with _RowFetching(table, self._executor.device):
-                        return forward(*args, **kwargs)
+                    return self._gather(table, forward, args, kwargs)
                 return self._run(forward, args, kwargs)
 
         return windowed
+
+    def _gather(self, table: GatheredTable, forward: Forward, args: Any, kwargs: Any) -> Any:
+        table.waited_seconds = 0.0
+        begun = time.perf_counter()
+        try:
+            with _RowFetching(table, self._executor.device):
+                return forward(*args, **kwargs)
+        finally:
+            arrived = begun + table.waited_seconds
+            if table.waited_seconds:
+                self._clock.charge_wait("disk", begun, arrived)
+            self._clock.charge_compute(self._unit.key, arrived, time.perf_counter())
 
     def _run(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         self._executor.open(self._unit.uses)

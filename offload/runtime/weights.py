@@ -1,6 +1,7 @@
 """Blocks as the executor handles them: those that stay on the device, those that pass through the slots, and tables
 of which single rows are fetched."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -238,6 +239,8 @@ class GatheredTable:
         self.key = key
         self.homes = [home]
         self.was_read_whole = False
+        self.waited_seconds = 0.0
+        """For rows from disk, since this was last set to 0."""
         self._reader, self._source = reader, source
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
@@ -271,5 +274,7 @@ class GatheredTable:
         assert self._source is not None
         rows = torch.empty((len(unique), table.shape[1]), dtype=table.dtype)
         width = table.shape[1] * table.element_size()
+        begun = time.perf_counter()
         self._reader.read_rows(self._source, unique.tolist(), width, rows, self.key)
+        self.waited_seconds += time.perf_counter() - begun
         return rows
