@@ -16,7 +16,7 @@ from offload.model.blocks import Unit, find_structure
 from offload.model.guise import Guise
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
-from offload.model.sizing import longest_sequence, takes_tokens
+from offload.model.sizing import longest_sequence, takes_tokens, temporary_bytes_per_token
 from offload.probe import kept_profile, suits
 from offload.report.meters import Meters
 from offload.report.report import Comparison, Report, phase_uses
@@ -279,7 +279,8 @@ class Session:
         outline = loader.outline()
         if outline is not None:
             # What cannot fit is refused before anything is loaded.
-            decide(outline, self._budgets, self._workload(outline), loader.slot_bytes)
+            self._count_temporaries(outline)
+            decide(outline, self._budgets, self._workload(outline), loader.slot_bytes, self._temporaries)
         loaded = loader.load(self._disk_dir, self._progress)
         for file in loaded.files:
             stack.callback(file.close)
@@ -320,7 +321,13 @@ class Session:
         stack.callback(self._placement.close)
 
     def _decide(self) -> Decision:
-        return decide(self.model, self._budgets, self._workload(self.model), self._placement.slot_bytes)
+        if not hasattr(self, "_temporaries"):
+            self._count_temporaries(self.model)
+        workload = self._workload(self.model)
+        return decide(self.model, self._budgets, workload, self._placement.slot_bytes, self._temporaries)
+
+    def _count_temporaries(self, model: nn.Module) -> None:
+        self._temporaries = temporary_bytes_per_token(model, self._workload(model)) if takes_tokens(model) else None
 
     def _take(self, decision: Decision) -> None:
         self._spec, self._split, self.plan = decision.spec, decision.split, decision.plan

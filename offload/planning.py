@@ -8,6 +8,7 @@ from torch import nn
 
 from offload.config import HOST_MARGIN_BYTES, Budgets, parse_bytes, resolve_budgets, resolve_device
 from offload.model.loading import CheckpointLoader, find_outline
+from offload.model.sizing import temporary_bytes_per_token
 from offload.probe import hardware_profile
 from offload.runtime.decision import decide
 from offload.runtime.forecast import Forecast, Order, WhatIf
@@ -106,7 +107,8 @@ class Planner:
         budgets = self._budgets(asked)
         total = asked.prompt_tokens + asked.new_tokens
         workload = Workload(asked.batch_size, total, asked.prompt_tokens)
-        decision = decide(self._model, budgets, workload, self._loader.slot_bytes)
+        temporaries = temporary_bytes_per_token(self._model, workload)
+        decision = decide(self._model, budgets, workload, self._loader.slot_bytes, temporaries)
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         forecast = Forecast(self._model, decision.split, self.hardware, dtype)
         order = Order(workload, asked.prompt_tokens, asked.new_tokens, budgets, asked.exactness)

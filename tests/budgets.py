@@ -12,9 +12,9 @@ NONE, SOME, ALL, SPLIT = "none", "some", "all", "split"
 PLENTY = 1 << 30
 
 
-def spec_of(target: Any) -> ModelSpec:
-    """What the planner is told of a model or a checkpoint folder."""
-    with offload(target, device="cpu", cpu_memory=PLENTY) as session:
+def spec_of(target: Any, **reserve: int) -> ModelSpec:
+    """What the planner is told of a model or a checkpoint folder; of temporaries, for the reservation in `reserve`."""
+    with offload(target, device="cpu", cpu_memory=PLENTY, **reserve) as session:
         return session._spec
 
 

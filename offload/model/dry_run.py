@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedConfig
 
 from offload.model.blocks import Structure, Unit, find_structure
 from scheduler.work import PassWork, WindowWork, Work
@@ -26,6 +27,13 @@ _VIEWS = {
     "detach", "unbind", "_reshape_alias", "as_strided", "split_with_sizes", "chunk", "lift_fresh",
 }
 # fmt: on
+
+
+PREFILL, DECODE = "prefill", "decode"
+
+_MOST_COUNTED = 64
+_counted: dict[Any, Any] = {}
+"""Sessions of one model follow one another: its work is counted once."""
 
 
 class DryRunFailed(Exception):
@@ -43,16 +51,21 @@ def meta_twin(model: nn.Module) -> nn.Module:
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     try:
-        return copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise DryRunFailed(f"it cannot be copied: {_first_line(error)}") from error
+    for module in twin.modules():
+        # A user's hooks are not for this.
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return twin
 
 
 class DryRun:
     """Traces passes of one model.
 
     Args:
-        model: on the meta device, or any; it is copied there.
+        model: on the meta device, or any; it is copied there, and not kept.
         split: keys of blocks that are taken apart.
     """
 
@@ -60,6 +73,7 @@ class DryRun:
         on_meta = all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         self._model = (model if on_meta else meta_twin(model)).eval()
         self._structure: Structure = find_structure(self._model, split)
+        self._identity = _identity(model, split)
 
     def passes(self, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
         """A prefill of `prompt_tokens`, and a decode step after `context_tokens`.
@@ -67,16 +81,34 @@ class DryRun:
         Raises:
             DryRunFailed: if the model cannot be run without values.
         """
-        prefill, _ = self._trace("prefill", batch_size, prompt_tokens, None)
-        _, cache = self._trace("prefill", batch_size, max(1, context_tokens), None)
-        if cache is None:
-            raise DryRunFailed("it returns no cache")
-        decode, _ = self._trace("decode", batch_size, 1, cache)
-        return prefill, decode
+        return self._known((batch_size, prompt_tokens, context_tokens), self._passes)
 
     def forward(self, batch_size: int, tokens: int) -> PassWork:
-        """One pass of a model that does not generate."""
-        return self._trace("prefill", batch_size, tokens, None)[0]
+        """One pass without a cache.
+
+        Raises:
+            DryRunFailed: if the model cannot be run without values.
+        """
+        return self._known((batch_size, tokens), lambda *shape: self._trace(PREFILL, *shape, None)[0])
+
+    def _passes(self, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
+        prefill, _ = self._trace(PREFILL, batch_size, prompt_tokens, None)
+        _, cache = self._trace(PREFILL, batch_size, max(1, context_tokens), None)
+        if cache is None:
+            raise DryRunFailed("it returns no cache")
+        decode, _ = self._trace(DECODE, batch_size, 1, cache)
+        return prefill, decode
+
+    def _known(self, shape: tuple[int, ...], count: Callable[..., Any]) -> Any:
+        """What was counted already of a model like this one."""
+        if self._identity is None:
+            return count(*shape)
+        key = (self._identity, shape)
+        if key not in _counted:
+            if len(_counted) >= _MOST_COUNTED:
+                _counted.pop(next(iter(_counted)))
+            _counted[key] = count(*shape)
+        return _counted[key]
 
     def _trace(self, phase: str, batch_size: int, tokens: int, cache: Any) -> tuple[PassWork, Any]:
         counter = _Counter(self._model)
@@ -281,6 +313,16 @@ class _Windows:
             return result
 
         return called
+
+
+def _identity(model: nn.Module, split: frozenset[BlockKey]) -> tuple[Any, ...] | None:
+    """Equal for models that compute the same: class, config, kinds and sizes of their modules; None without a config."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return None
+    modules = tuple(type(module) for module in model.modules())
+    shapes = tuple((value.shape, value.dtype) for value in model.parameters())
+    return type(model), config.to_json_string(), config._attn_implementation, modules, shapes, split
 
 
 def _result_bytes(result: Any) -> list[int]:

@@ -305,6 +305,7 @@ class _Conversions:
         self._progress = progress
         self._kept = BlockFile.open(disk_dir, key) if disk_dir is not None else None
         self._writer: BlockFileWriter | None = None
+        self._maps = FileMaps()
         self._thread = threading.get_ident()
         self._originals: list[tuple[type, Any]] = []
 
@@ -342,8 +343,7 @@ class _Conversions:
     def _spilled(self, layer_name: str, results: dict[str, Any], model: Any) -> dict[str, Any]:
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
         parameters = {name for name in tensors if _is_parameter(model, name)}
-        maps = FileMaps()
-        on_disk = all(maps.locate(value) for value in tensors.values())
+        on_disk = all(self._on_disk(value) for value in tensors.values())
         if self._kept is not None or on_disk or parameters != set(tensors):
             return results
         if self._writer is None:
@@ -354,6 +354,12 @@ class _Conversions:
             self._progress(self._writer.nbytes)
             stand_ins[name] = torch.empty(1, dtype=value.dtype).expand(value.shape)
         return stand_ins
+
+    def _on_disk(self, tensor: torch.Tensor) -> bool:
+        if self._maps.locate(tensor) is None:
+            # Another shard was opened since, or it is converted.
+            self._maps = FileMaps()
+        return self._maps.locate(tensor) is not None
 
 
 def _is_parameter(model: Any, name: str) -> bool:

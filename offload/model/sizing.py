@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from offload.model.blocks import Structure, Unit
-from scheduler.model_spec import ModelSpec, PlacedBlock
+from offload.model.dry_run import DryRun, DryRunFailed
+from scheduler.model_spec import ModelSpec, PlacedBlock, Workload
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, align_up
 
 _HIDDEN_COPIES = 12
@@ -16,15 +17,24 @@ _HIDDEN_COPIES = 12
 _INTERMEDIATE_COPIES = 4
 """Tensors as wide as the MLP: gate, up, their product, a cast."""
 
+_MARGIN = 1.1
+"""Of counted temporaries: kernels have workspaces of their own."""
+
+_LEAST_TOKENS_COUNTED = 128
+"""In fewer, what does not grow with the tokens would weigh too much."""
+
 _LOGITS_BYTES_EACH = 16
 """Of one logit: in the model's dtype, in fp32, and sorted or soft-maxed while a token is drawn."""
 
 
-def model_spec(model: nn.Module, structure: Structure, slot_bytes: Callable[[Unit], int]) -> ModelSpec:
+def model_spec(
+    model: nn.Module, structure: Structure, slot_bytes: Callable[[Unit], int], temporary_bytes_per_token: int | None = None
+) -> ModelSpec:
     """Describe `model` to the planner.
 
     Args:
         slot_bytes: what a unit's block takes in the slots.
+        temporary_bytes_per_token: as counted; None to estimate it from the config.
     """
     config = getattr(model, "config", None)
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
@@ -36,7 +46,9 @@ def model_spec(model: nn.Module, structure: Structure, slot_bytes: Callable[[Uni
         pinned_bytes=sum(value.nbytes for value in (*structure.pinned.values(), *model.buffers())),
         kv_bytes_per_token=kv_bytes_per_token(config, element_bytes) if _generates(model) else 0,
         state_bytes_per_sequence=state_bytes_per_sequence(config) if _generates(model) else 0,
-        activation_bytes_per_token=_activation_bytes(config, element_bytes),
+        activation_bytes_per_token=(
+            _activation_bytes(config, element_bytes) if temporary_bytes_per_token is None else temporary_bytes_per_token
+        ),
         logits_bytes_per_sequence=_LOGITS_BYTES_EACH * int(getattr(_text_config(config), "vocab_size", 0) or 0),
     )
 
@@ -81,6 +93,20 @@ def longest_sequence(config: Any) -> int | None:
 def takes_tokens(model: nn.Module) -> bool:
     """True if the model reads or makes text, whose length tells how large its temporaries will be."""
     return _generates(model) or getattr(model, "main_input_name", None) in ("input_ids", "decoder_input_ids", "inputs_embeds")
+
+
+def temporary_bytes_per_token(model: nn.Module, workload: Workload) -> int | None:
+    """The most that a pass of the workload holds beside weights and KV cache, for each of its tokens, with a margin.
+
+    Counted by a dry run, so that attention that builds its scores is seen. None where the model cannot be run so.
+    """
+    batch_size = workload.batch_size
+    tokens = max(workload.pass_tokens, -(-_LEAST_TOKENS_COUNTED // batch_size))
+    try:
+        work = DryRun(model).forward(batch_size, tokens)
+    except DryRunFailed:
+        return None
+    return int(work.temporary_bytes * _MARGIN / (batch_size * tokens)) + 1
 
 
 def _placed(unit: Unit, slot_bytes: Callable[[Unit], int]) -> PlacedBlock:

@@ -32,17 +32,22 @@ def decide(
     budgets: Budgets,
     workload: Workload,
     slot_bytes: Callable[[Unit], int],
-    split: frozenset[BlockKey] = frozenset(),
+    temporaries: int | None,
 ) -> Decision:
     """Plan; where the budget is too small for the largest blocks, take those apart and plan again.
+
+    Args:
+        slot_bytes: what a unit's block takes in the slots.
+        temporaries: bytes for each token of a pass, as counted; None to estimate them.
 
     Raises:
         BudgetTooSmall: if it is too small for the largest module that cannot be taken apart.
     """
+    split: frozenset[BlockKey] = frozenset()
     refusals: list[BudgetTooSmall] = []
     while True:
         structure = find_structure(model, split)
-        spec = model_spec(model, structure, slot_bytes)
+        spec = model_spec(model, structure, slot_bytes, temporaries)
         try:
             plan = make_plan(spec, budgets.device_bytes, workload, budgets.host_bytes)
         except BudgetTooSmall as error:

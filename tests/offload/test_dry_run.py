@@ -59,3 +59,19 @@ def test_nothing_of_the_model_is_touched():
     assert {name: id(value) for name, value in model.named_buffers()} == buffers
     assert "forward" not in vars(model.model.layers[0])
     assert BY_NAME["gemma3"].generates
+
+
+def test_a_users_hooks_do_not_run():
+    model = make("llama")
+    model.model.layers[1].register_forward_hook(lambda *args: 1 / 0)
+    DryRun(model).forward(1, 8)
+    assert model.model.layers[1]._forward_hooks
+
+
+def test_attention_that_builds_its_scores_holds_them():
+    """The reservation for temporaries follows from this."""
+    model = make("llama")
+    fused = DryRun(model).forward(1, 512).temporary_bytes
+    model.set_attn_implementation("eager")
+    scores = 4 * 512 * 512 * 4
+    assert DryRun(model).forward(1, 512).temporary_bytes >= fused + scores

@@ -105,7 +105,7 @@ def folders(tmp_path_factory):
         if key not in written:
             path = str(tmp_path_factory.mktemp("checkpoint"))
             checkpoint(*key)[0].save_pretrained(path)
-            written[key] = path, spec_of(path)
+            written[key] = path, spec_of(path, batch_size=BATCH, max_tokens=MAX_TOKENS)
         return written[key]
 
     return folder
@@ -155,7 +155,7 @@ def test_identical_for_a_model_that_the_user_holds(name, residency, tmp_path):
     tied = architecture.ties[-1]
     model = make(name, tied)
     _, wanted = checkpoint(name, tied, torch.float32)
-    budget = budget_for(spec_of(model), residency, BATCH, MAX_TOKENS)
+    budget = budget_for(spec_of(model, batch_size=BATCH, max_tokens=MAX_TOKENS), residency, BATCH, MAX_TOKENS)
     with offload(model, device="cpu", cpu_memory=budget, batch_size=BATCH, max_tokens=MAX_TOKENS, disk_dir=tmp_path) as session:
         assert bool(poison_homes(session)) == (residency != ALL)
         for mode in modes(architecture):

@@ -19,7 +19,7 @@ def test_identical(architecture, tmp_path):
     """State-space caches, merged experts, position tables that are sliced and not looked up."""
     model = oracle_of(make(architecture.name))
     model.save_pretrained(tmp_path)
-    budget = budget_for(spec_of(str(tmp_path)), NONE, 2, 24)
+    budget = budget_for(spec_of(str(tmp_path), batch_size=2, max_tokens=24), NONE, 2, 24)
     inputs = architecture.inputs()
     prompt = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
     with enter(tmp_path, budget, batch_size=2, max_tokens=24) as session, torch.inference_mode():
