@@ -16,6 +16,9 @@ import transformers
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(2)
+# What was imported is never garbage: looking for it after each test would take longer than most tests.
+gc.collect()
+gc.freeze()
 
 
 @pytest.fixture(autouse=True)

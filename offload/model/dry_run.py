@@ -31,6 +31,9 @@ _VIEWS = {
 
 PREFILL, DECODE = "prefill", "decode"
 
+_MOST_OPERATIONS = 40_000
+"""A model of 200 layers has less; one that loops over its tokens would take minutes."""
+
 _MOST_COUNTED = 64
 _counted: dict[Any, Any] = {}
 """Sessions of one model follow one another: its work is counted once."""
@@ -120,6 +123,8 @@ class DryRun:
         try:
             with torch.no_grad(), _Fused(counter), counter, windows:
                 output = self._model(**inputs)
+        except DryRunFailed:
+            raise
         except Exception as error:
             raise DryRunFailed(_first_line(error)) from error
         cache = next((getattr(output, name) for name in _CACHES if getattr(output, name, None) is not None), None)
@@ -155,12 +160,11 @@ class _Counter(TorchDispatchMode):
         self._held: set[int] = set()
         self._open: list[_Sums] = []
         self._sums = _Sums()
-        self.paused = False
+        self._seen = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if not self.paused:
-            self._count(function, args, kwargs or {}, result)
+        self._count(function, args, kwargs or {}, result)
         self._hold_all(result)
         return result
 
@@ -195,6 +199,9 @@ class _Counter(TorchDispatchMode):
     def _count(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         sums = self._sums
         sums.operations += 1
+        self._seen += 1
+        if self._seen > _MOST_OPERATIONS:
+            raise DryRunFailed(f"a pass has more than {_MOST_OPERATIONS:,} operations, some of them for each token")
         packet = getattr(function, "overloadpacket", function)
         if packet.__name__ in _VIEWS:
             return

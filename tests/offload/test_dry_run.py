@@ -61,6 +61,14 @@ def test_nothing_of_the_model_is_touched():
     assert BY_NAME["gemma3"].generates
 
 
+def test_a_model_that_loops_over_its_tokens_is_given_up_soon():
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 40}
+    with pytest.raises(DryRunFailed, match="for each token"):
+        DryRun(RwkvForCausalLM(RwkvConfig(vocab_size=96, **sizes))).forward(1, 2048)
+
+
 def test_a_users_hooks_do_not_run():
     model = make("llama")
     model.model.layers[1].register_forward_hook(lambda *args: 1 / 0)
