@@ -203,8 +203,8 @@ def machine(rates: Rates) -> Iterator[None]:
     device = CpuDevice() if rates.link is None else ThrottledDevice(rates.link)
     with (
         patch("offload.api.resolve_device", lambda name: device),
-        patch("offload.api.choose_engine", lambda sample: ThrottledEngine(rates.disk)),
-        patch("offload.api.PosixEngine", lambda: ThrottledEngine(rates.disk)),
+        patch("offload.session.choose_engine", lambda sample: ThrottledEngine(rates.disk)),
+        patch("offload.session.PosixEngine", lambda: ThrottledEngine(rates.disk)),
     ):
         yield
 

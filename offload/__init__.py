@@ -1,6 +1,7 @@
 """Run any transformers model on a device too small for it: `with offload("org/model", gpu_memory="8GiB") as session:`."""
 
-from offload.api import Session, offload
+from offload.api import offload
+from offload.session import Session
 from storage.errors import (
     BudgetExceeded,
     BudgetTooSmall,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from offload.api import Session, offload
+from offload.api import offload
 from offload.cli.terminal import check_writable, progress_bar, say
 from offload.config import EXACTNESS, Progress, resolve_device
 from offload.generate import Completion, Prompts, Sampling, complete, load_tokenizer
@@ -16,6 +16,7 @@ from offload.model.loading import find_folder
 from offload.probe import hardware_profile
 from offload.report.perfetto import as_perfetto
 from offload.report.record import Record, write_record
+from offload.session import Session
 from storage.errors import ConfigError
 
 SUMMARY = "Generate text. Tokens go to stdout as they are made, the report to stderr."

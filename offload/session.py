@@ -1,0 +1,373 @@
+"""The context manager. It owns the lifetime of everything that a session takes."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.config import IDENTICAL, ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
+from offload.interrupts import HeldInterrupts
+from offload.model.blocks import Unit, find_structure
+from offload.model.guise import Guise
+from offload.model.homes import FileMaps
+from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
+from offload.model.sizing import longest_sequence, takes_tokens, temporary_bytes_per_token
+from offload.probe import kept_profile, suits
+from offload.report.comparison import Comparison, compare
+from offload.report.meters import Meters
+from offload.report.report import Report, phase_uses
+from offload.runtime.buffers import DeviceBuffers
+from offload.runtime.changes import RegistrationWatch
+from offload.runtime.clock import PassClock
+from offload.runtime.decision import Decision, decide, given_plan
+from offload.runtime.executor import LayerExecutor
+from offload.runtime.forecast import Forecast, Order
+from offload.runtime.hooks import ForwardWrap, Windows
+from offload.runtime.kv_reserve import KvReserve
+from offload.runtime.passes import ModelPass
+from offload.runtime.placement import Placement
+from offload.runtime.recorder import Recorder
+from scheduler.hardware import HardwareProfile
+from scheduler.model_spec import Workload
+from scheduler.plan import Plan
+from scheduler.planner import make_plan
+from scheduler.trace import Trace
+from storage.device import Device
+from storage.engines.gds import choose_engine
+from storage.engines.posix import PosixEngine
+from storage.errors import BudgetExceeded, BudgetTooSmall, ProfileError, SessionError, gib
+from storage.reader import DiskReader
+from storage.transfer import Link
+
+_READ_THREADS = 4
+_DEFAULT_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked of a session; `offload` tells what each means."""
+
+    target: nn.Module | str
+    device: Device
+    gpu_memory: str | int | None
+    cpu_memory: str | int | None
+    disk_dir: str | None
+    exactness: str
+    batch_size: int
+    max_tokens: int | None
+    new_tokens: int | None
+    hardware: HardwareProfile | None
+    plan: Plan | None
+    progress: Progress
+    loading: dict[str, Any]
+
+
+class Session:
+    """An offloaded model, from `with` to the end of its block. Made by `offload`.
+
+    Attributes:
+        model: plain transformers code works on it, `generate` and `state_dict` included.
+        plan: where each block lives.
+    """
+
+    model: nn.Module
+    plan: Plan
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._target = request.target
+        self._device = request.device
+        self._disk_dir = request.disk_dir
+        self._progress = request.progress
+        self._hardware = request.hardware or kept_profile(request.device, request.disk_dir)
+        if request.hardware is not None and not suits(request.hardware, request.device):
+            has = "no GPU" if request.hardware.device is None else "a GPU"
+            raise ProfileError(f"the hardware profile describes a machine with {has}, and {request.device.name} computes here")
+        self._stack: ExitStack | None = None
+        self._fallbacks: list[str] = []
+        self._inside = False
+
+    def __enter__(self) -> "Session":
+        if self._stack is not None:
+            raise SessionError("this session was entered already; call offload(...) again for another one")
+        self._stack = ExitStack()
+        loader = self._look()
+        try:
+            with HeldInterrupts() as interrupts:
+                self._progress = partial(_told_between_interrupts, interrupts, self._progress)
+                self._begin(self._stack, loader)
+        except BaseException:
+            with HeldInterrupts():
+                self._stack.close()
+            raise
+        self._inside = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._stack is not None
+        # A pass that another thread is in the middle of is waited for.
+        with HeldInterrupts(), self._executor.lock:
+            self._inside = False
+            self._stack.close()
+
+    def report(self) -> Report:
+        """What was moved and how fast, so far, beside what was predicted for it. Measures the disk for a moment."""
+        if not hasattr(self, "_windows"):
+            raise SessionError("there is nothing to report yet: enter the session first, `with offload(...) as session:`")
+        links = self._meters.link_uses(self._link, self._reader, self._inside)
+        return Report(
+            model=self._target if isinstance(self._target, str) else type(self.model).__name__,
+            device=self._device.name,
+            engine=self._engine.name,
+            exactness=ROUNDING if self.plan.computed_on_host else IDENTICAL,
+            parameters=self._parameters,
+            weight_bytes=self._weight_bytes,
+            blocks={
+                "resident": len(self.plan.resident),
+                "streamed_from_cpu_memory": len(self.plan.in_host_memory),
+                "streamed_from_disk": len(self.plan.streamed) - len(self.plan.in_host_memory),
+                "gathered_by_row": len(self.plan.gathered),
+                "computed_on_cpu": len(self.plan.computed_on_host),
+            },
+            slots={"count": self.plan.slot_count, "bytes": self.plan.slot_bytes},
+            streamed_bytes_per_pass=self.plan.streamed_bytes,
+            kv={"reserved_bytes": self.plan.kv_bytes, "peak_bytes": self._reserve.peak_bytes},
+            tiers=self._meters.tier_uses(),
+            links=links,
+            **phase_uses(self._clock.phases),
+            prediction=self._compared({name: use.bytes_per_second for name, use in links.items() if use.bytes_per_second}),
+            process_bytes=self._process_bytes,
+            peak_device_bytes=self._device.peak_bytes(),
+            fallbacks=self._all_fallbacks(),
+        )
+
+    def trace(self) -> Trace:
+        """When each resource was busy, so far: spans and memory over time. Sums are in `report`."""
+        self._meters.collect()
+        return self._recorder.trace
+
+    def _compared(self, given: dict[str, float]) -> Comparison | None:
+        """Prediction beside measurement, for what was asked of the model so far; None without a hardware profile.
+
+        Args:
+            given: bytes a second that the links gave.
+        """
+        if self._forecast is None:
+            return None
+        return compare(self._forecast, self.plan, self._spec, self._clock.phases, self._order(), given)
+
+    def _all_fallbacks(self) -> list[str]:
+        whole = [
+            f"{table.key} is used otherwise than by looking rows up, so it is read as a whole each time"
+            for table in self._placement.tables.values()
+            if table.was_read_whole
+        ]
+        return list(dict.fromkeys((*self._fallbacks, *whole, *self._placement.fallbacks, *self._engine.fallbacks)))
+
+    def _look(self) -> CheckpointLoader | None:
+        """The checkpoint, downloaded if need be; None for a model that the user holds."""
+        self._process_bytes = process_bytes()
+        if isinstance(self._target, nn.Module):
+            return None
+        options = dict(self._request.loading)
+        return CheckpointLoader(find_folder(self._target, options.pop("revision", None)), **options)
+
+    def _begin(self, stack: ExitStack, loader: CheckpointLoader | None) -> None:
+        loaded = self._load(stack, loader)
+        self.model = loaded.model
+        self._fallbacks += loaded.fallbacks
+        if not takes_tokens(self.model):
+            self._fallbacks.append("the model takes no tokens: its temporaries are not known beforehand and not in the budget")
+        self._open_storage(stack, loaded)
+        decision = self._decide()
+        self._take(decision)
+        self._look_forward(decision)
+        self._choose()
+        self._guise(stack)
+        stack.callback(self._placement.restore)
+        self._placement.apply(decision.structure, self.plan)
+        self._ledger.charge("KV cache", self.plan.kv_bytes)
+        self._ledger.charge("temporaries", self.plan.activation_bytes)
+        stack.callback(self._release_slots)
+        self._take_slots()
+        self._open_windows(stack)
+
+    def _load(self, stack: ExitStack, loader: CheckpointLoader | None) -> LoadedModel:
+        if loader is None:
+            assert isinstance(self._target, nn.Module)
+            self._sample = None
+            self._budgets = self._resolve_budgets(_anonymous_bytes(self._target))
+            return LoadedModel(self._target, {})
+        self._budgets = self._resolve_budgets(0)
+        self._sample = max((item.range.path for item in loader.stored.values()), key=os.path.getsize, default=None)
+        outline = loader.outline()
+        if outline is not None:
+            # What cannot fit is refused before anything is loaded.
+            self._count_temporaries(outline)
+            decide(outline, self._budgets, self._workload(outline), loader.slot_bytes, self._temporaries)
+        loaded = loader.load(self._disk_dir, self._progress)
+        for file in loaded.files:
+            stack.callback(file.close)
+        return loaded
+
+    def _resolve_budgets(self, held_bytes: int) -> Budgets:
+        return resolve_budgets(self._device, self._request.gpu_memory, self._request.cpu_memory, held_bytes)
+
+    def _workload(self, model: nn.Module) -> Workload:
+        longest = longest_sequence(getattr(model, "config", None)) or _DEFAULT_TOKENS
+        tokens = self._request.max_tokens or (min(longest, _DEFAULT_TOKENS) if takes_tokens(model) else 1)
+        return Workload(self._request.batch_size, tokens, tokens)
+
+    def _open_storage(self, stack: ExitStack, loaded: LoadedModel) -> None:
+        self._parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self._weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        self._recorder = Recorder()
+        self._meters = Meters(self._device, self._recorder, self._budgets.device_bytes, self._budgets.host_bytes)
+        self._ledger = self._meters.ledger
+        self._clock = PassClock(self._recorder, asynchronous=self._device.torch_device.type == "cuda")
+        self._executor = LayerExecutor(self._device, self._clock)
+        # On the CPU, reads go straight to where they are computed with: nothing to gain from kvikio.
+        self._engine = PosixEngine() if self._device.host_memory else choose_engine(self._sample)
+        stack.callback(self._engine.close)
+        self._link = Link("disk", _READ_THREADS, self._recorder.span)
+        stack.callback(self._link.close)
+        self._reader = DiskReader(self._engine, self._link)
+        self._placement = Placement(
+            self._device,
+            self._reader,
+            self._ledger,
+            self._meters.host_ledger,
+            self._meters.disk_ledger,
+            loaded.places,
+            self._disk_dir,
+            self._progress,
+        )
+        stack.callback(self._placement.close)
+
+    def _decide(self) -> Decision:
+        if not hasattr(self, "_temporaries"):
+            self._count_temporaries(self.model)
+        workload = self._workload(self.model)
+        return decide(self.model, self._budgets, workload, self._placement.slot_bytes, self._temporaries)
+
+    def _count_temporaries(self, model: nn.Module) -> None:
+        self._temporaries = temporary_bytes_per_token(model, self._workload(model)) if takes_tokens(model) else None
+
+    def _take(self, decision: Decision) -> None:
+        self._spec, self._split, self.plan = decision.spec, decision.split, decision.plan
+        self._structure = decision.structure
+        self._fallbacks += decision.fallbacks
+        self._owners = {id(value): unit.key for unit in decision.structure.units for value in unit.parameters.values()}
+        self._reserve = KvReserve(self._spec, self._workload(self.model), self._grow, self._budgets.device_bytes)
+
+    def _look_forward(self, decision: Decision) -> None:
+        self._forecast: Forecast | None = None
+        if self._hardware is not None:
+            dtype = str(next((value.dtype for value in self.model.parameters()), torch.float32)).removeprefix("torch.")
+            self._forecast = Forecast(self.model, decision.split, self._hardware, dtype)
+
+    def _choose(self) -> None:
+        """Another plan than the rule's: the one that was given, or one that computes layers on the CPU and is faster."""
+        workload = self._workload(self.model)
+        if self._request.plan is not None:
+            self.plan = given_plan(self._request.plan, self._spec, workload, self._budgets, self._request.exactness)
+        elif self._forecast is not None and self._budgets.host_bytes is not None:
+            self.plan, _ = self._forecast.best(self._spec, self._order())
+
+    def _order(self) -> Order:
+        workload = self._workload(self.model)
+        new_tokens = min(self._request.new_tokens or max(1, workload.total_tokens // 2), workload.total_tokens - 1)
+        return Order(workload, max(1, workload.total_tokens - new_tokens), new_tokens, self._budgets, self._request.exactness)
+
+    def _guise(self, stack: ExitStack) -> None:
+        stack.callback(Guise(self.model, self._device.torch_device, self._fallbacks.append).undo)
+        stack.callback(DeviceBuffers(self.model, self._device, self._ledger).undo)
+
+    def _take_slots(self) -> None:
+        self._ledger.charge("slots", self.plan.arena_bytes)
+        self._executor.arrange(self.plan.slot_bytes, self.plan.slot_count, list(self._placement.streamed.values()))
+        if self._meters.copy_speed is None and not self._device.host_memory:
+            self._meters.copy_speed = self._placement.measure_copy(self._executor.arena_tensor)
+
+    def _release_slots(self) -> None:
+        self._executor.close_all()
+        self._executor.free()
+        for category in ("slots", "KV cache", "temporaries"):
+            self._ledger.release(category, self._ledger.held_bytes(category))
+
+    def _open_windows(self, stack: ExitStack) -> None:
+        self._watch = RegistrationWatch()
+        stack.callback(self._watch.close)
+        root = ModelPass(self._device, self._executor, self._clock, self._reserve, self._before_pass)
+        stack.callback(ForwardWrap(self.model, root.wrap).undo)
+        self._windows = self._windows_of(self._structure.units)
+        stack.callback(lambda: self._windows.undo())
+
+    def _windows_of(self, units: list[Unit]) -> Windows:
+        return Windows(units, self._placement.tables, frozenset(self.plan.computed_on_host), self._executor, self._clock)
+
+    def _before_pass(self) -> None:
+        self._engine.check_unchanged()
+        if self._watch.take():
+            with HeldInterrupts():
+                self._adopt_changes()
+
+    def _adopt_changes(self) -> None:
+        """Modules or parameters were added or replaced: they are held on the device, and get windows."""
+        added_bytes = self._placement.added_bytes(self.model)
+        self._spec = replace(self._spec, pinned_bytes=self._spec.pinned_bytes + added_bytes)
+        if added_bytes > (self._ledger.free_bytes or 0):
+            self._make_room(added_bytes)
+        self._placement.adopt(self.model)
+        units = find_structure(self.model, self._split).units
+        for unit in units:
+            owners = (self._owners.get(id(value)) for value in unit.module.parameters())
+            unit.uses = tuple(dict.fromkeys(key for key in owners if key is not None))
+        self._windows.undo()
+        self._windows = self._windows_of([unit for unit in units if unit.uses])
+
+    def _make_room(self, added_bytes: int) -> None:
+        try:
+            self._grow(self._reserve.workload)
+        except BudgetTooSmall as error:
+            raise BudgetExceeded(
+                f"{gib(added_bytes)} of parameters were added to the model, and with every block given up that can be, "
+                f"{gib(error.least_bytes)} would do; the budget is {gib(self._budgets.device_bytes)}. Give a larger one."
+            ) from error
+
+    def _grow(self, workload: Workload) -> None:
+        """Make room for a larger workload: give up resident blocks. Raises BudgetTooSmall if that is not enough."""
+        candidates = frozenset(self.plan.resident)
+        on_host = frozenset(self.plan.computed_on_host)
+        plan = make_plan(self._spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates, on_host)
+        with HeldInterrupts():
+            self._give_up_for(plan)
+
+    def _give_up_for(self, plan: Plan) -> None:
+        self._executor.free()
+        self._ledger.release("slots", self._ledger.held_bytes("slots"))
+        given_up = len(self.plan.resident) - len(plan.resident)
+        self._placement.give_up(plan, self._structure)
+        self._ledger.set("KV cache", plan.kv_bytes)
+        self._ledger.set("temporaries", plan.activation_bytes)
+        self.plan = self._placement.as_placed(plan)
+        self._take_slots()
+        if given_up:
+            self._fallbacks.append(
+                f"more memory was needed than was reserved: {given_up} resident blocks were given up and are streamed now"
+            )
+
+
+def _told_between_interrupts(interrupts: HeldInterrupts, progress: Progress, what: str, done: int, total: int) -> None:
+    interrupts.let_through()
+    progress(what, done, total)
+
+
+def _anonymous_bytes(model: nn.Module) -> int:
+    maps = FileMaps()
+    return sum(value.nbytes for value in model.parameters() if maps.locate(value.data) is None)
