@@ -137,7 +137,7 @@ class Session:
             slots={"count": self.plan.slot_count, "bytes": self.plan.slot_bytes},
             streamed_bytes_per_pass=self.plan.streamed_bytes,
             kv={"reserved_bytes": self.plan.kv_bytes, "peak_bytes": self._reserve.peak_bytes},
-            tiers=self._meters.tier_uses(),
+            tiers=self._meters.tier_uses(self._process_bytes),
             links=links,
             **phase_uses(self._clock.phases),
             prediction=self._compared({name: use.bytes_per_second for name, use in links.items() if use.bytes_per_second}),

@@ -206,7 +206,8 @@ def _memory(record: Record) -> str:
             continue
         top = max(use["budget_bytes"] or 0 if (use["budget_bytes"] or 0) < 3 * use["peak_bytes"] else 0, use["peak_bytes"])
         budget = f" of {gib(use['budget_bytes'])}" if use["budget_bytes"] else ""
-        parts.append(f"<p><b>{_text(tier)}</b> <span class=faint>peak {gib(use['peak_bytes'])}{budget}</span></p>")
+        other = f", {gib(use['unaccounted_bytes'])} unaccounted" if use["unaccounted_bytes"] else ""
+        parts.append(f"<p><b>{_text(tier)}</b> <span class=faint>peak {gib(use['peak_bytes'])}{budget}{other}</span></p>")
         parts.append(_areas(samples, end, top, use["budget_bytes"]))
     if not parts:
         return ""

@@ -1,5 +1,6 @@
 """The instruments of a session: what its tiers hold, what its links moved, when."""
 
+from offload.config import process_bytes
 from offload.report.report import LinkUse, TierUse
 from offload.runtime.recorder import Recorder
 from storage.blocks import Tier
@@ -11,6 +12,9 @@ from storage.transfer import Link
 _PROBE_BYTES = 256 << 20
 _PROBE_SHARE = 0.05
 """The report's own measurement reads at most this part of what the session streamed."""
+
+
+_SET_ASIDE = ("KV cache", "temporaries")
 
 
 class Meters:
@@ -39,11 +43,24 @@ class Meters:
             self._copy_seconds += copy.end_seconds - copy.begin_seconds
             self.recorder.span(self._device.copy_link, copy.name, copy.begin_seconds, copy.end_seconds, copy.nbytes)
 
-    def tier_uses(self) -> dict[str, TierUse]:
+    def tier_uses(self, before_bytes: int) -> dict[str, TierUse]:
+        """By name.
+
+        Args:
+            before_bytes: what the process held before the session.
+        """
         ledgers = {Tier.DEVICE: self.ledger, Tier.CPU: self.host_ledger, Tier.DISK: self.disk_ledger}
         if self._device.host_memory:
             ledgers[Tier.DEVICE] = MemoryLedger(Tier.DEVICE, 0)
-        return {tier.value: TierUse.of(ledger) for tier, ledger in ledgers.items()}
+        unaccounted = {Tier.CPU: max(0, process_bytes() - before_bytes - self._held(self.host_ledger))}
+        on_card = self._device.peak_bytes()
+        if on_card is not None:
+            unaccounted[Tier.DEVICE] = max(0, on_card - self.ledger.peak_bytes)
+        return {tier.value: TierUse.of(ledger, unaccounted.get(tier)) for tier, ledger in ledgers.items()}
+
+    def _held(self, ledger: MemoryLedger) -> int:
+        """Without what is only set aside."""
+        return ledger.used_bytes - sum(ledger.held_bytes(category) for category in _SET_ASIDE)
 
     def link_uses(self, link: Link, reader: DiskReader, inside: bool) -> dict[str, LinkUse]:
         """By name.

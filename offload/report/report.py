@@ -19,16 +19,20 @@ class TierUse:
     Attributes:
         budget_bytes: None where there is no limit.
         at_peak_bytes: by category, at the moment of the peak.
+        unaccounted_bytes: what the process or the card holds beyond what it held before the session and what the runtime
+            knows of: a KV cache and outputs that are kept, workspaces, fragments. None where nothing tells.
     """
 
     budget_bytes: int | None
     peak_bytes: int
     used_bytes: int
     at_peak_bytes: dict[str, int]
+    unaccounted_bytes: int | None = None
 
     @classmethod
-    def of(cls, ledger: MemoryLedger) -> "TierUse":
-        return cls(ledger.budget_bytes, ledger.peak_bytes, ledger.used_bytes, ledger.by_category_at_peak())
+    def of(cls, ledger: MemoryLedger, unaccounted_bytes: int | None = None) -> "TierUse":
+        used, peak = ledger.used_bytes, ledger.peak_bytes
+        return cls(ledger.budget_bytes, peak, used, ledger.by_category_at_peak(), unaccounted_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,11 +45,12 @@ def _headline(report: Report) -> Text:
 
 
 def _tiers(report: Report) -> Table:
-    table = _table("memory", "budget", "peak", "now", "at the peak")
+    table = _table("memory", "budget", "peak", "now", "unaccounted", "at the peak")
     for name, tier in report.tiers.items():
         if tier.budget_bytes or tier.peak_bytes:
             budget = "no limit" if tier.budget_bytes is None else gib(tier.budget_bytes)
-            table.add_row(name, budget, gib(tier.peak_bytes), gib(tier.used_bytes), _categories(tier))
+            unaccounted = "" if tier.unaccounted_bytes is None else gib(tier.unaccounted_bytes)
+            table.add_row(name, budget, gib(tier.peak_bytes), gib(tier.used_bytes), unaccounted, _categories(tier))
     return table
 
 
