@@ -6,7 +6,9 @@ import torch
 from offload.model.dry_run import DryRun, DryRunFailed
 from tests.architectures import ARCHITECTURES, BY_NAME, SPECIAL, make
 
-COUNTED = [item for item in (*ARCHITECTURES, *SPECIAL) if item.name not in ("t5", "bart", "bert", "vit", "clip", "whisper")]
+# With transformers 5.17, OPT looks at the values of a mask that it made itself; the others take other inputs than tokens.
+NOT_COUNTED = {"opt", "t5", "bart", "bert", "vit", "clip", "whisper"}
+COUNTED = [item for item in (*ARCHITECTURES, *SPECIAL) if item.name not in NOT_COUNTED]
 
 
 @pytest.mark.parametrize("architecture", COUNTED, ids=str)
