@@ -1,7 +1,7 @@
 """Claim: on a CUDA card, decode runs at the speed of the link that the weights cross.
 
-Weights in page-locked CPU memory against the measured host-to-device bandwidth; weights on disk against the measured disk. One
-JSON object with medians over the rounds.
+Weights in page-locked CPU memory against the measured host-to-device bandwidth; weights on disk against the measured disk; what
+was predicted from a probe made at the start against what was measured. One JSON object with medians over the rounds.
 
     python -m benchmarks.gpu --size 8GB --rounds 5 --out benchmarks/results/gpu.json
 """
@@ -19,8 +19,10 @@ import torch
 from benchmarks.memory_group import evict
 from benchmarks.stream import token_seconds
 from offload import offload
-from offload.config import parse_bytes
+from offload.config import parse_bytes, resolve_device
+from offload.probe import measure as probe
 from offload.synth import synthesize
+from scheduler.hardware import HardwareProfile
 
 
 def main() -> None:
@@ -37,14 +39,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=request.folder) as scratch:
         model = f"{scratch}/model"
         synthesize(model, size)
-        rounds = [{case: measure(model, request, cpu) for case, cpu in CASES.items()} for _ in range(request.rounds)]
+        hardware = probe(resolve_device("cuda"), scratch, lambda what, done, total: None)
+        rounds = [{case: measure(model, request, hardware, cpu) for case, cpu in CASES.items()} for _ in range(request.rounds)]
     summary: dict[str, Any] = {
         "card": torch.cuda.get_device_name(),
         "machine": {"system": platform.platform(), "torch": torch.__version__, "cuda": torch.version.cuda},
         "request": vars(request),
+        "hardware": hardware.to_dict(),
     }
     for case in CASES:
-        for figure in ("seconds_per_token", "link_share"):
+        for figure in ("seconds_per_token", "link_share", "prefill_error", "token_error", "model_error"):
             summary[f"{case}.{figure}"] = statistics.median(item[case][figure] for item in rounds)
     print(json.dumps(summary, indent=2))
     if request.out:
@@ -54,17 +58,23 @@ def main() -> None:
 CASES = {"from CPU memory": "64GiB", "from disk": "1500MiB"}
 
 
-def measure(model: str, request: argparse.Namespace, cpu_memory: str) -> dict[str, Any]:
+def measure(model: str, request: argparse.Namespace, hardware: HardwareProfile, cpu_memory: str) -> dict[str, Any]:
     """Decode speed, and the share of the slowest link's bandwidth that it reaches by wall time."""
     evict(model)
-    with offload(model, device="cuda", gpu_memory=request.gpu_memory, cpu_memory=cpu_memory, max_tokens=64) as session:
+    budgets = {"gpu_memory": request.gpu_memory, "cpu_memory": cpu_memory}
+    with offload(model, device="cuda", hardware=hardware, max_tokens=64, **budgets) as session:
         seconds = statistics.median(token_seconds(session.model, request.tokens))
         report = session.report()
     link = report.links["disk" if report.blocks["streamed_from_disk"] else "h2d"]
+    prediction = report.prediction
+    assert prediction is not None
     reached = report.streamed_bytes_per_pass / seconds
     return {
         "seconds_per_token": seconds,
         "link_share": reached / (link.measured_bytes_per_second or float("nan")),
+        "prefill_error": prediction.prefill_error,
+        "token_error": prediction.seconds_per_token_error,
+        "model_error": prediction.model_error,
         "report": report.to_dict(),
     }
 
