@@ -13,7 +13,7 @@ from offload.cli.terminal import check_writable, progress_bar, say
 from offload.config import EXACTNESS, Progress, resolve_device
 from offload.generate import Completion, Prompts, Sampling, complete, load_tokenizer
 from offload.model.loading import find_folder
-from offload.probe import hardware_profile
+from offload.probe import hardware_profile, kept_profile
 from offload.report.perfetto import as_perfetto
 from offload.report.record import Record, write_record
 from offload.session import Session
@@ -102,8 +102,13 @@ def _generate(
 def _session(
     request: argparse.Namespace, folder: str, batch_size: int, prompt_tokens: int, sampling: Sampling, show: Progress
 ) -> Session:
-    # Measured once for each machine and disk; kept.
-    hardware_profile(resolve_device(request.device), request.disk, progress=show)
+    device = resolve_device(request.device)
+    if kept_profile(device, request.disk) is None:
+        # Measured once for each machine and disk; kept.
+        try:
+            hardware_profile(device, request.disk, progress=show)
+        except (OSError, ConfigError) as error:
+            say(f"the machine could not be measured, so nothing is predicted: {error}")
     return offload(
         folder,
         device=request.device,

@@ -144,6 +144,21 @@ def test_the_kept_profile_is_used_and_a_broken_one_refused(monkeypatch, tmp_path
         hardware_profile(CpuDevice(), str(tmp_path))
 
 
+def test_a_machine_that_cannot_be_measured_still_generates(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("OFFLOAD_HARDWARE")
+    monkeypatch.setenv("OFFLOAD_PROFILES", str(tmp_path))
+
+    def refuse(*args):
+        raise ProfileError("the disk is full")
+
+    monkeypatch.setattr(probe, "measure", refuse)
+    status, out, err = run(capsys, "generate", "demo", "--prompt", "In the", "--max-new-tokens", "2", *SMALL)
+    assert status == 0
+    assert out.strip()
+    assert "nothing is predicted: the disk is full" in err
+    assert "predicted: prefill" not in err
+
+
 def test_everything_is_measured(tmp_path, monkeypatch):
     """With little of everything, to be quick: that all of it is there and sound, not how fast this machine is."""
     for name, value in {
