@@ -27,6 +27,7 @@ from offload import offload
 from offload.config import Budgets
 from offload.probe import measure, operation_seconds
 from offload.runtime.forecast import Forecast, Order
+from offload.runtime.recorder import span_cost_seconds
 from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import BlockRole, ModelSpec, Workload
 from scheduler.plan import Plan
@@ -95,6 +96,7 @@ def run(
         "seconds": report.prefill.seconds + report.decode.seconds,
         "bound": prediction.bound,
         "attributed": 1 - causes["between blocks"] / wall,
+        "tracing": len(trace.spans) * span_cost_seconds() / wall,
     }
 
 
@@ -128,7 +130,7 @@ def _print_accuracy(row: dict[str, Any]) -> None:
         f"{row['model']:6} {row['machine']:6} {row['budget']:.0%} batch {row['batch']}: {row['resident']:2} resident, "
         f"{row['from_cpu_memory']:2} from CPU memory, {row['on_cpu']:2} on the CPU; prefill {row['prefill'][1] * 1e3:6.0f} ms "
         f"({errors[0]:+.1%}), token {row['token'][1] * 1e3:6.1f} ms ({errors[1]:+.1%}); bound {row['bound']}, "
-        f"attributed {row['attributed']:.1%}",
+        f"attributed {row['attributed']:.1%}, tracing took {row['tracing']:.3%}",
         flush=True,
     )
 
