@@ -185,6 +185,8 @@ class Session:
             self._fallbacks.append("the model takes no tokens: its temporaries are not known beforehand and not in the budget")
         self._open_storage(stack, loaded)
         decision = self._decide()
+        if takes_tokens(self.model) and self._temporaries is None:
+            self._fallbacks.append("the model's code does not run without values: its temporaries are estimated")
         self._take(decision)
         self._look_forward(decision)
         self._choose()

@@ -1,6 +1,5 @@
 """What happened when, on which resource: one schema for the runtime and for the simulator."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -108,9 +107,6 @@ class Trace:
             [MemorySample(*sample) for sample in content["memory"]],
             content["dropped_spans"],
         )
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict())
 
 
 def _within(spans: Iterable[Span], passes: Sequence[Span]) -> Iterable[Span]:

@@ -8,7 +8,7 @@ from offload.report.record import Record
 from scheduler.trace import COMPUTE, HOST_COMPUTE, PASS, WAIT, Span, Trace
 from storage.errors import duration, gib
 
-_WIDTH, _ROW, _LABEL = 1000, 26, 0
+_WIDTH, _ROW = 1000, 26
 _SPANS_DRAWN = 3000
 _DECODE_PASSES_DRAWN = 6
 _COLOURS = ("--blue", "--orange", "--green", "--violet", "--pink", "--teal", "--brown", "--grey")

@@ -223,6 +223,12 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, capsys):
         assert "is no run" in run(capsys, "report", str(path))[2]
 
 
+def test_temporaries_that_are_only_estimated_are_told():
+    for name, told in (("t5", True), ("llama", False)):
+        with offload(make(name), device="cpu", cpu_memory="64MiB") as session:
+            assert any("temporaries are estimated" in sentence for sentence in session.report().fallbacks) == told
+
+
 def test_the_model_is_as_it_was_after_it_was_looked_at():
     model = make("llama")
     wanted = oracle_of(model)(**BY_NAME["llama"].inputs()).logits
