@@ -8,7 +8,7 @@ from torch import nn
 
 from offload.config import HOST_MARGIN_BYTES, Budgets, parse_bytes, resolve_budgets, resolve_device
 from offload.model.loading import CheckpointLoader, find_outline
-from offload.model.sizing import temporary_bytes_per_token
+from offload.model.sizing import count_temporaries
 from offload.probe import hardware_profile
 from offload.runtime.decision import decide
 from offload.runtime.forecast import Forecast, Order, WhatIf
@@ -107,7 +107,7 @@ class Planner:
         budgets = self._budgets(asked)
         total = asked.prompt_tokens + asked.new_tokens
         workload = Workload(asked.batch_size, total, asked.prompt_tokens)
-        temporaries = temporary_bytes_per_token(self._model, workload)
+        temporaries = count_temporaries(self._model, workload)
         decision = decide(self._model, budgets, workload, self._loader.slot_bytes, temporaries)
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         forecast = Forecast(self._model, decision.split, self.hardware, dtype)
@@ -116,8 +116,8 @@ class Planner:
         notes = [*decision.fallbacks]
         if forecast.failure is not None:
             notes.append(f"the model's code does not run without values: its work is estimated ({forecast.failure})")
-        if plan.computed_on_host:
-            notes.append(f"{len(plan.computed_on_host)} layers are computed on the CPU: exactness is rounding")
+        if plan.rounds:
+            notes.append(f"{', '.join(plan.rounds)}: exactness is rounding")
         tiers = ("cpu",) if budgets.host_bytes is None else ("gpu", "cpu")
         return Planned(
             model=self._name,

@@ -16,7 +16,8 @@ from offload.model.blocks import Unit, find_structure
 from offload.model.guise import Guise
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
-from offload.model.sizing import longest_sequence, takes_tokens, temporary_bytes_per_token
+from offload.model.parts import PrefillChunks, check_parts
+from offload.model.sizing import count_temporaries, longest_sequence, takes_tokens
 from offload.probe import kept_profile, suits
 from offload.report.comparison import Comparison, compare
 from offload.report.meters import Meters
@@ -124,7 +125,7 @@ class Session:
             model=self._target if isinstance(self._target, str) else type(self.model).__name__,
             device=self._device.name,
             engine=self._engine.name,
-            exactness=ROUNDING if self.plan.computed_on_host else IDENTICAL,
+            exactness=ROUNDING if self.plan.rounds else IDENTICAL,
             parameters=self._parameters,
             weight_bytes=self._weight_bytes,
             blocks={
@@ -133,6 +134,12 @@ class Session:
                 "streamed_from_disk": len(self.plan.streamed) - len(self.plan.in_host_memory),
                 "gathered_by_row": len(self.plan.gathered),
                 "computed_on_cpu": len(self.plan.computed_on_host),
+                "divided": len(self.plan.divided),
+            },
+            parts={
+                "host_percent": self.plan.host_percent,
+                "micro_batch": self.plan.micro_batch,
+                "prefill_chunk": self.plan.prefill_chunk,
             },
             slots={"count": self.plan.slot_count, "bytes": self.plan.slot_bytes},
             streamed_bytes_per_pass=self.plan.streamed_bytes,
@@ -258,14 +265,13 @@ class Session:
         return decide(self.model, self._budgets, workload, self._placement.slot_bytes, self._temporaries)
 
     def _count_temporaries(self, model: nn.Module) -> None:
-        self._temporaries = temporary_bytes_per_token(model, self._workload(model)) if takes_tokens(model) else None
+        self._temporaries = count_temporaries(model, self._workload(model)) if takes_tokens(model) else None
 
     def _take(self, decision: Decision) -> None:
         self._spec, self._split, self.plan = decision.spec, decision.split, decision.plan
         self._structure = decision.structure
         self._fallbacks += decision.fallbacks
         self._owners = {id(value): unit.key for unit in decision.structure.units for value in unit.parameters.values()}
-        self._reserve = KvReserve(self._spec, self._workload(self.model), self._grow, self._budgets.device_bytes)
 
     def _look_forward(self, decision: Decision) -> None:
         self._forecast: Forecast | None = None
@@ -274,12 +280,14 @@ class Session:
             self._forecast = Forecast(self.model, decision.split, self._hardware, dtype)
 
     def _choose(self) -> None:
-        """Another plan than the rule's: the one that was given, or one that computes layers on the CPU and is faster."""
+        """Another plan than the rule's: the one that was given, or the fastest, where there is something to weigh."""
         workload = self._workload(self.model)
         if self._request.plan is not None:
             self.plan = given_plan(self._request.plan, self._spec, workload, self._budgets, self._request.exactness)
-        elif self._forecast is not None and self._budgets.host_bytes is not None:
+            check_parts(self.model, self.plan)
+        elif self._forecast is not None and (self._budgets.host_bytes is not None or self._request.exactness == ROUNDING):
             self.plan, _ = self._forecast.best(self._spec, self._order())
+        self._reserve = KvReserve(self._spec, self.plan.asked(workload), self._grow, self._budgets.device_bytes)
 
     def _order(self) -> Order:
         workload = self._workload(self.model)
@@ -305,13 +313,19 @@ class Session:
     def _open_windows(self, stack: ExitStack) -> None:
         self._watch = RegistrationWatch()
         stack.callback(self._watch.close)
-        root = ModelPass(self._device, self._executor, self._clock, self._reserve, self._before_pass)
+        chunk = self.plan.prefill_chunk
+        root = ModelPass(self._device, self._executor, self._clock, self._reserve, self._before_pass, chunk)
+        if chunk:
+            stack.callback(PrefillChunks(self.model, chunk).undo)
         stack.callback(ForwardWrap(self.model, root.wrap).undo)
         self._windows = self._windows_of(self._structure.units)
         stack.callback(lambda: self._windows.undo())
 
     def _windows_of(self, units: list[Unit]) -> Windows:
-        return Windows(units, self._placement.tables, frozenset(self.plan.computed_on_host), self._executor, self._clock)
+        placement = self._placement
+        return Windows(
+            units, placement.tables, self.plan, placement.divided, self._executor, self._clock, self._fallbacks.append
+        )
 
     def _before_pass(self) -> None:
         self._engine.check_unchanged()
@@ -345,10 +359,10 @@ class Session:
     def _grow(self, workload: Workload) -> None:
         """Make room for a larger workload: give up resident blocks. Raises BudgetTooSmall if that is not enough."""
         candidates = frozenset(self.plan.resident)
-        on_host = frozenset(self.plan.computed_on_host)
-        plan = make_plan(self._spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates, on_host)
+        beside = self.plan.host_compute
+        plan = make_plan(self._spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates, beside)
         with HeldInterrupts():
-            self._give_up_for(plan)
+            self._give_up_for(replace(plan, prefill_chunk=self.plan.prefill_chunk))
 
     def _give_up_for(self, plan: Plan) -> None:
         self._executor.free()

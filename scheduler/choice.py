@@ -1,4 +1,5 @@
-"""Which layers the CPU computes, beside a device with memory of its own: weighed by the cost model.
+"""What the CPU computes beside a device with memory of its own, and what a pass is taken apart into: weighed by the cost
+model.
 
 A layer that the CPU computes never crosses the link; it costs the CPU's time instead, and CPU memory. An integer program
 finds how many of each kind of layer should live where, and the simulator chooses among the plans around its answer.
@@ -12,12 +13,11 @@ import numpy
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from scheduler.cost import CostModel
-from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock, Workload
-from scheduler.plan import Plan
+from scheduler.model_spec import ModelSpec, PlacedBlock, Workload
+from scheduler.plan import DEVICE_ALONE, HostCompute, Plan
 from scheduler.planner import make_plan, spread
 from scheduler.prediction import Prediction, predict
 from scheduler.work import PassWork, WindowWork, Work
-from storage.blocks import BlockKey
 from storage.errors import BudgetTooSmall
 
 _NEIGHBOURS = (-2, -1, 1, 2)
@@ -25,6 +25,9 @@ _NEIGHBOURS = (-2, -1, 1, 2)
 
 _PARTS = 8
 """And so are every eighth of the layers: a plan costs milliseconds to try."""
+
+_PERCENTS = range(10, 100, 10)
+"""Of a layer's rows, what the CPU computes where it and the device share one."""
 
 _GAP = 0.01
 
@@ -43,14 +46,15 @@ class Task:
     """What is asked, and of which machine.
 
     Attributes:
-        prefill, decode: the work of a prompt's pass and of one token's.
+        prefill: the work of a prompt, a pass a chunk.
+        decode: of one token's pass.
         new_tokens: of each sequence.
         device_bytes, host_bytes: the budgets.
     """
 
     model: ModelSpec
     workload: Workload
-    prefill: PassWork
+    prefill: tuple[PassWork, ...]
     decode: PassWork
     new_tokens: int
     cost: CostModel
@@ -69,38 +73,56 @@ class Choice:
         return self.prediction.total_seconds(task.new_tokens)
 
 
-def choose_plan(task: Task, allow_cpu: bool) -> Choice:
+def choose_plan(tasks: Sequence[Task], allow_cpu: bool) -> Choice:
     """The plan with the least time for a prompt and its answer.
 
     Args:
-        allow_cpu: layers may be computed on the CPU, which is of level *rounding*.
+        tasks: ways to take the same work apart, the whole one first: the others are weighed by the rule's plan for each.
+        allow_cpu: the CPU may compute layers or parts of them, which is of level *rounding*.
 
     Raises:
         BudgetTooSmall: if no plan fits.
     """
-    choices = [evaluate(task, frozenset())]
-    if task.host_bytes is None or not choices[0].plan.streamed:
-        return choices[0]
-    layers = _layers_apart(task.model) if allow_cpu else []
-    for on_host in _candidates(task, layers) if layers else ():
+    begun = {}
+    refusals = []
+    for index, task in enumerate(tasks):
         try:
-            choices.append(evaluate(task, on_host))
+            begun[index] = evaluate(task)
+        except BudgetTooSmall as error:
+            refusals.append(error)
+    if not begun:
+        raise min(refusals, key=lambda error: error.least_bytes)
+    fastest = min(begun, key=lambda index: begun[index].seconds(tasks[index]))
+    found = {index: _improved(tasks[index], begun[index], allow_cpu) for index in {min(begun), fastest}}
+    best = min(found, key=lambda index: found[index].seconds(tasks[index]))
+    return found[best]
+
+
+def _improved(task: Task, rule: Choice, allow_cpu: bool) -> Choice:
+    """The fastest of the rule's plan and those that compute on the CPU, or prefetch deeper."""
+    if task.host_bytes is None or not rule.plan.streamed:
+        return rule
+    choices = [rule]
+    layers = _layers_apart(task.model) if allow_cpu else []
+    for beside in (*_candidates(task, layers), *_divided(rule.plan, layers)) if layers else ():
+        try:
+            choices.append(evaluate(task, beside))
         except BudgetTooSmall:
             continue
     best = min(choices, key=lambda choice: choice.seconds(task))
     return min([best, *_with_more_slots(task, best.plan)], key=lambda choice: choice.seconds(task))
 
 
-def evaluate(task: Task, on_host: frozenset[BlockKey]) -> Choice:
-    """The plan that computes these layers on the CPU, and what it will give.
+def evaluate(task: Task, beside: HostCompute = DEVICE_ALONE) -> Choice:
+    """The plan that computes this on the CPU, and what it will give.
 
     Raises:
         BudgetTooSmall: if it does not fit.
     """
-    held = sum(block.slot_bytes for block in task.model.blocks if block.key in on_host)
+    held = sum(block.slot_bytes for block in task.model.blocks if block.key in beside.whole | beside.divided)
     if held > (task.host_bytes or 0):
-        raise BudgetTooSmall(f"{len(on_host)} layers in CPU memory take more than its budget", held)
-    return _predicted(task, make_plan(task.model, task.device_bytes, task.workload, task.host_bytes, on_host=on_host))
+        raise BudgetTooSmall("the layers that the CPU computes take more than the budget of CPU memory", held)
+    return _predicted(task, make_plan(task.model, task.device_bytes, task.workload, task.host_bytes, beside=beside))
 
 
 def _predicted(task: Task, plan: Plan) -> Choice:
@@ -109,12 +131,11 @@ def _predicted(task: Task, plan: Plan) -> Choice:
 
 def _with_more_slots(task: Task, plan: Plan) -> Iterator[Choice]:
     """Some layers given up for a deeper prefetch, which helps where a pass computes for long and then waits for long."""
-    layers = [block for block in task.model.blocks if block.role is BlockRole.LAYER and block.key in plan.resident]
+    layers = [block for block in task.model.layers if block.key in plan.resident]
     for given_up in {0, 1, 2, len(layers) // 2, len(layers)}:
         kept = frozenset(plan.resident) - {block.key for block in spread(layers)[:given_up]}
-        on_host = frozenset(plan.computed_on_host)
         try:
-            deeper = make_plan(task.model, task.device_bytes, task.workload, task.host_bytes, kept, on_host)
+            deeper = make_plan(task.model, task.device_bytes, task.workload, task.host_bytes, kept, plan.host_compute)
         except BudgetTooSmall:
             continue
         room = (task.device_bytes - deeper.device_bytes) // deeper.slot_bytes if deeper.slot_bytes else 0
@@ -123,7 +144,16 @@ def _with_more_slots(task: Task, plan: Plan) -> Iterator[Choice]:
             yield _predicted(task, replace(deeper, slot_count=deeper.slot_count + useful))
 
 
-def _candidates(task: Task, layers: Sequence[PlacedBlock]) -> Iterator[frozenset[BlockKey]]:
+def _divided(rule: Plan, layers: Sequence[PlacedBlock]) -> Iterator[HostCompute]:
+    """Every layer that is streamed from CPU memory, in several proportions."""
+    names = {block.key for block in layers if block.divisible}
+    streamed = frozenset(key for key in rule.in_host_memory if key in names)
+    for percent in _PERCENTS if streamed else ():
+        yield HostCompute(divided=streamed, percent=percent)
+
+
+def _candidates(task: Task, layers: Sequence[PlacedBlock]) -> Iterator[HostCompute]:
+    """Some layers on the CPU as a whole."""
     counts = solve(task, layers)
     groups = _alike(layers, task.decode)
     best = sum(counts[index][Home.CPU] for index in range(len(groups)))
@@ -132,7 +162,7 @@ def _candidates(task: Task, layers: Sequence[PlacedBlock]) -> Iterator[frozenset
     for wanted in (best, *(best + step for step in _NEIGHBOURS), *parts):
         if 0 < wanted <= len(layers) and wanted not in tried:
             tried.add(wanted)
-            yield frozenset(block.key for block in _share_out(groups, counts, wanted))
+            yield HostCompute(whole=frozenset(block.key for block in _share_out(groups, counts, wanted)))
 
 
 def _share_out(groups: Sequence[Sequence[PlacedBlock]], counts: Sequence[Mapping[Home, int]], wanted: int) -> list[PlacedBlock]:
@@ -157,13 +187,13 @@ def solve(task: Task, layers: Sequence[PlacedBlock]) -> list[dict[Home, int]]:
     size = len(groups) * len(homes)
     prefill_at, decode_at = size, size + 1
     objective = numpy.zeros(size + 2)
-    objective[prefill_at], objective[decode_at] = 1.0, max(0, task.new_tokens - 1)
+    objective[prefill_at], objective[decode_at] = len(task.prefill), max(0, task.new_tokens - 1)
     rows: list[tuple[numpy.ndarray, float, float]] = []
     for index, group in enumerate(groups):
         row = numpy.zeros(size + 2)
         row[index * len(homes) : (index + 1) * len(homes)] = 1
         rows.append((row, len(group), len(group)))
-    for work, at in ((task.prefill, prefill_at), (task.decode, decode_at)):
+    for work, at in ((task.prefill[-1], prefill_at), (task.decode, decode_at)):
         rows += [(row, -numpy.inf, 0.0) for row in _times(task, groups, homes, work, at, size)]
     rows += _memory(task, groups, homes, size)
     matrix, lows, highs = (numpy.array(column) for column in zip(*rows, strict=True))
@@ -229,7 +259,7 @@ def _memory(
 def _layers_apart(model: ModelSpec) -> list[PlacedBlock]:
     """The layers that share no window with another block."""
     shared = {key for window in model.windows if len(window) > 1 for key in window}
-    return [block for block in model.blocks if block.role is BlockRole.LAYER and block.key not in shared]
+    return [block for block in model.layers if block.key not in shared]
 
 
 def _alike(layers: Iterable[PlacedBlock], work: PassWork) -> list[list[PlacedBlock]]:

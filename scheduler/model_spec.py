@@ -1,9 +1,9 @@
 """What the planner knows of a model: its blocks, and which of them are in use together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
-from storage.blocks import BlockKey
+from storage.blocks import TENSOR_ALIGNMENT_BYTES, BlockKey
 
 
 class BlockRole(Enum):
@@ -18,6 +18,25 @@ class BlockRole(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class DivisibleWeight:
+    """The weight of a product, whose rows two processors can share.
+
+    Attributes:
+        rows: outputs of the product.
+        row_bytes: of one row.
+        element_bytes: of one number.
+    """
+
+    rows: int
+    row_bytes: int
+    element_bytes: int
+
+    def host_rows(self, percent: int) -> int:
+        """The last rows, which the CPU computes with."""
+        return self.rows * percent // 100
+
+
+@dataclass(frozen=True, slots=True)
 class PlacedBlock:
     """A block as the planner sees it.
 
@@ -25,6 +44,7 @@ class PlacedBlock:
         resident_bytes: what it takes on the device when it stays there.
         slot_bytes: what it takes in the slots while it is streamed, over-read included.
         streamed_bytes: what crosses the link each time it is streamed.
+        divisible: its weights that the device and the CPU can compute with together.
     """
 
     key: BlockKey
@@ -32,6 +52,29 @@ class PlacedBlock:
     resident_bytes: int
     slot_bytes: int
     streamed_bytes: int
+    divisible: tuple[DivisibleWeight, ...] = ()
+
+    def device_part(self, host_percent: int) -> "PlacedBlock":
+        """What crosses the link where the CPU computes with `host_percent` of the divisible weights' rows."""
+        host_bytes = sum(weight.host_rows(host_percent) * weight.row_bytes for weight in self.divisible)
+        # Each weight that is left begins aligned again.
+        slot_bytes = self.slot_bytes - host_bytes + TENSOR_ALIGNMENT_BYTES * len(self.divisible)
+        return replace(self, slot_bytes=slot_bytes, streamed_bytes=self.streamed_bytes - host_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Temporaries:
+    """What a pass holds beside weights and KV cache, by what it grows with.
+
+    Attributes:
+        token_bytes: for each token of the pass, of each sequence.
+        context_bytes: for each token that is attended to, of each sequence: keys and values repeated, above all.
+        between_bytes: of `token_bytes`, what lies between the layers (hidden states), which micro-batches do not make less.
+    """
+
+    token_bytes: int = 0
+    context_bytes: int = 0
+    between_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +87,7 @@ class ModelSpec:
         pinned_bytes: buffers, and parameters that no block holds; they always stay on the device.
         kv_bytes_per_token: of one sequence; 0 if the model keeps no KV cache or its config does not tell.
         state_bytes_per_sequence: of state-space and linear-attention layers, whatever the sequence's length.
-        activation_bytes_per_token: the largest block's temporaries, for each token of a pass.
+        temporaries: what a pass holds beside weights and KV cache.
         logits_bytes_per_sequence: what the head and the sampling hold, for each sequence of a pass.
     """
 
@@ -53,8 +96,12 @@ class ModelSpec:
     pinned_bytes: int = 0
     kv_bytes_per_token: int = 0
     state_bytes_per_sequence: int = 0
-    activation_bytes_per_token: int = 0
+    temporaries: Temporaries = Temporaries()
     logits_bytes_per_sequence: int = 0
+
+    @property
+    def layers(self) -> tuple[PlacedBlock, ...]:
+        return tuple(block for block in self.blocks if block.role is BlockRole.LAYER)
 
     @property
     def resident_bytes(self) -> int:
@@ -70,17 +117,40 @@ class Workload:
         total_tokens: of one sequence, prompt and answer.
         pass_tokens: of one sequence in the longest pass: the prompt.
         least_kv_bytes: what the KV cache was seen to take, where it is more than the formula says.
+        micro_batch: sequences that a layer computes at once, one such part after another; 0 for all.
+        prefill_chunk: tokens of the prompt that are computed at once, one such pass after another; 0 for all.
+        context_tokens: that are attended to, where they are more than `total_tokens`.
     """
 
     batch_size: int
     total_tokens: int
     pass_tokens: int
     least_kv_bytes: int = 0
+    micro_batch: int = 0
+    prefill_chunk: int = 0
+    context_tokens: int = 0
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Of one sequence, in one pass."""
+        return min(self.pass_tokens, self.prefill_chunk or self.pass_tokens)
+
+    @property
+    def parts(self) -> int:
+        """Into which a layer's batch is taken apart."""
+        return -(-self.batch_size // self.micro_batch) if self.micro_batch else 1
 
     def kv_bytes(self, model: ModelSpec) -> int:
         sequence_bytes = model.state_bytes_per_sequence + self.total_tokens * model.kv_bytes_per_token
         return max(self.least_kv_bytes, self.batch_size * sequence_bytes)
 
     def activation_bytes(self, model: ModelSpec) -> int:
-        tokens = self.batch_size * self.pass_tokens
-        return tokens * model.activation_bytes_per_token + self.batch_size * model.logits_bytes_per_sequence
+        each = model.temporaries
+        tokens = self.tokens_at_once
+        context = max(self.pass_tokens, self.total_tokens, self.context_tokens)
+        at_once = min(self.batch_size, self.micro_batch or self.batch_size)
+        between = self.batch_size * tokens * each.between_bytes
+        inside = at_once * (tokens * (each.token_bytes - each.between_bytes) + context * each.context_bytes)
+        # The parts' keys and values are put together, a layer at a time.
+        joined = 2 * self.kv_bytes(model) // max(1, len(model.layers)) if self.parts > 1 else 0
+        return between + inside + joined + self.batch_size * model.logits_bytes_per_sequence

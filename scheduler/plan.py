@@ -4,11 +4,32 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from scheduler.model_spec import ModelSpec, Workload
+from scheduler.model_spec import ModelSpec, PlacedBlock, Workload
 from storage.blocks import BlockKey
 from storage.errors import PlanError, gib
 
-_BLOCK_LISTS = ("resident", "streamed", "in_host_memory", "gathered", "computed_on_host")
+_BLOCK_LISTS = ("resident", "streamed", "in_host_memory", "gathered", "computed_on_host", "divided")
+
+
+@dataclass(frozen=True, slots=True)
+class HostCompute:
+    """What the CPU computes beside a device.
+
+    Attributes:
+        whole: layers that it computes alone.
+        divided: layers of which it computes `percent` of the rows of each product, and the device the others
+            (HeteGen, arXiv 2403.01164).
+    """
+
+    whole: frozenset[BlockKey] = frozenset()
+    divided: frozenset[BlockKey] = frozenset()
+    percent: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.whole or self.divided)
+
+
+DEVICE_ALONE = HostCompute()
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +42,10 @@ class Plan:
         in_host_memory: those of them that come from CPU memory; the others come from disk.
         gathered: embeddings of which only the rows in use are read.
         computed_on_host: blocks that live in CPU memory and are computed there; their weights never cross the link.
+        divided: of `in_host_memory`, the layers that device and CPU compute together.
+        host_percent: of the rows of their products, what the CPU computes.
+        micro_batch: sequences that a layer computes at once; 0 for all.
+        prefill_chunk: tokens of a prompt in one pass; 0 for all.
         slot_bytes: size of one slot; a larger block takes several neighbouring ones.
         slot_count: how many.
         staging_count: host buffers between disk and a device with memory of its own, each as large as a block.
@@ -43,6 +68,28 @@ class Plan:
     resident_bytes: int
     streamed_bytes: int
     computed_on_host: tuple[BlockKey, ...] = ()
+    divided: tuple[BlockKey, ...] = ()
+    host_percent: int = 0
+    micro_batch: int = 0
+    prefill_chunk: int = 0
+
+    @property
+    def host_compute(self) -> HostCompute:
+        return HostCompute(frozenset(self.computed_on_host), frozenset(self.divided), self.host_percent)
+
+    @property
+    def rounds(self) -> tuple[str, ...]:
+        """What is computed in another shape or elsewhere than the plain model does, each in a few words."""
+        said = []
+        if self.computed_on_host:
+            said.append(f"{len(self.computed_on_host)} layers are computed on the CPU")
+        if self.divided:
+            said.append(f"{len(self.divided)} layers are computed by device and CPU together ({self.host_percent}% by the CPU)")
+        if self.micro_batch:
+            said.append(f"a layer computes {self.micro_batch} sequences at once")
+        if self.prefill_chunk:
+            said.append(f"a prompt is computed {self.prefill_chunk} tokens at once")
+        return tuple(said)
 
     @property
     def arena_bytes(self) -> int:
@@ -71,9 +118,22 @@ class Plan:
             raise PlanError(f"the plan lacks {', '.join(missing)}")
         return cls(**{name: _checked(name, value) for name, value in content.items()})
 
+    def parts_of(self, model: ModelSpec) -> dict[BlockKey, PlacedBlock]:
+        """The blocks, with the device's part of those that are divided."""
+        divided = set(self.divided)
+        return {block.key: block.device_part(self.host_percent) if block.key in divided else block for block in model.blocks}
+
+    def parts(self, batch_size: int) -> int:
+        """Into which a layer's batch is taken apart."""
+        return -(-batch_size // self.micro_batch) if self.micro_batch else 1
+
+    def asked(self, workload: Workload) -> Workload:
+        """The workload in the parts that this plan takes it apart into."""
+        return replace(workload, micro_batch=self.micro_batch, prefill_chunk=self.prefill_chunk)
+
     def completed(self, model: ModelSpec, workload: Workload) -> "Plan":
         """The same placement, with the sums that follow from it."""
-        blocks = {block.key: block for block in model.blocks}
+        blocks, workload = self.parts_of(model), self.asked(workload)
         return replace(
             self,
             kv_bytes=workload.kv_bytes(model),
@@ -86,7 +146,7 @@ class Plan:
     def check(self, model: ModelSpec) -> None:
         """Raise PlanError unless this is a plan for `model`: each block in one place, slots that hold what is streamed."""
         places = (*self.resident, *self.streamed, *self.gathered, *self.computed_on_host)
-        blocks = {block.key: block for block in model.blocks}
+        blocks = self.parts_of(model)
         if unknown := sorted(set(places) - set(blocks)):
             raise PlanError(f"the plan places {unknown[0]}, which the model does not have: it was made for another model")
         if absent := [key for key in blocks if key not in places]:
@@ -95,6 +155,12 @@ class Plan:
             raise PlanError(f"the plan places {twice[0]} twice")
         if stray := sorted(set(self.in_host_memory) - set(self.streamed)):
             raise PlanError(f"the plan streams {stray[0]} from CPU memory, and it is not among the streamed blocks")
+        if stray := sorted(set(self.divided) - set(self.in_host_memory)):
+            raise PlanError(f"the plan divides {stray[0]}, and it is not among the blocks that are streamed from CPU memory")
+        if solid := [key for key in self.divided if not blocks[key].divisible]:
+            raise PlanError(f"the plan divides {solid[0]}, which has no plain products to divide")
+        if self.host_percent > 99 or (self.divided and not self.host_percent):
+            raise PlanError(f"host_percent in the plan is {self.host_percent}; where layers are divided it is from 1 to 99")
         for window in model.windows:
             streamed = [blocks[key].slot_bytes for key in window if key in self.streamed]
             needed = sum(-(-size // self.slot_bytes) for size in streamed) if self.slot_bytes else len(streamed)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock, Workload
-from scheduler.plan import Plan
+from scheduler.plan import DEVICE_ALONE, HostCompute, Plan
 from storage.blocks import BlockKey, align_up
 from storage.errors import BudgetTooSmall, gib
 
@@ -31,7 +31,7 @@ def make_plan(
     workload: Workload,
     host_bytes: int | None = None,
     candidates: frozenset[BlockKey] | None = None,
-    on_host: frozenset[BlockKey] = frozenset(),
+    beside: HostCompute = DEVICE_ALONE,
 ) -> Plan:
     """Place every block: what fits is resident, spread evenly among the layers; the rest is streamed.
 
@@ -41,30 +41,47 @@ def make_plan(
         workload: what KV cache and activations are reserved for.
         host_bytes: CPU memory for blocks that a device with memory of its own streams; None if the device has none.
         candidates: the blocks that may be resident; None for all. A running job gives up blocks and takes none on.
-        on_host: the blocks that are computed on the CPU, from CPU memory.
+        beside: what the CPU computes, from CPU memory.
 
     Raises:
         BudgetTooSmall: if not even one block at a time fits; `least_bytes` is the budget that would do.
     """
-    if on_host:
-        assert host_bytes is not None
-        apart = [block for block in model.blocks if block.key in on_host]
-        taken = sum(block.slot_bytes for block in apart)
-        plan = make_plan(without(model, on_host), budget_bytes, workload, max(0, host_bytes - taken), candidates)
-        return replace(plan, computed_on_host=tuple(block.key for block in apart))
+    if not beside:
+        return _place(model, budget_bytes, workload, host_bytes, candidates, frozenset())
+    taken = sum(block.slot_bytes for block in model.blocks if block.key in beside.whole | beside.divided)
+    parts = tuple(block.device_part(beside.percent) if block.key in beside.divided else block for block in model.blocks)
+    reduced = without(replace(model, blocks=parts), beside.whole)
+    left = max(0, (host_bytes or 0) - taken)
+    plan = _place(reduced, budget_bytes, workload, left, candidates, beside.divided)
+    return replace(
+        plan,
+        computed_on_host=tuple(block.key for block in model.blocks if block.key in beside.whole),
+        divided=tuple(block.key for block in model.blocks if block.key in beside.divided),
+        host_percent=beside.percent if beside.divided else 0,
+    )
+
+
+def _place(
+    model: ModelSpec,
+    budget_bytes: int,
+    workload: Workload,
+    host_bytes: int | None,
+    candidates: frozenset[BlockKey] | None,
+    divided: frozenset[BlockKey],
+) -> Plan:
+    """Args: divided: blocks that are in CPU memory already and stay there."""
     room = budget_bytes - model.pinned_bytes - workload.kv_bytes(model) - workload.activation_bytes(model)
     everything = {block.key for block in model.blocks}
-    if candidates is None:
-        candidates = frozenset(everything)
+    candidates = (frozenset(everything) if candidates is None else candidates) - divided
     if candidates >= everything and sum(block.resident_bytes for block in model.blocks) <= room:
-        return _assemble(model, workload, everything, 0, 0, host_bytes)
+        return _assemble(model, workload, everything, 0, 0, host_bytes, divided)
     small = _small_blocks(model) & candidates
     room -= sum(block.resident_bytes for block in model.blocks if block.key in small)
     slot_bytes, least_slots = _least_slots(model, small)
     if slot_bytes * least_slots > room:
         raise _too_small(model, budget_bytes, workload)
     resident, slot_bytes, slot_count = _best_residents(model, small, candidates, room)
-    return _assemble(model, workload, resident | small, slot_bytes, slot_count, host_bytes)
+    return _assemble(model, workload, resident | small, slot_bytes, slot_count, host_bytes, divided)
 
 
 def without(model: ModelSpec, keys: frozenset[BlockKey]) -> ModelSpec:
@@ -188,11 +205,21 @@ def _host_blocks(model: ModelSpec, streamed: Sequence[PlacedBlock], host_bytes: 
 
 
 def _assemble(
-    model: ModelSpec, workload: Workload, resident: set[BlockKey], slot_bytes: int, slot_count: int, host_bytes: int | None
+    model: ModelSpec,
+    workload: Workload,
+    resident: set[BlockKey],
+    slot_bytes: int,
+    slot_count: int,
+    host_bytes: int | None,
+    divided: frozenset[BlockKey],
 ) -> Plan:
     outside = [block for block in model.blocks if block.key not in resident]
     streamed = [block for block in outside if block.role is not BlockRole.TABLE]
-    in_host, staging_count = _host_blocks(model, streamed, host_bytes) if host_bytes is not None else (set(), 0)
+    in_host, staging_count = set(divided), 0
+    if host_bytes is not None:
+        rest = [block for block in streamed if block.key not in divided]
+        chosen, staging_count = _host_blocks(model, rest, host_bytes)
+        in_host |= chosen
     return Plan(
         resident=tuple(block.key for block in model.blocks if block.key in resident),
         streamed=tuple(block.key for block in streamed),
@@ -206,6 +233,8 @@ def _assemble(
         pinned_bytes=model.pinned_bytes,
         resident_bytes=sum(block.resident_bytes for block in model.blocks if block.key in resident),
         streamed_bytes=sum(block.streamed_bytes for block in streamed),
+        micro_batch=workload.micro_batch,
+        prefill_chunk=workload.prefill_chunk,
     )
 
 

@@ -1,5 +1,6 @@
 """What a plan will give: time of prefill and of a token, and what holds them back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduler.cost import CostModel
@@ -40,10 +41,10 @@ class Prediction:
         return self.prefill_seconds + max(0, new_tokens - 1) * self.seconds_per_token
 
 
-def predict(plan: Plan, model: ModelSpec, cost: CostModel, prefill: PassWork, decode: PassWork) -> Prediction:
-    """Simulate a prefill and some decode passes."""
+def predict(plan: Plan, model: ModelSpec, cost: CostModel, prefill: Sequence[PassWork], decode: PassWork) -> Prediction:
+    """Simulate the passes of a prefill, and some of decode."""
     simulation = Simulation(plan, model, cost)
-    prefill_seconds = simulation.run(prefill)
+    prefill_seconds = sum(simulation.run(part) for part in prefill)
     settled = 0.0
     for _ in range(_DECODE_PASSES):
         before = len(simulation.trace.spans)
@@ -59,7 +60,7 @@ def predict(plan: Plan, model: ModelSpec, cost: CostModel, prefill: PassWork, de
         decode_shares=shares,
         bound=_resource(max(shares, key=lambda cause: shares[cause])),
         hardware_id=cost.hardware.hardware_id,
-        exact_work=prefill.exact and decode.exact,
+        exact_work=decode.exact and all(part.exact for part in prefill),
     )
 
 

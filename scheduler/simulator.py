@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from scheduler.cost import CostModel
+from scheduler.cost import ComputeTime, CostModel
 from scheduler.model_spec import ModelSpec
 from scheduler.plan import Plan
 from scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
@@ -38,17 +38,22 @@ class Simulation:
         """Of the thread that runs the model."""
         self._plan = plan
         self._cost = cost
-        self._bytes = {block.key: block.streamed_bytes for block in model.blocks}
+        self._blocks = {block.key: block for block in model.blocks}
+        self._layers = frozenset(block.key for block in model.layers)
+        parts = plan.parts_of(model)
+        self._bytes = {key: block.streamed_bytes for key, block in parts.items()}
         self._streamed = frozenset(plan.streamed)
         self._in_host = frozenset(plan.in_host_memory)
         self._on_host = frozenset(plan.computed_on_host)
+        self._divided = frozenset(plan.divided)
+        self._host_percent = plan.host_percent
         self._gathered = frozenset(plan.gathered)
         self._device_free = 0.0
         self._link_free = {DISK: 0.0, H2D: 0.0}
         self._staging = deque([0.0] * plan.staging_count)
         self._slot_free: dict[int, float] = {}
         self._arrivals: dict[int, _Arrival] = {}
-        slots = {block.key: -(-block.slot_bytes // plan.slot_bytes) for block in model.blocks if block.key in self._streamed}
+        slots = {key: -(-parts[key].slot_bytes // plan.slot_bytes) for key in plan.streamed}
         self._schedule = SlotSchedule(plan.slot_count, {key: slots[key] for key in plan.streamed})
         hardware = cost.hardware
         self._rates = {DISK: hardware.disk_read}
@@ -61,6 +66,7 @@ class Simulation:
     def run(self, work: PassWork) -> float:
         """One call of the model; returns its seconds."""
         begun = self.now
+        work = work.in_parts(self._plan.parts(work.batch_size), self._layers)
         self._compute_between(work)
         for window in work.windows:
             self._window(window, work.phase)
@@ -148,7 +154,7 @@ class Simulation:
 
     def _compute_window(self, window: WindowWork, arrivals: Sequence[_Arrival]) -> float:
         """Returns when the compute ends."""
-        span = self._cost.window(window.work)
+        span = self._span(window)
         if not self._asynchronous:
             begin, self.now = self.now, self.now + span.compute_seconds
             self.trace.spans.append(Span(COMPUTE, window.key, begin, self.now))
@@ -159,9 +165,19 @@ class Simulation:
             idle = self._idle(H2D, idle, max(arrival.copied_at for arrival in arrivals))
         begin = max(idle, self.now)
         self._device_free = begin + span.compute_seconds
-        self.now += span.submit_seconds
+        # What the CPU has a part in ends for both at once.
+        self.now = self._device_free if window.key in self._divided else self.now + span.submit_seconds
         self.trace.spans.append(Span(COMPUTE, window.key, begin, self._device_free))
         return self._device_free
+
+    def _span(self, window: WindowWork) -> ComputeTime:
+        if window.key not in self._divided:
+            return self._cost.window(window.work)
+        return self._cost.divided(window, self._blocks[window.key], self._host_percent, self._copying_seconds())
+
+    def _copying_seconds(self) -> float:
+        """For which the link is busy from now on, as far as is known."""
+        return max(0.0, self._link_free[H2D] - self.now)
 
     def _idle(self, link: str, since: float, until: float) -> float:
         """The device has nothing to compute, because of a link."""
@@ -176,7 +192,7 @@ class Simulation:
         assert hardware.h2d is not None
         self.now = max(self.now, self._device_free) + hardware.d2h.seconds(window.result_bytes)
         begin = self.now
-        self.now += self._cost.window(window.work, on_host=True).compute_seconds
+        self.now += self._cost.on_host(window.work, self._copying_seconds())
         self.trace.spans.append(Span(HOST_COMPUTE, window.key, begin, self.now))
         self.now += hardware.h2d.seconds(window.result_bytes)
         self._device_free = max(self._device_free, self.now)

@@ -1,7 +1,7 @@
 """What one pass of a model does, window by window: counted, not guessed from formulas of architectures."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from storage.blocks import BlockKey
 
@@ -32,6 +32,17 @@ class Work:
             self.other_flops + other.other_flops,
             self.traffic_bytes + other.traffic_bytes,
         )
+
+    def in_parts(self, parts: int) -> "Work":
+        """The same, computed by so many parts of the batch one after another."""
+        products = ((max(1, rows // parts), flops) for rows, flops in self.products)
+        return Work(self.operations * parts, tuple(products), self.other_flops, self.traffic_bytes)
+
+    def divided(self, share: float) -> tuple["Work", "Work"]:
+        """All but `share` of the products' outputs, and that share alone."""
+        ours = tuple((rows, flops * (1 - share)) for rows, flops in self.products)
+        theirs = tuple((rows, flops * share) for rows, flops in self.products)
+        return replace(self, products=ours), Work(products=theirs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,7 @@ class PassWork:
         windows: in the order in which they were called.
         between: what is computed outside of all windows.
         temporary_bytes: the most that is held at once beside weights and KV cache.
+        between_bytes: of that, what lies between the layers.
         exact: False where this was estimated from sizes, because the model could not be traced.
     """
 
@@ -73,7 +85,17 @@ class PassWork:
     windows: tuple[WindowWork, ...]
     between: Work
     temporary_bytes: int = 0
+    between_bytes: int = 0
     exact: bool = True
+
+    def in_parts(self, parts: int, keys: frozenset[BlockKey]) -> "PassWork":
+        """The same, with the batch taken apart inside the windows of `keys`."""
+        if parts == 1:
+            return self
+        windows = (
+            replace(window, work=window.work.in_parts(parts)) if window.key in keys else window for window in self.windows
+        )
+        return replace(self, windows=tuple(windows))
 
 
 def total(items: Iterable[Work]) -> Work:

@@ -14,6 +14,9 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 """These have no forward: what they hold is called instead."""
 
 
+_LEAST_ROWS = 16
+"""A product with fewer outputs is not worth dividing."""
+
 _READ_AT_ONCE = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 """torch's own fast path reads the weights of everything inside without calling it."""
 
@@ -151,6 +154,22 @@ def _leaves(
         return
     for name, child in module.named_children():
         yield from _leaves(child, f"{path}.{name}", split, role)
+
+
+def divisible_modules(unit: Unit) -> list[tuple[str, nn.Linear]]:
+    """The plain linear modules inside of the unit, with the names of their weights, which it owns and uses once."""
+    owned = {id(value): name for name, value in unit.parameters.items()}
+    holders: dict[str, list[nn.Module]] = {}
+    for module in unit.module.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in owned:
+                holders.setdefault(owned[id(parameter)], []).append(module)
+    return [
+        (name, modules[0])
+        for name, modules in holders.items()
+        if len(modules) == 1 and type(modules[0]) is nn.Linear and unit.parameters[name] is modules[0].weight
+        if len(modules[0].weight) >= _LEAST_ROWS
+    ]
 
 
 def estimated_slot_bytes(unit: Unit) -> int:

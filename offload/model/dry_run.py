@@ -17,6 +17,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig
 
 from offload.model.blocks import Structure, Unit, find_structure
+from offload.model.micro_batch import MicroBatches
+from scheduler.model_spec import BlockRole
 from scheduler.work import PassWork, WindowWork, Work
 from storage.blocks import BlockKey
 
@@ -70,13 +72,16 @@ class DryRun:
     Args:
         model: on the meta device, or any; it is copied there, and not kept.
         split: keys of blocks that are taken apart.
+        micro_batch: sequences that a layer computes at once; 0 for all.
     """
 
-    def __init__(self, model: nn.Module, split: frozenset[BlockKey] = frozenset()) -> None:
+    def __init__(self, model: nn.Module, split: frozenset[BlockKey] = frozenset(), micro_batch: int = 0) -> None:
         on_meta = all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-        self._model = (model if on_meta else meta_twin(model)).eval()
-        self._structure: Structure = find_structure(self._model, split)
-        self._identity = _identity(model, split)
+        self.model = (model if on_meta else meta_twin(model)).eval()
+        """On the meta device."""
+        self._structure: Structure = find_structure(self.model, split)
+        self._identity = _identity(model, split, micro_batch)
+        self._micro_batch = micro_batch
 
     def passes(self, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
         """A prefill of `prompt_tokens`, and a decode step after `context_tokens`.
@@ -92,7 +97,24 @@ class DryRun:
         Raises:
             DryRunFailed: if the model cannot be run without values.
         """
-        return self._known((batch_size, tokens), lambda *shape: self._trace(PREFILL, *shape, None)[0])
+        return self._known((batch_size, tokens), self._forward)
+
+    def _forward(self, batch_size: int, tokens: int) -> PassWork:
+        return self._trace(PREFILL, batch_size, tokens, None)[0]
+
+    def continued(self, batch_size: int, tokens: int, context_tokens: int) -> PassWork:
+        """A pass of `tokens` after `context_tokens` that the KV cache holds: a chunk of a prompt.
+
+        Raises:
+            DryRunFailed: if the model cannot be run without values, or keeps no cache.
+        """
+        return self._known((batch_size, tokens, context_tokens), self._continued)
+
+    def _continued(self, batch_size: int, tokens: int, context_tokens: int) -> PassWork:
+        _, cache = self._trace(PREFILL, batch_size, context_tokens, None)
+        if cache is None:
+            raise DryRunFailed("it returns no cache")
+        return self._trace(PREFILL, batch_size, tokens, cache)[0]
 
     def _passes(self, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
         prefill, _ = self._trace(PREFILL, batch_size, prompt_tokens, None)
@@ -106,7 +128,7 @@ class DryRun:
         """What was counted already of a model like this one."""
         if self._identity is None:
             return count(*shape)
-        key = (self._identity, shape)
+        key = (self._identity, count.__qualname__, shape)
         if key not in _counted:
             if len(_counted) >= _MOST_COUNTED:
                 _counted.pop(next(iter(_counted)))
@@ -114,30 +136,31 @@ class DryRun:
         return _counted[key]
 
     def _trace(self, phase: str, batch_size: int, tokens: int, cache: Any) -> tuple[PassWork, Any]:
-        counter = _Counter(self._model)
+        counter = _Counter(self.model)
         counter.hold(cache)
         inputs = self._inputs(batch_size, tokens)
         if cache is not None:
             inputs["past_key_values"] = cache
-        windows = _Windows(self._structure.units, counter)
+        windows = _Windows(self._structure.units, counter, self._micro_batch)
         try:
             with torch.no_grad(), _Fused(counter), counter, windows:
-                output = self._model(**inputs)
+                output = self.model(**inputs)
         except DryRunFailed:
             raise
         except Exception as error:
             raise DryRunFailed(_first_line(error)) from error
         cache = next((getattr(output, name) for name in _CACHES if getattr(output, name, None) is not None), None)
         temporary = max(0, counter.peak_bytes - _cache_bytes(cache))
-        return PassWork(phase, batch_size, tokens, tuple(windows.called), counter.outside, temporary), cache
+        between = min(temporary, windows.between_bytes)
+        return PassWork(phase, batch_size, tokens, tuple(windows.called), counter.outside, temporary, between), cache
 
     def _inputs(self, batch_size: int, tokens: int) -> dict[str, Any]:
-        taken = inspect.signature(self._model.forward).parameters
+        taken = inspect.signature(self.model.forward).parameters
         ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")
         if "input_ids" not in taken:
             raise DryRunFailed("it takes no input_ids")
         inputs: dict[str, Any] = {"input_ids": ids}
-        if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             raise DryRunFailed("encoder and decoder see inputs of different lengths")
         if "use_cache" in taken:
             inputs["use_cache"] = True
@@ -154,6 +177,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.outside = Work()
         self.peak_bytes = 0
+        self.begun_bytes = 0
         self._live_bytes = 0
         self._weights = {value.untyped_storage()._cdata for value in model.parameters()}
         self._constant = {value.untyped_storage()._cdata for value in model.buffers()} | self._weights
@@ -168,10 +192,15 @@ class _Counter(TorchDispatchMode):
         self._hold_all(result)
         return result
 
+    @property
+    def held_bytes(self) -> int:
+        return self._live_bytes
+
     def hold(self, cache: Any) -> None:
         """Count the cache's tensors as held from the start."""
         for tensor in _tensors_of(cache):
             self._hold(tensor)
+        self.begun_bytes = self._live_bytes
 
     def enter(self) -> None:
         self._open.append(self._sums)
@@ -289,8 +318,11 @@ class _Fused(TorchFunctionMode):
 class _Windows:
     """Notes the calls of the units while active."""
 
-    def __init__(self, units: list[Unit], counter: _Counter) -> None:
+    def __init__(self, units: list[Unit], counter: _Counter, micro_batch: int) -> None:
         self.called: list[WindowWork] = []
+        self.between_bytes = 0
+        """What is held around the layers, the result of one included."""
+        self._parts = MicroBatches(micro_batch, _refuse) if micro_batch else None
         self._units = units
         self._counter = counter
         self._depth = 0
@@ -305,16 +337,23 @@ class _Windows:
         self._counter.finish()
 
     def _wrap(self, unit: Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
+        if self._parts is not None and unit.role is BlockRole.LAYER:
+            forward = self._parts.wrap(forward)
+
         def called(*args: Any, **kwargs: Any) -> Any:
             if self._depth:
                 return forward(*args, **kwargs)
             self._depth += 1
+            around = self._counter.held_bytes
             self._counter.enter()
             try:
                 result = forward(*args, **kwargs)
             finally:
                 work = self._counter.leave()
                 self._depth -= 1
+            if unit.role is BlockRole.LAYER and not self.between_bytes:
+                # The first layer's: later on the KV cache is among what is held.
+                self.between_bytes = around - self._counter.begun_bytes + sum(_result_bytes(result))
             rows = args[0].numel() if unit.gathers and args and isinstance(args[0], torch.Tensor) else 0
             self.called.append(WindowWork(unit.key, unit.uses, work, sum(_result_bytes(result)), rows))
             return result
@@ -322,14 +361,18 @@ class _Windows:
         return called
 
 
-def _identity(model: nn.Module, split: frozenset[BlockKey]) -> tuple[Any, ...] | None:
+def _refuse(reason: str) -> None:
+    raise DryRunFailed(reason)
+
+
+def _identity(model: nn.Module, split: frozenset[BlockKey], micro_batch: int) -> tuple[Any, ...] | None:
     """Equal for models that compute the same: class, config, kinds and sizes of their modules; None without a config."""
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return None
     modules = tuple(type(module) for module in model.modules())
     shapes = tuple((value.shape, value.dtype) for value in model.parameters())
-    return type(model), config.to_json_string(), config._attn_implementation, modules, shapes, split
+    return type(model), config.to_json_string(), config._attn_implementation, modules, shapes, split, micro_batch
 
 
 def _result_bytes(result: Any) -> list[int]:

@@ -94,6 +94,7 @@ class ParameterHome:
             values are copied into new memory then.
         modified: True once the values differ from those that the block's source delivers.
         version: the parameter's version counter when it was last looked at.
+        device_rows: of a weight that the device and the CPU compute with together, the device's: the first ones. None for all.
     """
 
     name: str
@@ -102,6 +103,17 @@ class ParameterHome:
     original: torch.Tensor | None
     modified: bool = False
     version: int = 0
+    device_rows: int | None = None
+
+    @property
+    def device_part(self) -> torch.Tensor:
+        """What goes to the device."""
+        return self.tensor if self.device_rows is None else self.tensor[: self.device_rows]
+
+    @property
+    def host_part(self) -> torch.Tensor:
+        """The rows of a divided weight, or of its bias, that the CPU computes with."""
+        return self.tensor[self.device_rows :]
 
     def __post_init__(self) -> None:
         self.version = self.parameter._version
@@ -128,7 +140,7 @@ class ParameterHome:
     def bind(self, view: torch.Tensor) -> None:
         """A window opens: the parameter is in the slot now."""
         if self.modified:
-            view.copy_(self.tensor)
+            view.copy_(self.device_part)
         self.parameter.data = view
 
     def unbind(self) -> None:
@@ -136,7 +148,7 @@ class ParameterHome:
         if self.parameter._version != self.version:
             self.version = self.parameter._version
             with torch.no_grad():
-                self.tensor.copy_(self.parameter.data)
+                self.device_part.copy_(self.parameter.data)
             self.modified = True
         self.parameter.data = self.tensor
 

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.model.blocks import Structure, Unit
+from offload.model.blocks import Structure, Unit, divisible_modules
 from offload.model.dry_run import DryRun, DryRunFailed
-from scheduler.model_spec import ModelSpec, PlacedBlock, Workload
+from offload.model.parts import LEAST_CHUNK
+from scheduler.model_spec import BlockRole, DivisibleWeight, ModelSpec, PlacedBlock, Temporaries, Workload
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, align_up
 
 _HIDDEN_COPIES = 12
@@ -23,18 +24,21 @@ _MARGIN = 1.1
 _LEAST_TOKENS_COUNTED = 128
 """In fewer, what does not grow with the tokens would weigh too much."""
 
+_CHUNK_OF = 8
+"""The part of a short prompt whose last piece is counted by itself; of a long one, the smallest chunk."""
+
 _LOGITS_BYTES_EACH = 16
 """Of one logit: in the model's dtype, in fp32, and sorted or soft-maxed while a token is drawn."""
 
 
 def model_spec(
-    model: nn.Module, structure: Structure, slot_bytes: Callable[[Unit], int], temporary_bytes_per_token: int | None = None
+    model: nn.Module, structure: Structure, slot_bytes: Callable[[Unit], int], temporaries: Temporaries | None = None
 ) -> ModelSpec:
     """Describe `model` to the planner.
 
     Args:
         slot_bytes: what a unit's block takes in the slots.
-        temporary_bytes_per_token: as counted; None to estimate it from the config.
+        temporaries: as counted; None to estimate them from the config.
     """
     config = getattr(model, "config", None)
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
@@ -46,9 +50,7 @@ def model_spec(
         pinned_bytes=sum(value.nbytes for value in (*structure.pinned.values(), *model.buffers())),
         kv_bytes_per_token=kv_bytes_per_token(config, element_bytes) if _generates(model) else 0,
         state_bytes_per_sequence=state_bytes_per_sequence(config) if _generates(model) else 0,
-        activation_bytes_per_token=(
-            _activation_bytes(config, element_bytes) if temporary_bytes_per_token is None else temporary_bytes_per_token
-        ),
+        temporaries=temporaries or Temporaries(_activation_bytes(config, element_bytes)),
         logits_bytes_per_sequence=_LOGITS_BYTES_EACH * int(getattr(_text_config(config), "vocab_size", 0) or 0),
     )
 
@@ -95,25 +97,47 @@ def takes_tokens(model: nn.Module) -> bool:
     return _generates(model) or getattr(model, "main_input_name", None) in ("input_ids", "decoder_input_ids", "inputs_embeds")
 
 
-def temporary_bytes_per_token(model: nn.Module, workload: Workload) -> int | None:
-    """The most that a pass of the workload holds beside weights and KV cache, for each of its tokens, with a margin.
+def count_temporaries(model: nn.Module, workload: Workload) -> Temporaries | None:
+    """The most that a pass of the workload holds beside weights and KV cache, with a margin.
 
-    Counted by a dry run, so that attention that builds its scores is seen. None where the model cannot be run so.
+    Counted by dry runs of the prompt as a whole and of its last piece, so that attention that builds its scores is seen,
+    and what grows with the context is told from what grows with the pass. None where the model cannot be run so.
     """
     batch_size = workload.batch_size
     tokens = max(workload.pass_tokens, -(-_LEAST_TOKENS_COUNTED // batch_size))
     try:
-        work = DryRun(model).forward(batch_size, tokens)
+        dry_run = DryRun(model)
+        whole = dry_run.forward(batch_size, tokens)
     except DryRunFailed:
         return None
-    return int(work.temporary_bytes * _MARGIN / (batch_size * tokens)) + 1
+    between = whole.between_bytes * _MARGIN / (batch_size * tokens)
+    most = whole.temporary_bytes
+    try:
+        # The smallest piece there is: what is held grows ever faster with a pass, so that a line up to the whole is above it.
+        chunk = max(1, min(LEAST_CHUNK, tokens // _CHUNK_OF))
+        last = dry_run.continued(batch_size, chunk, tokens - chunk)
+        each = max(0.0, (whole.temporary_bytes - last.temporary_bytes) / (tokens - chunk))
+        most = max(most, last.temporary_bytes)
+    except DryRunFailed:
+        each = most / tokens
+    context = max(0.0, most / tokens - each)
+    scale = _MARGIN / batch_size
+    return Temporaries(int(each * scale) + 1, int(context * scale) + 1, min(int(between) + 1, int(each * scale) + 1))
+
+
+def _divisible(unit: Unit) -> tuple[DivisibleWeight, ...]:
+    """The weights of plain products in a layer."""
+    if unit.role is not BlockRole.LAYER:
+        return ()
+    weights = [module.weight for _, module in divisible_modules(unit)]
+    return tuple(DivisibleWeight(len(weight), weight[0].nbytes, weight.element_size()) for weight in weights)
 
 
 def _placed(unit: Unit, slot_bytes: Callable[[Unit], int]) -> PlacedBlock:
     block = unit.block
     # Read in whole units, a resident block takes what a slot takes, in whole pages.
     resident_bytes = align_up(max(block.packed_bytes, slot_bytes(unit)), BLOCK_ALIGNMENT_BYTES)
-    return PlacedBlock(unit.key, unit.role, resident_bytes, slot_bytes(unit), block.nbytes)
+    return PlacedBlock(unit.key, unit.role, resident_bytes, slot_bytes(unit), block.nbytes, _divisible(unit))
 
 
 def _activation_bytes(config: Any, element_bytes: int) -> int:

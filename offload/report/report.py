@@ -91,6 +91,8 @@ class Report:
         exactness: `identical`, `rounding` or `lossy`: what the outputs are compared with the plain model's.
         process_bytes: anonymous memory of the process before the session: Python, torch, what was loaded already.
         peak_rss_bytes: the most that the whole process held in RAM at once, mapped files included.
+        parts: into what layers and passes were taken apart: `host_percent` of a divided layer's rows that the CPU computes,
+            `micro_batch` sequences that a layer computes at once, `prefill_chunk` tokens of a prompt in a pass; 0 where not.
         fallbacks: a sentence for everything that was slower than it could be, and why.
     """
 
@@ -101,6 +103,7 @@ class Report:
     parameters: int
     weight_bytes: int
     blocks: dict[str, int]
+    parts: dict[str, int]
     slots: dict[str, int]
     streamed_bytes_per_pass: int
     kv: dict[str, int]

@@ -19,9 +19,9 @@ class PhaseTimes:
 
     Attributes:
         tokens: processed in prefill; in decode, the steps forward of one sequence.
-        batch_size, pass_tokens: the shape of the first pass.
+        batch_size, pass_tokens: the shape of the first prompt, all its chunks together.
         context_tokens: summed over the passes: positions that the KV cache held.
-        first_seconds: of the first pass.
+        first_seconds: of the first pass; in prefill, of the first prompt.
         compute_seconds: inside windows, after the waiting.
         wait_seconds: for blocks that had not arrived, by link.
     """
@@ -56,15 +56,18 @@ class PassClock:
         self.phases: defaultdict[str, PhaseTimes] = defaultdict(PhaseTimes)
         self.phase = OUTSIDE
         self._begun = 0.0
+        self._first = True
+        """The prefill is the first prompt's."""
         self._decode_start_length: int | None = None
 
-    def begin_pass(self, phase: str, tokens: int, batch_size: int, cached_tokens: int) -> None:
+    def begin_pass(self, phase: str, tokens: int, batch_size: int, cached_tokens: int, continues: bool = False) -> None:
         """A call of the model begins.
 
         Args:
             tokens: positions of one sequence in this pass.
             batch_size: sequences.
             cached_tokens: positions that the KV cache holds already.
+            continues: it is a later chunk of the same prompt.
         """
         self.phase = phase
         times = self.phases[phase]
@@ -72,6 +75,11 @@ class PassClock:
         times.context_tokens += cached_tokens
         if times.passes == 1:
             times.batch_size, times.pass_tokens = batch_size, tokens
+            self._first = True
+        elif continues and self._first:
+            times.pass_tokens += tokens
+        elif phase == PREFILL:
+            self._first = False
         if phase == PREFILL:
             times.tokens += tokens * batch_size
             self._decode_start_length = None
@@ -87,7 +95,7 @@ class PassClock:
         times = self.phases[self.phase]
         ended = time.perf_counter()
         times.seconds += ended - self._begun
-        if times.passes == 1:
+        if times.passes == 1 or (self.phase == PREFILL and self._first):
             times.first_seconds = times.seconds
         self._recorder.span(PASS, self.phase, self._begun, ended)
         if self._asynchronous:

@@ -1,15 +1,16 @@
 """From a model and its budgets to a plan, taking blocks apart where they are too large."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from offload.config import ROUNDING, Budgets
 from offload.model.blocks import Structure, Unit, can_split, find_structure
+from offload.model.parts import parts_of
 from offload.model.sizing import model_spec
-from scheduler.model_spec import ModelSpec, Workload
+from scheduler.model_spec import ModelSpec, Temporaries, Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
 from storage.blocks import BlockKey
@@ -32,33 +33,55 @@ def decide(
     budgets: Budgets,
     workload: Workload,
     slot_bytes: Callable[[Unit], int],
-    temporaries: int | None,
+    temporaries: Temporaries | None,
 ) -> Decision:
     """Plan; where the budget is too small for the largest blocks, take those apart and plan again.
 
+    Where nothing fits even so, the passes are taken apart, which is of level *rounding*, and said.
+
     Args:
         slot_bytes: what a unit's block takes in the slots.
-        temporaries: bytes for each token of a pass, as counted; None to estimate them.
+        temporaries: of a pass, as counted; None to estimate them.
 
     Raises:
         BudgetTooSmall: if it is too small for the largest module that cannot be taken apart.
     """
+    found = _fitting(model, budgets, [workload], slot_bytes, temporaries)
+    if isinstance(found, Decision):
+        return found
+    in_parts = _fitting(model, budgets, parts_of(model, workload), slot_bytes, temporaries)
+    if isinstance(in_parts, Decision):
+        said = f"nothing else fits the budget: {' and '.join(in_parts.plan.rounds)}; exactness is rounding"
+        return replace(in_parts, fallbacks=(*in_parts.fallbacks, said))
+    # Taken apart further, a model may need more: what lies beside the parts stays on the device.
+    raise min(found, key=lambda refusal: refusal.least_bytes)
+
+
+def _fitting(
+    model: nn.Module,
+    budgets: Budgets,
+    workloads: Sequence[Workload],
+    slot_bytes: Callable[[Unit], int],
+    temporaries: Temporaries | None,
+) -> "Decision | list[BudgetTooSmall]":
+    """The first of the workloads that fits, with as few blocks taken apart as possible; else what was refused."""
     split: frozenset[BlockKey] = frozenset()
     refusals: list[BudgetTooSmall] = []
     while True:
         structure = find_structure(model, split)
         spec = model_spec(model, structure, slot_bytes, temporaries)
-        try:
-            plan = make_plan(spec, budgets.device_bytes, workload, budgets.host_bytes)
-        except BudgetTooSmall as error:
-            refusals.append(error)
-            largest = _largest_to_split(structure)
-            if not largest:
-                # Taken apart further, a model may need more: what lies beside the parts stays on the device.
-                raise min(refusals, key=lambda refusal: refusal.least_bytes) from None
-            split |= largest
-            continue
-        return Decision(structure, spec, plan, split, _said(structure, split))
+        # The parts of layers are no layers: a batch cannot be taken apart around them.
+        for workload in (item for item in workloads if not (split and item.micro_batch)):
+            try:
+                plan = make_plan(spec, budgets.device_bytes, workload, budgets.host_bytes)
+            except BudgetTooSmall as error:
+                refusals.append(error)
+            else:
+                return Decision(structure, spec, plan, split, _said(structure, split))
+        largest = _largest_to_split(structure)
+        if not largest:
+            return refusals
+        split |= largest
 
 
 def _largest_to_split(structure: Structure) -> frozenset[BlockKey]:
@@ -94,15 +117,15 @@ def given_plan(plan: Plan, spec: ModelSpec, workload: Workload, budgets: Budgets
     """A plan that somebody gave, edited perhaps: checked, and its sums made anew.
 
     Raises:
-        PlanError: if it is for another model, or computes layers on the CPU where that was not asked for.
+        PlanError: if it is for another model, or rounds otherwise than the plain model where that was not asked for.
         BudgetTooSmall: if it takes more than the budget.
     """
     plan.check(spec)
     plan = plan.completed(spec, workload)
-    if plan.computed_on_host and exactness != ROUNDING:
+    if plan.rounds and exactness != ROUNDING:
         raise PlanError(
-            f"the plan computes {len(plan.computed_on_host)} layers on the CPU, whose results are rounded otherwise than the "
-            "device's; give exactness='rounding' (--exactness rounding) to allow that"
+            f"by the plan {' and '.join(plan.rounds)}, whose results are rounded otherwise than the plain model's; "
+            "give exactness='rounding' (--exactness rounding) to allow that"
         )
     if (plan.computed_on_host or plan.in_host_memory) and budgets.host_bytes is None:
         raise PlanError("the plan places layers in CPU memory beside a device, and the device that computes is the CPU")

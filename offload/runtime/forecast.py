@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from offload.config import ROUNDING, Budgets
 from offload.model.dry_run import DryRun, DryRunFailed
 from offload.model.estimate import estimated_pass
+from offload.model.parts import parts_of
 from offload.runtime.clock import DECODE, PREFILL, PhaseTimes
 from scheduler.cost import CostModel
 from scheduler.hardware import HardwareProfile, LinkRate
@@ -18,8 +20,11 @@ from scheduler.work import PassWork
 from storage.blocks import BlockKey
 from storage.errors import BudgetTooSmall
 
-Shape = tuple[int, int, int]
-"""Batch size, prompt tokens, context tokens."""
+if TYPE_CHECKING:
+    from scheduler.choice import Task
+
+Shape = tuple[int, int, int, int]
+"""Batch size, prompt tokens, context tokens, tokens of the prompt in one pass."""
 
 
 _MORE_MEMORY = (4 << 30, 16 << 30)
@@ -96,11 +101,19 @@ class Forecast:
             self._dry_run = DryRun(model, split)
         except DryRunFailed as error:
             self.failure = str(error)
-        self._known: dict[Shape, tuple[PassWork, PassWork]] = {}
+        self._known: dict[Shape, tuple[tuple[PassWork, ...], PassWork]] = {}
+        self._parts: dict[Workload, list[Workload]] = {}
+        self._whole = not split
 
-    def work(self, spec: ModelSpec, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
-        """A prefill and a decode step: counted where the model's code runs without values, else estimated."""
-        shape = batch_size, prompt_tokens, context_tokens
+    def work(
+        self, spec: ModelSpec, batch_size: int, prompt_tokens: int, context_tokens: int, chunk: int = 0
+    ) -> tuple[tuple[PassWork, ...], PassWork]:
+        """The passes of a prefill and a decode step: counted where the model's code runs without values, else estimated.
+
+        Args:
+            chunk: tokens of the prompt in one pass; 0 for all.
+        """
+        shape = batch_size, prompt_tokens, context_tokens, min(chunk or prompt_tokens, prompt_tokens)
         if shape not in self._known:
             self._known[shape] = self._work(spec, *shape)
         return self._known[shape]
@@ -114,15 +127,31 @@ class Forecast:
         Raises:
             BudgetTooSmall: if none fits.
         """
-        from scheduler.choice import Task, choose_plan
+        from scheduler.choice import choose_plan
 
         cost = self.cost if hardware is None else CostModel(hardware, self._dtype)
-        context = order.prompt_tokens + order.new_tokens // 2
-        prefill, decode = self.work(spec, order.workload.batch_size, order.prompt_tokens, context)
-        budgets = order.budgets
-        task = Task(spec, order.workload, prefill, decode, order.new_tokens, cost, budgets.device_bytes, budgets.host_bytes)
-        choice = choose_plan(task, allow_cpu=order.exactness == ROUNDING)
+        rounding = order.exactness == ROUNDING
+        workloads = [order.workload, *(self._ways(order.workload) if rounding else ())]
+        tasks = [self._task(spec, replace(order, workload=workload), cost) for workload in workloads]
+        choice = choose_plan(tasks, allow_cpu=rounding)
         return choice.plan, choice.prediction
+
+    def _task(self, spec: ModelSpec, order: Order, cost: CostModel) -> "Task":
+        from scheduler.choice import Task
+
+        context = order.prompt_tokens + order.new_tokens // 2
+        chunk = order.workload.prefill_chunk
+        prefill, decode = self.work(spec, order.workload.batch_size, order.prompt_tokens, context, chunk)
+        budgets = order.budgets
+        return Task(spec, order.workload, prefill, decode, order.new_tokens, cost, budgets.device_bytes, budgets.host_bytes)
+
+    def _ways(self, workload: Workload) -> list[Workload]:
+        """Into what it can be taken apart. The parts of layers are no layers, and a batch is not taken apart around them."""
+        if self._dry_run is None:
+            return []
+        if workload not in self._parts:
+            self._parts[workload] = parts_of(self._dry_run.model, workload)
+        return [way for way in self._parts[workload] if self._whole or not way.micro_batch]
 
     def what_if(self, spec: ModelSpec, order: Order, now: Prediction, batch: bool = False) -> list[WhatIf]:
         """What changes would give: a plan is made for each (shadow prices, by trying). The largest help first.
@@ -173,15 +202,27 @@ class Forecast:
         if decode is not None and decode.passes:
             context = max(1, decode.context_tokens // decode.passes)
         cost = self.cost if hardware is None else CostModel(hardware, self._dtype)
-        return predict(plan, spec, cost, *self.work(spec, prefill.batch_size, prefill.pass_tokens, context))
+        work = self.work(spec, prefill.batch_size, prefill.pass_tokens, context, plan.prefill_chunk)
+        return predict(plan, spec, cost, *work)
 
-    def _work(self, spec: ModelSpec, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
+    def _work(
+        self, spec: ModelSpec, batch_size: int, prompt_tokens: int, context_tokens: int, chunk: int
+    ) -> tuple[tuple[PassWork, ...], PassWork]:
         if self._dry_run is not None:
             try:
-                return self._dry_run.passes(batch_size, prompt_tokens, context_tokens)
+                prefill, decode = self._dry_run.passes(batch_size, prompt_tokens, context_tokens)
+                return self._chunks(self._dry_run, prefill, chunk), decode
             except DryRunFailed as error:
                 self.failure = str(error)
-        return (
-            estimated_pass(spec, PREFILL, batch_size, prompt_tokens),
-            estimated_pass(spec, DECODE, batch_size, 1),
-        )
+        chunks = [min(chunk, prompt_tokens - begun) for begun in range(0, prompt_tokens, chunk)]
+        prefills = tuple(estimated_pass(spec, PREFILL, batch_size, tokens) for tokens in chunks)
+        return prefills, estimated_pass(spec, DECODE, batch_size, 1)
+
+    def _chunks(self, dry_run: DryRun, prefill: PassWork, chunk: int) -> tuple[PassWork, ...]:
+        """The passes of a prompt: all whole chunks like the one in the middle, since attention grows evenly."""
+        whole, rest = divmod(prefill.tokens, chunk)
+        if whole + bool(rest) == 1:
+            return (prefill,)
+        middle = dry_run.continued(prefill.batch_size, chunk, max(1, (whole - 1) * chunk // 2))
+        last = (dry_run.continued(prefill.batch_size, rest, prefill.tokens - rest),) if rest else ()
+        return (middle,) * whole + last

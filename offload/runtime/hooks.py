@@ -14,10 +14,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from offload.model.blocks import Unit
+from offload.model.micro_batch import MicroBatches
 from offload.runtime.clock import PassClock
+from offload.runtime.divided import DividedProduct
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.moving import moved
 from offload.runtime.weights import GatheredTable
+from scheduler.model_spec import BlockRole
+from scheduler.plan import Plan
 from scheduler.trace import HOST_COMPUTE
 from storage.blocks import BlockKey
 from storage.errors import SessionError, StaleSlot
@@ -229,21 +233,38 @@ class _NoBackward(torch.autograd.Function):
 
 
 class Windows:
-    """The windows of all units of a model, until undone."""
+    """The windows of all units of a model, until undone.
+
+    Args:
+        plan: says what the CPU computes, and how many sequences a layer computes at once.
+        divided: products that the device and the CPU share, by block.
+        told: of what is slower than planned, and why.
+    """
 
     def __init__(
         self,
         units: Sequence[Unit],
         tables: Mapping[BlockKey, GatheredTable],
-        on_host: frozenset[BlockKey],
+        plan: Plan,
+        divided: Mapping[BlockKey, Sequence[DividedProduct]],
         executor: LayerExecutor,
         clock: PassClock,
+        told: Callable[[str], None],
     ) -> None:
-        windows = [
-            UnitWindow(unit, executor, clock, tables) if on_host.isdisjoint(unit.uses) else HostWindow(unit, executor, clock)
-            for unit in units
-        ]
-        self._wraps = [ForwardWrap(unit.module, window.wrap) for unit, window in zip(units, windows, strict=True)]
+        self._wraps: list[ForwardWrap] = []
+        on_host = frozenset(plan.computed_on_host)
+        parts = MicroBatches(plan.micro_batch, told) if plan.micro_batch else None
+        for unit in units:
+            for product in divided.get(unit.key, ()):
+                self._wraps.append(ForwardWrap(product.module, product.wrap))
+            if parts is not None and unit.role is BlockRole.LAYER:
+                self._wraps.append(ForwardWrap(unit.module, parts.wrap))
+            window = (
+                UnitWindow(unit, executor, clock, tables)
+                if on_host.isdisjoint(unit.uses)
+                else HostWindow(unit, executor, clock)
+            )
+            self._wraps.append(ForwardWrap(unit.module, window.wrap))
 
     def undo(self) -> None:
         while self._wraps:

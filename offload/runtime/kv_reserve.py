@@ -31,23 +31,26 @@ class KvReserve:
         self._budget_bytes = budget_bytes
         self._bytes_per_token: float | None = None
 
-    def prepare(self, cache: Any, batch_size: int, tokens: int) -> None:
+    def prepare(self, cache: Any, batch_size: int, tokens: int, cached_tokens: int = 0) -> None:
         """A pass begins.
 
         Args:
             cache: as passed to the model; None or empty at first.
             tokens: positions that the pass adds, of each of the `batch_size` sequences.
+            cached_tokens: positions that the cache holds already.
 
         Raises:
             BudgetExceeded: if the cache cannot fit after it, whatever is given up.
         """
         needed = self._expected_bytes(cache, batch_size, tokens)
         reserved = self.workload.kv_bytes(self._spec)
-        wanted = Workload(batch_size, 0, tokens)
+        context = max(self.workload.context_tokens, self.workload.total_tokens, cached_tokens + tokens)
+        wanted = Workload(batch_size, 0, tokens, 0, self.workload.micro_batch, context_tokens=context)
         if needed <= reserved and wanted.activation_bytes(self._spec) <= self.workload.activation_bytes(self._spec):
             return
-        pass_tokens = -(-max(self.workload.batch_size * self.workload.pass_tokens, batch_size * tokens) // batch_size)
-        wanted = Workload(batch_size, 0, pass_tokens, least_kv_bytes=max(reserved, int(needed * _HEADROOM)))
+        at_once = max(self.workload.batch_size * self.workload.tokens_at_once, batch_size * tokens)
+        kv_bytes = max(reserved, int(needed * _HEADROOM))
+        wanted = replace(wanted, pass_tokens=-(-at_once // batch_size), least_kv_bytes=kv_bytes)
         try:
             self._try(wanted, replace(wanted, least_kv_bytes=max(reserved, needed)))
         except BudgetTooSmall as error:

@@ -21,16 +21,26 @@ class ModelPass:
 
     Args:
         before: run first; sees to what changed since the last pass.
+        prefill_chunk: tokens of a prompt that one pass computes; 0 for all.
     """
 
     def __init__(
-        self, device: Device, executor: LayerExecutor, clock: PassClock, reserve: KvReserve, before: Callable[[], None]
+        self,
+        device: Device,
+        executor: LayerExecutor,
+        clock: PassClock,
+        reserve: KvReserve,
+        before: Callable[[], None],
+        prefill_chunk: int,
     ) -> None:
         self._device = device
         self._executor = executor
         self._clock = clock
         self._reserve = reserve
         self._before = before
+        self._prefill_chunk = prefill_chunk
+        self._last_tokens = 0
+        """Of the prompt's last chunk; 0 once it is decoding."""
         self._running = False
 
     def wrap(self, forward: Forward) -> Forward:
@@ -54,10 +64,13 @@ class ModelPass:
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         batch_size, tokens = _shape_of(args, kwargs)
         held, length = cache_bytes(cache), cached_tokens(cache)
-        self._reserve.prepare(cache, batch_size, tokens)
+        self._reserve.prepare(cache, batch_size, tokens, length or 0)
         # A cache that was made in advance holds bytes and no tokens.
-        decodes = bool(length) if length is not None else bool(held)
-        self._clock.begin_pass(DECODE if decodes else PREFILL, tokens, batch_size, length or 0)
+        cached = bool(length) if length is not None else bool(held)
+        # A chunk of a prompt follows a whole one; what checks guessed tokens follows anything.
+        continues = cached and tokens > 1 and self._last_tokens == self._prefill_chunk
+        self._last_tokens = tokens if continues or not cached else 0
+        self._clock.begin_pass(DECODE if cached and not continues else PREFILL, tokens, batch_size, length or 0, continues)
         try:
             output = forward(*args, **kwargs)
             if not self._device.host_memory:

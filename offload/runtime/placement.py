@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from offload.config import Progress
-from offload.model.blocks import Structure, Unit, estimated_slot_bytes
+from offload.model.blocks import Structure, Unit, divisible_modules, estimated_slot_bytes
 from offload.model.homes import FileMaps, ParameterHome
+from offload.runtime.divided import DividedProduct
 from offload.runtime.weights import (
     BlockSource,
     DirectSource,
+    DividedSource,
     GatheredTable,
     HostSource,
     ResidentBlock,
@@ -23,6 +25,7 @@ from offload.runtime.weights import (
     packed_offsets,
     views_of,
 )
+from scheduler.model_spec import DivisibleWeight
 from scheduler.plan import Plan
 from storage.arena import HostBuffer
 from storage.block_file import BlockFile, BlockFileWriter, check_folder, spill_folder
@@ -62,6 +65,8 @@ class Placement:
         self.tables: dict[BlockKey, GatheredTable] = {}
         self.on_host: dict[BlockKey, list[ParameterHome]] = {}
         """Blocks that the CPU computes."""
+        self.divided: dict[BlockKey, list[DividedProduct]] = {}
+        """Products that the device and the CPU share, by block."""
         self.outside: list[ParameterHome] = []
         """Parameters that no block holds; on the device throughout."""
         self.fallbacks: list[str] = []
@@ -108,7 +113,7 @@ class Placement:
         in_host = set(plan.in_host_memory)
         if not self._device.host_memory:
             for key in plan.in_host_memory:
-                self.streamed[key] = self._to_host_memory(units[key])
+                self.streamed[key] = self._to_host_memory(units[key], plan.host_percent if key in plan.divided else 0)
             for key in plan.computed_on_host:
                 self.on_host[key] = self._to_cpu(units[key])
         self._spill([units[key] for key in (*plan.streamed, *plan.gathered) if key not in in_host])
@@ -147,7 +152,7 @@ class Placement:
 
     def as_placed(self, plan: Plan) -> Plan:
         """The plan with what became of the blocks that were given up."""
-        in_host = tuple(key for key, block in self.streamed.items() if isinstance(block.source, HostSource))
+        in_host = tuple(key for key, block in self.streamed.items() if isinstance(block.source, (HostSource, DividedSource)))
         return replace(plan, in_host_memory=in_host)
 
     def added_bytes(self, model: nn.Module) -> int:
@@ -201,6 +206,7 @@ class Placement:
         self.streamed.clear()
         self.tables.clear()
         self.on_host.clear()
+        self.divided.clear()
         self.outside.clear()
         self._homes.clear()
 
@@ -266,12 +272,29 @@ class Placement:
                 home.tensor = home.parameter.data
         return block
 
-    def _to_host_memory(self, unit: Unit) -> StreamedBlock:
-        """Into page-locked memory of the block's own, from where one copy brings it to the device."""
+    def _to_host_memory(self, unit: Unit, host_percent: int) -> StreamedBlock:
+        """Into page-locked memory of the block's own, from where one copy brings it to the device.
+
+        Args:
+            host_percent: of the rows of its products, those that stay for the CPU to compute with.
+        """
         buffer, offsets = self._live_in_host_memory(unit, "streamed weights")
         self._lock_pages(buffer)
+        if host_percent:
+            self.divided[unit.key] = self._divide(unit, host_percent)
+            homes = self._homes_of(unit)
+            return StreamedBlock(unit.key, homes, DividedSource(unit.key, self._device, homes))
         source = HostSource(unit.key, self._device, buffer, offsets, unit.block.nbytes)
         return StreamedBlock(unit.key, self._homes_of(unit), source)
+
+    def _divide(self, unit: Unit, host_percent: int) -> list[DividedProduct]:
+        products = []
+        for name, module in divisible_modules(unit):
+            home = self._homes[name]
+            weight = DivisibleWeight(len(home.tensor), home.tensor[0].nbytes, home.tensor.element_size())
+            home.device_rows = len(home.tensor) - weight.host_rows(host_percent)
+            products.append(DividedProduct(module, home, self._homes.get(f"{name.removesuffix('weight')}bias")))
+        return products
 
     def _to_cpu(self, unit: Unit) -> list[ParameterHome]:
         """Into ordinary memory, from where the CPU computes with it."""

@@ -131,20 +131,37 @@ class HostSource:
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         size = self._buffer.nbytes
         copied = self._device.copy_in(region.tensor[:size], self._buffer.tensor[:size], after, self._key)
-        return _CopyArrival(self._device, copied)
+        return _CopyArrival(self._device, [copied])
+
+
+class DividedSource:
+    """The device's rows of a block in page-locked host memory: a copy a tensor, since the other rows lie between them."""
+
+    def __init__(self, key: BlockKey, device: Device, homes: Sequence[ParameterHome]) -> None:
+        self._key, self._device, self._homes = key, device, homes
+        self.offsets, self.slot_bytes = packed_offsets(homes)
+        self.payload_bytes = sum(home.device_part.nbytes for home in homes)
+
+    def start(self, region: SlotRegion, after: Event | None) -> Arrival:
+        targets = views_of(self._homes, self.offsets, region.tensor)
+        parts = [home.device_part for home in self._homes]
+        copies = [self._device.copy_in(target, part, after, self._key) for target, part in zip(targets, parts, strict=True)]
+        return _CopyArrival(self._device, copies)
 
 
 @dataclass(frozen=True, slots=True)
 class _CopyArrival:
     device: Device
-    copied: Event
+    copies: list[Event]
 
     def wait(self) -> Waits:
-        self.device.wait(self.copied)
+        for copied in self.copies:
+            self.device.wait(copied)
         return {}
 
     def cancel(self) -> None:
-        self.copied.synchronize()
+        for copied in self.copies:
+            copied.synchronize()
 
 
 class StreamedBlock:
@@ -213,7 +230,7 @@ def views_of(homes: Sequence[ParameterHome], offsets: Sequence[int], memory: tor
     """Tensors of the homes' dtypes and shapes over `memory` (uint8), at `offsets`."""
     with torch.inference_mode(False):
         return [
-            memory[offset : offset + home.tensor.nbytes].view(home.tensor.dtype).view(home.tensor.shape)
+            memory[offset : offset + home.device_part.nbytes].view(home.tensor.dtype).view(home.device_part.shape)
             for home, offset in zip(homes, offsets, strict=True)
         ]
 
@@ -223,7 +240,7 @@ def packed_offsets(homes: Sequence[ParameterHome]) -> tuple[list[int], int]:
     offsets, end = [], 0
     for home in homes:
         offsets.append(end)
-        end = align_up(end + home.tensor.nbytes)
+        end = align_up(end + home.device_part.nbytes)
     return offsets, end
 
 

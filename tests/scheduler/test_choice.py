@@ -7,6 +7,7 @@ import pytest
 from scheduler.choice import Home, Task, choose_plan, evaluate, solve
 from scheduler.cost import CostModel
 from scheduler.model_spec import Workload
+from scheduler.plan import HostCompute
 from storage.errors import BudgetTooSmall
 from tests.scheduler.machines import GIB, LAPTOP, MIB, RTX_3060, RTX_4090, machine, stack, work
 
@@ -17,7 +18,7 @@ def task(model, hardware, device_bytes, host_bytes, rows, batch_size, new_tokens
     return Task(
         model,
         Workload(batch_size, 1, 1),
-        work(model, "prefill", rows, batch_size),
+        (work(model, "prefill", rows, batch_size),),
         work(model, "decode", batch_size, batch_size),
         new_tokens,
         CostModel(hardware, "bfloat16"),
@@ -34,13 +35,13 @@ def task(model, hardware, device_bytes, host_bytes, rows, batch_size, new_tokens
 def test_as_good_as_every_set_of_layers_tried(hardware, host, workload):
     model = stack(6, 400 * MIB)
     asked = task(model, hardware, 1300 * MIB, host * 400 * MIB, *WORKLOADS[workload])
-    best = choose_plan(asked, allow_cpu=True).seconds(asked)
+    best = choose_plan([asked], allow_cpu=True).seconds(asked)
     keys = [block.key for block in model.blocks]
     tried = []
     for count in range(len(keys) + 1):
         for chosen in itertools.combinations(keys, count):
             try:
-                tried.append(evaluate(asked, frozenset(chosen)).seconds(asked))
+                tried.append(evaluate(asked, HostCompute(whole=frozenset(chosen))).seconds(asked))
             except BudgetTooSmall:
                 continue
     assert len(tried) >= 7
@@ -50,10 +51,10 @@ def test_as_good_as_every_set_of_layers_tried(hardware, host, workload):
 def test_the_cpu_computes_where_the_bus_is_slow_and_not_where_it_is_fast():
     model = stack(40, 400 * MIB)
     slow = task(model, machine(8 * GIB, 256e9, 30e12, 4e9, 2e9), 6 * GIB, 64 * GIB, *WORKLOADS["chat"])
-    assert len(choose_plan(slow, allow_cpu=True).plan.computed_on_host) > 10
-    assert not choose_plan(slow, allow_cpu=False).plan.computed_on_host
+    assert len(choose_plan([slow], allow_cpu=True).plan.computed_on_host) > 10
+    assert not choose_plan([slow], allow_cpu=False).plan.computed_on_host
     long = task(model, RTX_4090, 6 * GIB, 64 * GIB, *WORKLOADS["long prompt"])
-    assert not choose_plan(long, allow_cpu=True).plan.computed_on_host
+    assert not choose_plan([long], allow_cpu=True).plan.computed_on_host
 
 
 def test_the_program_keeps_within_the_budgets():
@@ -63,7 +64,7 @@ def test_the_program_keeps_within_the_budgets():
     assert sum(counts.values()) == 126
     assert counts[Home.DEVICE] * 400 * MIB <= 10 * GIB
     assert (counts[Home.HOST] + counts[Home.CPU]) * 400 * MIB <= 20 * GIB
-    plan = choose_plan(asked, allow_cpu=True).plan
+    plan = choose_plan([asked], allow_cpu=True).plan
     assert plan.device_bytes <= 10 * GIB
     assert (len(plan.in_host_memory) + len(plan.computed_on_host)) * 400 * MIB <= 20 * GIB
     plan.check(model)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock, Workload
+from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock, Temporaries, Workload
 from scheduler.plan import Plan
 from scheduler.planner import least_budget_bytes, make_plan, spread
 from storage.errors import BudgetTooSmall
@@ -25,7 +25,9 @@ def models(draw):
     blocks = [block("embed", BlockRole.TABLE, draw(st.integers(1, 60)) * MIB)]
     blocks += [block(f"layer.{index}", BlockRole.LAYER, size) for index in range(draw(st.integers(1, 20)))]
     blocks += [block("norm", BlockRole.OTHER, 4096), block("head", BlockRole.OTHER, draw(st.integers(1, 60)) * MIB)]
-    return ModelSpec(tuple(blocks), tuple((item.key,) for item in blocks[1:]), 1000, 2000, 300, draw(st.integers(0, 50_000)))
+    return ModelSpec(
+        tuple(blocks), tuple((item.key,) for item in blocks[1:]), 1000, 2000, 300, Temporaries(draw(st.integers(0, 50_000)))
+    )
 
 
 @given(models(), st.integers(0, 2000), st.one_of(st.none(), st.integers(0, 2000)))

@@ -19,7 +19,7 @@ MACHINES = [pytest.param(RTX_4090, id="4090"), pytest.param(RTX_3060, id="3060")
 
 def decode_seconds(plan, hardware, model=MODEL):
     cost = CostModel(hardware, "bfloat16")
-    return predict(plan, model, cost, work(model, "prefill", 512), work(model, "decode", 1))
+    return predict(plan, model, cost, [work(model, "prefill", 512)], work(model, "decode", 1))
 
 
 @pytest.mark.parametrize("hardware", MACHINES)
@@ -59,7 +59,7 @@ def test_a_long_prompt_hides_its_transfers(hardware):
     cost = CostModel(hardware, "bfloat16")
     rows = 16_384
     by_hand = 80 * 400 * MIB * rows / max(point.flops_per_second for point in hardware.device.matrix_rates["bfloat16"])
-    prediction = predict(plan, MODEL, cost, work(MODEL, "prefill", rows), work(MODEL, "decode", 1))
+    prediction = predict(plan, MODEL, cost, [work(MODEL, "prefill", rows)], work(MODEL, "decode", 1))
     assert 0.999 * by_hand <= prediction.prefill_seconds <= 1.1 * by_hand + 0.1
 
 
