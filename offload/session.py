@@ -20,6 +20,7 @@ from offload.model.parts import PrefillChunks, check_parts
 from offload.model.sizing import count_temporaries, longest_sequence, takes_tokens
 from offload.probe import kept_profile, suits
 from offload.report.comparison import Comparison, compare
+from offload.report.live import Snapshot
 from offload.report.meters import Meters
 from offload.report.report import Report, phase_uses
 from offload.runtime.buffers import DeviceBuffers
@@ -32,7 +33,7 @@ from offload.runtime.hooks import ForwardWrap, Windows
 from offload.runtime.kv_reserve import KvReserve
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
-from offload.runtime.recorder import Recorder
+from offload.runtime.recorder import Recorder, tracing_use
 from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import Workload
 from scheduler.plan import Plan
@@ -148,9 +149,20 @@ class Session:
             links=links,
             **phase_uses(self._clock.phases),
             prediction=self._compared({name: use.bytes_per_second for name, use in links.items() if use.bytes_per_second}),
+            tracing=tracing_use(self._recorder.trace),
             process_bytes=self._process_bytes,
             peak_device_bytes=self._device.peak_bytes(),
             fallbacks=self._all_fallbacks(),
+        )
+
+    def snapshot(self) -> Snapshot:
+        """Where it stands: cheap, and from any thread while the model runs. What it takes to measure is in `report`."""
+        self._meters.collect()
+        return Snapshot(
+            phase=self._clock.phase,
+            tiers=self._meters.tier_uses(self._process_bytes),
+            links=self._meters.link_sums(self._link),
+            phases=phase_uses(dict(self._clock.phases)),
         )
 
     def trace(self) -> Trace:
@@ -323,8 +335,9 @@ class Session:
 
     def _windows_of(self, units: list[Unit]) -> Windows:
         placement = self._placement
+        around = {key: self.model.get_submodule(key) for key in self._split}
         return Windows(
-            units, placement.tables, self.plan, placement.divided, self._executor, self._clock, self._fallbacks.append
+            units, around, placement.tables, self.plan, placement.divided, self._executor, self._clock, self._fallbacks.append
         )
 
     def _before_pass(self) -> None:

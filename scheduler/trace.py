@@ -9,6 +9,7 @@ TRACE_FORMAT = 1
 PASS = "pass"
 COMPUTE = "compute"
 HOST_COMPUTE = "cpu"
+OWN = "offload"
 WAIT = "wait"
 """The resources beside the links, which go by their own names: `disk`, `h2d`, `d2h`."""
 
@@ -17,7 +18,8 @@ class Span(NamedTuple):
     """A resource was busy.
 
     Attributes:
-        resource: `compute`, a link's name, `pass` for a call of the model, `wait` while compute stood still.
+        resource: `compute`, a link's name, `pass` for a call of the model, `wait` while compute stood still,
+            `offload` for the runtime's own work between the blocks.
         name: the block; the phase of a pass; the link that was waited for.
         nbytes: moved, where something was.
     """
@@ -78,7 +80,7 @@ class Trace:
         passes = [span for span in self.on(PASS) if phase is None or span.name == phase]
         causes: dict[str, float] = {}
         for span in _within(self.spans, passes):
-            if span.resource in (COMPUTE, HOST_COMPUTE):
+            if span.resource in (COMPUTE, HOST_COMPUTE, OWN):
                 causes[span.resource] = causes.get(span.resource, 0.0) + span.seconds
             elif span.resource == WAIT:
                 cause = f"wait for {span.name}"

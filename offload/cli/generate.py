@@ -9,11 +9,12 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from offload.api import offload
-from offload.cli.terminal import check_writable, progress_bar, say
+from offload.cli.terminal import check_writable, live_console, progress_bar, say
 from offload.config import EXACTNESS, Progress, resolve_device
 from offload.generate import Completion, Prompts, Sampling, complete, load_tokenizer
 from offload.model.loading import find_folder
 from offload.probe import hardware_profile, kept_profile
+from offload.report.live import LiveView
 from offload.report.perfetto import as_perfetto
 from offload.report.record import Record, write_record
 from offload.session import Session
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plan", metavar="FILE.json", help="what lives where, from `offload plan --output` (default: planned here)")
     add("--report", metavar="FILE", help="write the report there: .html for a page, else JSON that `offload report` reads")
     add("--trace", metavar="FILE.json", help="write what happened when, for ui.perfetto.dev")
+    add("--live", action="store_true", help="show memory, links and stalls in the terminal while it runs")
     add("--quiet", action="store_true", help="do not print the report")
     add("--json", action="store_true", help="print one JSON object (completions and report) at the end instead")
 
@@ -62,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(request: argparse.Namespace) -> None:
     if request.batch_size < 1:
         raise ConfigError(f"--batch-size {request.batch_size} must be at least 1")
+    if request.live and not sys.stderr.isatty():
+        raise ConfigError("--live draws in a terminal, and standard error is none; leave it out, or give --report FILE.html")
     for path in (request.report, request.trace):
         check_writable(path)
     sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
@@ -87,12 +91,21 @@ def _generate(
         # The bar is gone before the first token, which would tear it.
         with progress_bar() as show:
             session = stack.enter_context(_session(request, folder, batch_size, prompts.longest, sampling, show))
+        view = stack.enter_context(LiveView(session.snapshot, live_console())) if request.live else None
         done = []
         stream = None if request.json or batch_size > 1 else _print_now
-        for completion in complete(session.model, prompts, sampling, batch_size, stream):
+        if view is not None:
+            stream = view.add_text
+        on_token = None if view is None else view.add_tokens
+        for completion in complete(session.model, prompts, sampling, batch_size, stream, on_token):
             done.append(completion)
-            if not request.json:
+            if not request.json and view is None:
                 _print_rest(completion, len(prompts.texts) > 1, streamed=stream is not None)
+        if view is not None:
+            # The text was part of the view, which is gone now.
+            view.close()
+            for completion in () if request.json else done:
+                _print_rest(completion, len(prompts.texts) > 1, streamed=False)
         report = session.report()
         if not (request.json or request.quiet):
             say(f"\n{report}")

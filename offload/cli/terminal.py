@@ -32,6 +32,11 @@ def print_table(table: RenderableType) -> None:
     Console(width=None if console.is_terminal else 160).print(table)
 
 
+def live_console() -> Console:
+    """Where a view is drawn that changes: beside the output."""
+    return Console(stderr=True)
+
+
 @contextmanager
 def progress_bar(counted: bool = True) -> Iterator[ProgressCall]:
     """A bar on stderr for each long step, on a terminal; elsewhere nothing is drawn.

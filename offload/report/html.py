@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from offload.report.record import Record
-from scheduler.trace import COMPUTE, HOST_COMPUTE, PASS, WAIT, Span, Trace
+from scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
 from storage.errors import duration, gib
 
 _WIDTH, _ROW = 1000, 26
@@ -17,6 +17,7 @@ _RESOURCE_COLOURS = {
     COMPUTE: "--green",
     HOST_COMPUTE: "--teal",
     WAIT: "--red",
+    OWN: "--violet",
     "disk": "--orange",
     "h2d": "--blue",
 }
@@ -61,7 +62,7 @@ def as_page(record: Record) -> str:
             f"exactness {_text(report['exactness'])}</p>",
             _cards(report),
             _times(report),
-            _timeline(record.trace),
+            _timeline(record.trace, report["tracing"]),
             _links(report),
             _memory(record),
             _prediction(report.get("prediction")),
@@ -86,7 +87,7 @@ def _cards(report: dict[str, Any]) -> str:
     prefill, decode = report["prefill"], report["decode"]
     facts = []
     if prefill["passes"]:
-        facts.append((duration(prefill["seconds"] / prefill["passes"]), "a prompt (prefill)"))
+        facts.append((duration(prefill["first_seconds"]), "the first prompt (prefill)"))
     if decode["passes"]:
         facts.append((duration(decode["seconds"] / decode["passes"]), "a token"))
         facts.append((f"{decode['tokens_per_second']:.2f}", "tokens a second, each sequence"))
@@ -109,6 +110,7 @@ def _times(report: dict[str, Any]) -> str:
         parts += [
             (f"waiting for {link}", wait, _RESOURCE_COLOURS.get(link, "--red")) for link, wait in use["wait_seconds"].items()
         ]
+        parts.append(("offload's own work", use["own_seconds"], "--violet"))
         parts.append(("between blocks", use["other_seconds"], "--grey"))
         rows.append(f"<p><b>{name}</b> <span class=faint>{duration(use['seconds'])}, {use['passes']} passes</span></p>")
         rows.append(_bar(parts, use["seconds"]))
@@ -128,7 +130,7 @@ def _bar(parts: Sequence[tuple[str, float, str]], whole: float) -> str:
     return f"<div class=bar>{pieces}</div><div class=keys>{keys}</div>"
 
 
-def _timeline(trace: Trace) -> str:
+def _timeline(trace: Trace, tracing: dict[str, Any]) -> str:
     """The first prefill and some decode passes: one row a resource."""
     passes = trace.on(PASS)
     if not passes:
@@ -147,12 +149,18 @@ def _timeline(trace: Trace) -> str:
     count = passes.index(last) + 1
     return (
         f"<section><h2>The first {count} passes</h2>{''.join(rows)}{axis}"
-        "<p class=faint>Point at a span for its block. The whole trace: --trace FILE.json, for ui.perfetto.dev.</p></section>"
+        f"<p class=faint>Point at a span for its block. The whole trace: --trace FILE.json, for ui.perfetto.dev. {_told(tracing)}</p>"
+        "</section>"
     )
 
 
+def _told(tracing: dict[str, Any]) -> str:
+    dropped = f" {tracing['dropped']:,} spans after those were not kept." if tracing["dropped"] else ""
+    return f"Noting {tracing['spans']:,} spans took {duration(tracing['seconds'])}.{dropped}"
+
+
 def _ordered(resources: Iterable[str]) -> list[str]:
-    wanted = [PASS, COMPUTE, HOST_COMPUTE, WAIT]
+    wanted = [PASS, COMPUTE, HOST_COMPUTE, WAIT, OWN]
     links = sorted(set(resources) - set(wanted))
     return [name for name in wanted if name in resources] + links
 

@@ -1,5 +1,7 @@
 """The instruments of a session: what its tiers hold, what its links moved, when."""
 
+from dataclasses import replace
+
 from offload.config import process_bytes
 from offload.report.report import LinkUse, TierUse
 from offload.runtime.recorder import Recorder
@@ -73,7 +75,12 @@ class Meters:
         link.wait_idle()
         self.collect()
         speed = reader.measure(min(_PROBE_BYTES, int(link.bytes_moved * _PROBE_SHARE))) if inside else None
-        uses = {"disk": LinkUse.of(link.bytes_moved, link.busy_seconds, speed)}
+        measured = {"disk": speed, self._device.copy_link: self.copy_speed}
+        return {name: replace(use, measured_bytes_per_second=measured[name]) for name, use in self.link_sums(link).items()}
+
+    def link_sums(self, link: Link) -> dict[str, LinkUse]:
+        """By name, without a measurement."""
+        uses = {"disk": LinkUse.of(link.bytes_moved, link.busy_seconds)}
         if not self._device.host_memory:
-            uses[self._device.copy_link] = LinkUse.of(self._copied_bytes, self._copy_seconds, self.copy_speed)
+            uses[self._device.copy_link] = LinkUse.of(self._copied_bytes, self._copy_seconds)
         return uses

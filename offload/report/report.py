@@ -52,8 +52,8 @@ class LinkUse:
     measured_bytes_per_second: float | None = None
 
     @classmethod
-    def of(cls, nbytes: int, seconds: float, measured: float | None = None) -> "LinkUse":
-        return cls(nbytes, seconds, nbytes / seconds if nbytes and seconds else None, measured)
+    def of(cls, nbytes: int, seconds: float) -> "LinkUse":
+        return cls(nbytes, seconds, nbytes / seconds if nbytes and seconds else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,9 @@ class PhaseUse:
     seconds: float
     seconds_per_token: float | None
     tokens_per_second: float | None
+    first_seconds: float
     compute_seconds: float
+    own_seconds: float
     wait_seconds: dict[str, float]
     other_seconds: float
 
@@ -77,7 +79,9 @@ class PhaseUse:
             seconds=times.seconds,
             seconds_per_token=times.seconds / times.tokens if times.tokens else None,
             tokens_per_second=times.tokens / times.seconds if times.seconds else None,
+            first_seconds=times.first_seconds,
             compute_seconds=times.compute_seconds,
+            own_seconds=times.own_seconds,
             wait_seconds=dict(times.wait_seconds),
             other_seconds=times.other_seconds,
         )
@@ -93,6 +97,7 @@ class Report:
         peak_rss_bytes: the most that the whole process held in RAM at once, mapped files included.
         parts: into what layers and passes were taken apart: `host_percent` of a divided layer's rows that the CPU computes,
             `micro_batch` sequences that a layer computes at once, `prefill_chunk` tokens of a prompt in a pass; 0 where not.
+        tracing: `spans` noted, the `seconds` that took, and how many were `dropped` because the record was full.
         fallbacks: a sentence for everything that was slower than it could be, and why.
     """
 
@@ -113,6 +118,7 @@ class Report:
     decode: PhaseUse
     outside: PhaseUse
     prediction: Comparison | None
+    tracing: dict[str, float]
     process_bytes: int
     peak_device_bytes: int | None
     fallbacks: list[str]

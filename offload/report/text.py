@@ -93,7 +93,8 @@ def _beside(predicted: float, measured: float | None, error: float | None) -> st
 
 def _shares(use: PhaseUse) -> str:
     spent = {"compute": use.compute_seconds, **{f"waiting for {name}": wait for name, wait in use.wait_seconds.items()}}
-    spent["other"] = use.other_seconds
+    spent["offload's own work"] = use.own_seconds
+    spent["between blocks"] = use.other_seconds
     return ", ".join(f"{name} {seconds / use.seconds:.0%}" for name, seconds in spent.items() if seconds / use.seconds >= 0.005)
 
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from offload.runtime.recorder import Recorder
-from scheduler.trace import COMPUTE, PASS, WAIT
+from scheduler.trace import OWN, PASS, WAIT
 
 PREFILL = "prefill"
 DECODE = "decode"
@@ -23,6 +23,7 @@ class PhaseTimes:
         context_tokens: summed over the passes: positions that the KV cache held.
         first_seconds: of the first pass; in prefill, of the first prompt.
         compute_seconds: inside windows, after the waiting.
+        own_seconds: the runtime's: asking for blocks, binding and releasing them.
         wait_seconds: for blocks that had not arrived, by link.
     """
 
@@ -34,12 +35,13 @@ class PhaseTimes:
     first_seconds: float = 0.0
     seconds: float = 0.0
     compute_seconds: float = 0.0
+    own_seconds: float = 0.0
     wait_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
     def other_seconds(self) -> float:
-        """What is neither compute in a window nor waiting: hooks, code between the blocks."""
-        return max(0.0, self.seconds - self.compute_seconds - sum(self.wait_seconds.values()))
+        """What is left: the model's code between the blocks."""
+        return max(0.0, self.seconds - self.compute_seconds - self.own_seconds - sum(self.wait_seconds.values()))
 
 
 class PassClock:
@@ -55,6 +57,9 @@ class PassClock:
         self._asynchronous = asynchronous
         self.phases: defaultdict[str, PhaseTimes] = defaultdict(PhaseTimes)
         self.phase = OUTSIDE
+        self._inside: list[tuple[str, str]] = []
+        """Whose time it is, the innermost last."""
+        self._mark = 0.0
         self._begun = 0.0
         self._first = True
         """The prefill is the first prompt's."""
@@ -89,6 +94,8 @@ class PassClock:
                 times.tokens += max(0, cached_tokens - self._decode_start_length - 1)
             times.tokens += 1
             self._decode_start_length = cached_tokens
+        # What an interrupt left inside is forgotten.
+        self._inside.clear()
         self._begun = time.perf_counter()
 
     def end_pass(self) -> None:
@@ -99,23 +106,45 @@ class PassClock:
             times.first_seconds = times.seconds
         self._recorder.span(PASS, self.phase, self._begun, ended)
         if self._asynchronous:
-            times.compute_seconds = max(0.0, times.seconds - sum(times.wait_seconds.values()))
+            waited = times.own_seconds + sum(times.wait_seconds.values())
+            times.compute_seconds = max(0.0, times.seconds - waited)
         self.phase = OUTSIDE
 
-    def charge_compute(self, name: str, begin: float, end: float, resource: str = COMPUTE) -> None:
-        """A window of `name` was computed, between two moments of `time.perf_counter()`."""
-        times = self.phases[self.phase]
-        if not self._asynchronous or self.phase == OUTSIDE:
-            times.compute_seconds += end - begin
-        if self.phase == OUTSIDE:
-            times.seconds += end - begin
-        self._recorder.span(resource, name, begin, end)
+    def enter(self, resource: str, name: str) -> None:
+        """From now on the time is `name`'s, until it leaves, or something inside of it enters.
+
+        Args:
+            resource: COMPUTE, HOST_COMPUTE or OWN.
+        """
+        self._settle(time.perf_counter())
+        self._inside.append((resource, name))
+
+    def leave(self) -> None:
+        """The last one that entered is through; the time is that one's again that it entered inside of."""
+        self._settle(time.perf_counter())
+        self._inside.pop()
 
     def charge_wait(self, link: str, begin: float, end: float) -> None:
-        """Compute stood still."""
-        seconds = end - begin
+        """Compute stood still, between two moments of `time.perf_counter()`."""
+        self._settle(begin)
+        self._mark = end
         times = self.phases[self.phase]
-        times.wait_seconds[link] += seconds
+        times.wait_seconds[link] += end - begin
+        if self.phase == OUTSIDE:
+            times.seconds += end - begin
+        self._recorder.span(WAIT, link, begin, end)
+
+    def _settle(self, until: float) -> None:
+        """Charge what passed since the last change to who it was."""
+        begin, self._mark = self._mark, until
+        if not self._inside or until <= begin:
+            return
+        resource, name = self._inside[-1]
+        times, seconds = self.phases[self.phase], until - begin
+        if resource == OWN:
+            times.own_seconds += seconds
+        elif not self._asynchronous or self.phase == OUTSIDE:
+            times.compute_seconds += seconds
         if self.phase == OUTSIDE:
             times.seconds += seconds
-        self._recorder.span(WAIT, link, begin, end)
+        self._recorder.span(resource, name, begin, until)

@@ -9,6 +9,7 @@ import torch
 from offload.runtime.clock import PassClock
 from offload.runtime.weights import Arrival, SlotRegion, StreamedBlock
 from scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
+from scheduler.trace import OWN
 from storage.blocks import BlockKey
 from storage.device import Device, DeviceBuffer, Event
 
@@ -76,6 +77,13 @@ class LayerExecutor:
             return
         nested = {key for key in held if self._schedule.is_open(key)}
         phase = self._clock.phase
+        self._clock.enter(OWN, held[0])
+        try:
+            self._open(held, nested, phase)
+        finally:
+            self._clock.leave()
+
+    def _open(self, held: Sequence[BlockKey], nested: set[BlockKey], phase: str) -> None:
         instructions = self._schedule.open(held, phase)
         try:
             self._carry_out(instructions)
@@ -91,8 +99,12 @@ class LayerExecutor:
         """The compute that uses `keys` has been submitted; their slots are free once the device is through with it."""
         held = [key for key in keys if key in self.blocks]
         if held:
-            self._leave(held)
-            self._carry_out(self._schedule.look_ahead(self._clock.phase))
+            self._clock.enter(OWN, held[0])
+            try:
+                self._leave(held)
+                self._carry_out(self._schedule.look_ahead(self._clock.phase))
+            finally:
+                self._clock.leave()
 
     def settle(self) -> None:
         """Drop everything that was loaded ahead; afterwards nothing is under way."""

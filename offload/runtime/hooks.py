@@ -22,7 +22,7 @@ from offload.runtime.moving import moved
 from offload.runtime.weights import GatheredTable
 from scheduler.model_spec import BlockRole
 from scheduler.plan import Plan
-from scheduler.trace import HOST_COMPUTE
+from scheduler.trace import COMPUTE, HOST_COMPUTE
 from storage.blocks import BlockKey
 from storage.errors import SessionError, StaleSlot
 
@@ -80,7 +80,6 @@ class UnitWindow:
         self._executor = executor
         self._clock = clock
         self._tables = tables
-        self._depth = 0
 
     def wrap(self, forward: Forward) -> Forward:
         def windowed(*args: Any, **kwargs: Any) -> Any:
@@ -94,20 +93,19 @@ class UnitWindow:
 
     def _gather(self, table: GatheredTable, forward: Forward, args: Any, kwargs: Any) -> Any:
         table.waited_seconds = 0.0
+        self._clock.enter(COMPUTE, self._unit.key)
         begun = time.perf_counter()
         try:
             with _RowFetching(table, self._executor.device):
                 return forward(*args, **kwargs)
         finally:
-            arrived = begun + table.waited_seconds
             if table.waited_seconds:
-                self._clock.charge_wait("disk", begun, arrived)
-            self._clock.charge_compute(self._unit.key, arrived, time.perf_counter())
+                self._clock.charge_wait("disk", begun, begun + table.waited_seconds)
+            self._clock.leave()
 
     def _run(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         self._executor.open(self._unit.uses)
-        self._depth += 1
-        begun = time.perf_counter()
+        self._clock.enter(COMPUTE, self._unit.key)
         try:
             if torch.is_grad_enabled():
                 with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
@@ -116,9 +114,7 @@ class UnitWindow:
                 output = forward(*args, **kwargs)
             return self._own(output)
         finally:
-            self._depth -= 1
-            if not self._depth:
-                self._clock.charge_compute(self._unit.key, begun, time.perf_counter())
+            self._clock.leave()
             self._executor.close(self._unit.uses)
 
     def _own(self, output: Any) -> Any:
@@ -149,13 +145,32 @@ class HostWindow:
     def wrap(self, forward: Forward) -> Forward:
         def windowed(*args: Any, **kwargs: Any) -> Any:
             with self._executor.lock:
-                args, kwargs = moved(args, _CPU), moved(kwargs, _CPU)
-                begun = time.perf_counter()
-                output = forward(*args, **kwargs)
-                self._clock.charge_compute(self._unit.key, begun, time.perf_counter(), HOST_COMPUTE)
-                return moved(output, self._executor.device)
+                self._clock.enter(HOST_COMPUTE, self._unit.key)
+                try:
+                    output = forward(*moved(args, _CPU), **moved(kwargs, _CPU))
+                    return moved(output, self._executor.device)
+                finally:
+                    self._clock.leave()
 
         return windowed
+
+
+class AroundParts:
+    """The call of a block whose sub-modules have the windows: what it computes around them is noted as its own."""
+
+    def __init__(self, key: BlockKey, clock: PassClock) -> None:
+        self._key = key
+        self._clock = clock
+
+    def wrap(self, forward: Forward) -> Forward:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self._clock.enter(COMPUTE, self._key)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._clock.leave()
+
+        return noted
 
 
 class _InSlot:
@@ -236,6 +251,7 @@ class Windows:
     """The windows of all units of a model, until undone.
 
     Args:
+        around: the modules whose sub-modules are units.
         plan: says what the CPU computes, and how many sequences a layer computes at once.
         divided: products that the device and the CPU share, by block.
         told: of what is slower than planned, and why.
@@ -244,6 +260,7 @@ class Windows:
     def __init__(
         self,
         units: Sequence[Unit],
+        around: Mapping[BlockKey, nn.Module],
         tables: Mapping[BlockKey, GatheredTable],
         plan: Plan,
         divided: Mapping[BlockKey, Sequence[DividedProduct]],
@@ -251,7 +268,7 @@ class Windows:
         clock: PassClock,
         told: Callable[[str], None],
     ) -> None:
-        self._wraps: list[ForwardWrap] = []
+        self._wraps = [ForwardWrap(module, AroundParts(key, clock).wrap) for key, module in around.items()]
         on_host = frozenset(plan.computed_on_host)
         parts = MicroBatches(plan.micro_batch, told) if plan.micro_batch else None
         for unit in units:

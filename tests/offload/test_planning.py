@@ -188,7 +188,7 @@ def test_the_report_predicts_and_its_causes_add_up(tmp_path):
     assert report.prediction.exact_work
     assert sum(report.prediction.decode_shares.values()) == pytest.approx(1)
     for phase in (report.prefill, report.decode):
-        causes = phase.compute_seconds + sum(phase.wait_seconds.values()) + phase.other_seconds
+        causes = phase.compute_seconds + phase.own_seconds + sum(phase.wait_seconds.values()) + phase.other_seconds
         assert causes == pytest.approx(phase.seconds, rel=0.01)
     assert len(trace.passes("decode")) == 7
     assert sum(span.nbytes for span in trace.on("disk")) == report.links["disk"].bytes
