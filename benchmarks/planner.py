@@ -4,7 +4,7 @@ On a machine of known rates (benchmarks/throttled.py): predicted and simulated a
 against fixed ones. On the real disk: probe and run by turns, with the error split into the drift of the disk and the error
 of the model. Prints tables, writes JSON.
 
-    python -m benchmarks.planner [--only accuracy|choice|disk] [--model DIR] [--rounds 5] [--output FILE.json]
+    python -m benchmarks.planner [--only accuracy|apart|choice|disk|speed] [--model DIR] [--rounds 5] [--output FILE.json]
 """
 
 import argparse
@@ -27,11 +27,11 @@ from offload import offload
 from offload.config import Budgets
 from offload.probe import measure, operation_seconds
 from offload.runtime.forecast import Forecast, Order
-from offload.runtime.recorder import span_cost_seconds
 from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import BlockRole, ModelSpec, Workload
-from scheduler.plan import Plan
+from scheduler.plan import DEVICE_ALONE, HostCompute, Plan
 from scheduler.planner import make_plan, spread
+from scheduler.simulator import simulate
 from storage.cpu import CpuDevice
 from storage.errors import BudgetTooSmall
 
@@ -44,9 +44,9 @@ _SIZES = {
     "head_dim": 64,
     "max_position_embeddings": 4096,
 }
-_CPU = Speed(1e9, 60e9)
-ALONE = Rates(disk=200e6, link=None, device=_CPU, host=_CPU)
-BESIDE = Rates(disk=200e6, link=0.6e9, device=Speed(1e9, 60e9), host=Speed(0.4e9, 12e9))
+_CPU = Speed(0.5e9, 30e9)
+ALONE = Rates(disk=100e6, link=None, device=_CPU, host=_CPU)
+BESIDE = Rates(disk=100e6, link=0.3e9, device=Speed(0.5e9, 30e9), host=Speed(0.2e9, 6e9))
 NEW_TOKENS = 10
 
 
@@ -71,8 +71,7 @@ def run(
     tokens = torch.randint(0, 512, (batch_size, prompt), generator=torch.Generator().manual_seed(1))
     reserve = {"batch_size": batch_size, "max_tokens": prompt + new, "new_tokens": new}
     with machine(rates), offload(folder, hardware=profile, **reserve, **budgets, **options) as session:
-        on_host = frozenset(session.plan.computed_on_host)
-        with paced_products(session.model, rates, on_host), torch.inference_mode():
+        with paced_products(session.model, rates, session.plan), torch.inference_mode():
             session.model.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -83,6 +82,8 @@ def run(
         report = session.report()
         trace = session.trace()
         plan = session.plan
+        seconds = report.prefill.seconds + report.decode.seconds
+        simulated = _simulated_seconds(session, prompt, new)
     prediction = report.prediction
     assert prediction is not None
     wall = sum(span.seconds for span in trace.on("pass"))
@@ -91,13 +92,25 @@ def run(
         "resident": len(plan.resident),
         "from_cpu_memory": len(plan.in_host_memory),
         "on_cpu": len(plan.computed_on_host),
+        "divided": len(plan.divided),
+        "rounds": list(plan.rounds),
         "prefill": (prediction.prefill_seconds, prediction.prefill_measured_seconds),
         "token": (prediction.seconds_per_token, prediction.measured_seconds_per_token),
-        "seconds": report.prefill.seconds + report.decode.seconds,
+        "seconds": seconds,
+        "simulated": simulated,
         "bound": prediction.bound,
         "attributed": 1 - causes["between blocks"] / wall,
-        "tracing": len(trace.spans) * span_cost_seconds() / wall,
+        "tracing": report.tracing["seconds"] / wall,
     }
+
+
+def _simulated_seconds(session: Any, prompt: int, new: int) -> float:
+    """The same passes one after another on the virtual clock."""
+    forecast, plan = session._forecast, session.plan
+    batch_size = session._clock.phases["prefill"].batch_size
+    prefill, decode = forecast.work(session._spec, batch_size, prompt, prompt + new // 2, plan.prefill_chunk)
+    passes = [*prefill, *[decode] * (new - 1)]
+    return sum(span.seconds for span in simulate(plan, session._spec, forecast.cost, passes).on("pass"))
 
 
 def accuracy(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str, Any]]:
@@ -117,6 +130,42 @@ def accuracy(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str, A
     return rows
 
 
+def taken_apart(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str, Any]]:
+    """The same table for plans that are given: layers that both processors compute, micro-batches, chunks of a prompt."""
+    rows = []
+    batch_size, prompt = 8, 64
+    profile = profile_of(BESIDE)
+    for name, model in models().items():
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            total = sum(value.nbytes for value in model.parameters())
+            for share in (0.4, 0.6, 0.8):
+                budgets = {"gpu_memory": int(total * share / 2) + (40 << 20), "cpu_memory": int(total * 1.5)}
+                spec = _spec(folder, profile, budgets, batch_size, prompt + NEW_TOKENS)
+                workload = Workload(batch_size, prompt + NEW_TOKENS, prompt + NEW_TOKENS)
+                for kind, plan in _apart(spec, workload, budgets).items():
+                    shape = batch_size, prompt, NEW_TOKENS
+                    found = run(folder, BESIDE, profile, budgets, shape, plan=plan, exactness="rounding")
+                    rows.append({"model": name, "machine": kind, "budget": share, "batch": batch_size} | found)
+                    _print_accuracy(rows[-1])
+    return rows
+
+
+def _apart(spec: ModelSpec, workload: Workload, budgets: dict[str, int]) -> dict[str, Plan]:
+    def plan(workload: Workload, beside: HostCompute = DEVICE_ALONE) -> Plan:
+        return make_plan(spec, budgets["gpu_memory"], workload, budgets["cpu_memory"], beside=beside)
+
+    whole = plan(workload)
+    layers = {block.key for block in spec.layers}
+    streamed = frozenset(key for key in whole.in_host_memory if key in layers)
+    return {
+        "20% on the CPU": plan(workload, HostCompute(divided=streamed, percent=20)),
+        "60% on the CPU": plan(workload, HostCompute(divided=streamed, percent=60)),
+        "micro-batch 2": plan(replace(workload, micro_batch=2)),
+        "chunks of 16": plan(replace(workload, prefill_chunk=16)),
+    }
+
+
 def _budgets(rates: Rates, total: int, share: float) -> dict[str, int]:
     reserve = 12 << 20
     if rates.link is None:
@@ -126,10 +175,12 @@ def _budgets(rates: Rates, total: int, share: float) -> dict[str, int]:
 
 def _print_accuracy(row: dict[str, Any]) -> None:
     errors = [row[kind][0] / row[kind][1] - 1 for kind in ("prefill", "token")]
+    simulated = row["simulated"] / row["seconds"] - 1
     print(
-        f"{row['model']:6} {row['machine']:6} {row['budget']:.0%} batch {row['batch']}: {row['resident']:2} resident, "
+        f"{row['model']:6} {row['machine']:14} {row['budget']:.0%} batch {row['batch']}: {row['resident']:2} resident, "
         f"{row['from_cpu_memory']:2} from CPU memory, {row['on_cpu']:2} on the CPU; prefill {row['prefill'][1] * 1e3:6.0f} ms "
-        f"({errors[0]:+.1%}), token {row['token'][1] * 1e3:6.1f} ms ({errors[1]:+.1%}); bound {row['bound']}, "
+        f"({errors[0]:+.1%}), token {row['token'][1] * 1e3:6.1f} ms ({errors[1]:+.1%}), simulated {simulated:+.1%}; "
+        f"bound {row['bound']}, "
         f"attributed {row['attributed']:.1%}, tracing took {row['tracing']:.3%}",
         flush=True,
     )
@@ -143,7 +194,7 @@ def choice(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str, Any
     rows = []
     model = models()["llama"]
     total = sum(value.nbytes for value in model.parameters())
-    host_bytes = int(total * 0.75)
+    host_bytes = int(total * 1.3)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         for name, (batch_size, prompt, new) in WORKLOADS.items():
@@ -181,9 +232,9 @@ def fixed_plans(spec: ModelSpec, workload: Workload, device_bytes: int, host_byt
     shuffled = [block.key for block in spread([block for block in spec.blocks if block.role is BlockRole.LAYER])]
     half = len(layers) // 2
 
-    def plan(resident: list[str], on_host: list[str] = [], extra_slots: int = 0) -> Plan | None:  # noqa: B006
+    def plan(resident: list[str], beside: HostCompute = DEVICE_ALONE, extra_slots: int = 0) -> Plan | None:
         try:
-            made = make_plan(spec, device_bytes, workload, host_bytes, others | frozenset(resident), frozenset(on_host))
+            made = make_plan(spec, device_bytes, workload, host_bytes, others | frozenset(resident), beside)
         except BudgetTooSmall:
             return None
         room = (device_bytes - made.device_bytes) // made.slot_bytes if made.slot_bytes else 0
@@ -194,9 +245,16 @@ def fixed_plans(spec: ModelSpec, workload: Workload, device_bytes: int, host_byt
         "first half resident": plan(layers[:half]),
         "half resident, spread": plan(shuffled[:half]),
         "deepest prefetch": plan([], extra_slots=len(layers)),
-        "all computed on CPU": plan([], layers),
-        **{f"{count} computed on CPU": plan(layers, shuffled[:count]) for count in (2, 4, 6)},
+        "all computed on CPU": plan([], HostCompute(whole=frozenset(layers))),
+        **{f"{count} computed on CPU": plan(layers, HostCompute(whole=frozenset(shuffled[:count]))) for count in (2, 4, 6)},
+        **{
+            f"all divided, {percent}%": plan([], HostCompute(frozenset(), frozenset(layers), percent))
+            for percent in (20, 50, 80)
+        },
     }
+    streamed = frozenset(key for key in make_plan(spec, device_bytes, workload, host_bytes).in_host_memory if key in layers)
+    for percent in (20, 40, 60, 80):
+        wanted[f"streamed divided, {percent}%"] = plan(layers, HostCompute(frozenset(), streamed, percent))
     return {name: made for name, made in wanted.items() if made is not None}
 
 
@@ -239,17 +297,16 @@ def speed() -> dict[str, float]:
     """Of deciding: a plan for 126 layers on three tiers, and 5,000 simulated layer steps."""
     from scheduler.choice import Task, choose_plan
     from scheduler.cost import CostModel
-    from scheduler.simulator import simulate
     from tests.scheduler.machines import GIB, MIB, RTX_3060, stack, work
 
     model = stack(126, 400 * MIB)
     cost = CostModel(RTX_3060, "bfloat16")
     prefill, decode = work(model, "prefill", 512), work(model, "decode", 1)
-    task = Task(model, Workload(1, 1, 1), prefill, decode, 128, cost, 10 * GIB, 20 * GIB)
+    task = Task(model, Workload(1, 1, 1), (prefill,), decode, 128, cost, 10 * GIB, 20 * GIB)
     seconds: dict[str, list[float]] = {"plan": [], "simulate": []}
     for _ in range(5):
         begun = time.perf_counter()
-        plan = choose_plan(task, allow_cpu=True).plan
+        plan = choose_plan([task], allow_cpu=True).plan
         seconds["plan"].append(time.perf_counter() - begun)
         begun = time.perf_counter()
         simulate(plan, model, cost, [decode] * 40)
@@ -261,7 +318,7 @@ def speed() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("accuracy", "choice", "disk", "speed"))
+    parser.add_argument("--only", choices=("accuracy", "apart", "choice", "disk", "speed"))
     parser.add_argument("--model", help="a checkpoint of some GB, for the real disk")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", metavar="FILE.json")
@@ -284,7 +341,7 @@ def _sections(request: argparse.Namespace) -> Iterator[tuple[str, Callable[[], A
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                return section(lambda rates: rates.profile(operation_seconds(CpuDevice())))
+                return section(lambda rates: rates.profile(operation_seconds(CpuDevice(), 16, torch.float32)))
             finally:
                 torch.set_num_threads(threads)
 
@@ -292,6 +349,7 @@ def _sections(request: argparse.Namespace) -> Iterator[tuple[str, Callable[[], A
 
     yield "speed", speed
     yield "accuracy", throttled(accuracy)
+    yield "apart", throttled(taken_apart)
     yield "choice", throttled(choice)
     if request.model:
         yield "disk", lambda: disk(request.model, request.rounds)

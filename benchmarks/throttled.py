@@ -7,15 +7,17 @@ is the runtime, and what it should take can be computed.
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
+from scheduler.plan import Plan
 from storage.arena import HostBuffer
 from storage.cpu import CpuDevice
 from storage.device import Copy
@@ -210,13 +212,19 @@ def machine(rates: Rates) -> Iterator[None]:
 
 
 @contextmanager
-def paced_products(model: nn.Module, rates: Rates, on_host: frozenset[str] = frozenset()) -> Iterator[None]:
-    """Products with weights take as long as the rates say: those of the blocks in `on_host` at the host's rate."""
+def paced_products(model: nn.Module, rates: Rates, plan: Plan) -> Iterator[None]:
+    """Products with weights take as long as the rates say: what the plan gives to the host at the host's rate."""
+
+    def within(name: str, keys: Sequence[str]) -> bool:
+        return any(f"{name}.".startswith(f"{key}.") for key in keys)
+
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            slow = any(f"{name}.".startswith(f"{key}.") for key in on_host)
-            handles += _pace_one(module, rates.host if slow else rates.device)
+            percent = 100 if within(name, plan.computed_on_host) else plan.host_percent if within(name, plan.divided) else 0
+            handles += _pace_one(module, rates, module.out_features * percent // 100, hops=within(name, plan.divided))
+        elif name in plan.computed_on_host:
+            handles.append(module.register_forward_hook(partial(_hop, rates)))
     try:
         yield
     finally:
@@ -224,8 +232,16 @@ def paced_products(model: nn.Module, rates: Rates, on_host: frozenset[str] = fro
             handle.remove()
 
 
-def _pace_one(module: nn.Linear, speed: Speed) -> list:
-    weights = module.in_features * module.out_features
+def _hop(rates: Rates, module: nn.Module, args, output) -> None:
+    """What a layer works on crosses the link, and its result does: they are of one size."""
+    assert rates.link is not None
+    hidden = output if isinstance(output, torch.Tensor) else output[0]
+    _pause_until(time.perf_counter() + 2 * hidden.nbytes / rates.link)
+
+
+def _pace_one(module: nn.Linear, rates: Rates, host_rows: int, hops: bool) -> list:
+    """Args: hops: what is computed on the host crosses the link, product by product."""
+    shares = ((rates.host, host_rows), (rates.device, module.out_features - host_rows))
     begun = [0.0]
 
     def before(module: nn.Module, args) -> None:
@@ -233,7 +249,12 @@ def _pace_one(module: nn.Linear, speed: Speed) -> list:
 
     def after(module: nn.Module, args, output) -> None:
         rows = output.numel() // output.shape[-1]
-        _pause_until(begun[0] + speed.product_seconds(rows, weights))
+        # This device computes before the host's eyes: one after the other.
+        taken = sum(speed.product_seconds(rows, module.in_features * share) for speed, share in shares if share)
+        if hops:
+            assert rates.link is not None
+            taken += 4 * rows * (module.in_features + host_rows) / rates.link
+        _pause_until(begun[0] + taken)
 
     # Before all others, and inside of any window.
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]

@@ -43,6 +43,7 @@ _SMALL_READS = 64
 _WRITE_BYTES = 16 << 20
 _POINT_SECONDS = 0.2
 _WRITE_SECONDS = 1.5
+_SMALL_WIDTH = 128
 _STEPS = 8
 
 
@@ -238,10 +239,14 @@ def _matrix_rates(device: Device, dtype: torch.dtype) -> Iterator[MatrixRate]:
         yield MatrixRate(rows, 2.0 * rows * _MATRIX_EDGE**2 * len(used) / seconds)
 
 
-def operation_seconds(device: Device) -> float:
-    """Of one operation in a model too small to compute anything: what submitting it costs, modules included."""
-    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2)
-    model = LlamaForCausalLM(config).eval()
+def operation_seconds(device: Device, width: int = _SMALL_WIDTH, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Of one operation in a model too small to compute anything: what submitting it costs, modules included.
+
+    Args:
+        width: of the hidden state; from the default on, kernels share their work among threads and pay for that.
+    """
+    config = LlamaConfig(vocab_size=32, hidden_size=width, intermediate_size=width, num_hidden_layers=4, num_attention_heads=2)
+    model = LlamaForCausalLM(config).to(dtype).eval()
     _, decode = DryRun(model).passes(1, 2, 2)
     operations = total([decode.between, *(window.work for window in decode.windows)]).operations
     model = model.to(device.torch_device)

@@ -140,6 +140,7 @@ class Session:
             parts={
                 "host_percent": self.plan.host_percent,
                 "micro_batch": self.plan.micro_batch,
+                "decode_micro_batch": self.plan.decode_micro_batch,
                 "prefill_chunk": self.plan.prefill_chunk,
             },
             slots={"count": self.plan.slot_count, "bytes": self.plan.slot_bytes},

@@ -117,7 +117,7 @@ class Workload:
         total_tokens: of one sequence, prompt and answer.
         pass_tokens: of one sequence in the longest pass: the prompt.
         least_kv_bytes: what the KV cache was seen to take, where it is more than the formula says.
-        micro_batch: sequences that a layer computes at once, one such part after another; 0 for all.
+        micro_batch: sequences of a prompt that a layer computes at once, one such part after another; 0 for all.
         prefill_chunk: tokens of the prompt that are computed at once, one such pass after another; 0 for all.
         context_tokens: that are attended to, where they are more than `total_tokens`.
     """
@@ -145,12 +145,23 @@ class Workload:
         return max(self.least_kv_bytes, self.batch_size * sequence_bytes)
 
     def activation_bytes(self, model: ModelSpec) -> int:
-        each = model.temporaries
-        tokens = self.tokens_at_once
-        context = max(self.pass_tokens, self.total_tokens, self.context_tokens)
+        between = self.batch_size * self.tokens_at_once * model.temporaries.between_bytes
         at_once = min(self.batch_size, self.micro_batch or self.batch_size)
-        between = self.batch_size * tokens * each.between_bytes
-        inside = at_once * (tokens * (each.token_bytes - each.between_bytes) + context * each.context_bytes)
+        inside = at_once * self._sequence_bytes(model, self.tokens_at_once)
         # The parts' keys and values are put together, a layer at a time.
         joined = 2 * self.kv_bytes(model) // max(1, len(model.layers)) if self.parts > 1 else 0
         return between + inside + joined + self.batch_size * model.logits_bytes_per_sequence
+
+    def decode_micro_batch(self, model: ModelSpec) -> int:
+        """Sequences that a layer computes at once in decode, in what is set aside for a prompt's parts; 0 for all."""
+        if self.parts == 1:
+            return 0
+        room = self.micro_batch * self._sequence_bytes(model, self.tokens_at_once)
+        at_once = max(self.micro_batch, room // max(1, self._sequence_bytes(model, 1)))
+        return at_once if at_once < self.batch_size else 0
+
+    def _sequence_bytes(self, model: ModelSpec, tokens: int) -> int:
+        """What one sequence holds inside of a layer in a pass of `tokens`."""
+        each = model.temporaries
+        context = max(self.pass_tokens, self.total_tokens, self.context_tokens)
+        return tokens * (each.token_bytes - each.between_bytes) + context * each.context_bytes

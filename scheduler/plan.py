@@ -44,7 +44,8 @@ class Plan:
         computed_on_host: blocks that live in CPU memory and are computed there; their weights never cross the link.
         divided: of `in_host_memory`, the layers that device and CPU compute together.
         host_percent: of the rows of their products, what the CPU computes.
-        micro_batch: sequences that a layer computes at once; 0 for all.
+        micro_batch: sequences of a prompt that a layer computes at once; 0 for all.
+        decode_micro_batch: the same in decode, where a sequence holds less; 0 for all.
         prefill_chunk: tokens of a prompt in one pass; 0 for all.
         slot_bytes: size of one slot; a larger block takes several neighbouring ones.
         slot_count: how many.
@@ -71,6 +72,7 @@ class Plan:
     divided: tuple[BlockKey, ...] = ()
     host_percent: int = 0
     micro_batch: int = 0
+    decode_micro_batch: int = 0
     prefill_chunk: int = 0
 
     @property
@@ -86,7 +88,8 @@ class Plan:
         if self.divided:
             said.append(f"{len(self.divided)} layers are computed by device and CPU together ({self.host_percent}% by the CPU)")
         if self.micro_batch:
-            said.append(f"a layer computes {self.micro_batch} sequences at once")
+            decode = f", {self.decode_micro_batch or 'all'} of them in decode"
+            said.append(f"a layer computes {self.micro_batch} sequences at once{decode}")
         if self.prefill_chunk:
             said.append(f"a prompt is computed {self.prefill_chunk} tokens at once")
         return tuple(said)
@@ -123,9 +126,10 @@ class Plan:
         divided = set(self.divided)
         return {block.key: block.device_part(self.host_percent) if block.key in divided else block for block in model.blocks}
 
-    def parts(self, batch_size: int) -> int:
-        """Into which a layer's batch is taken apart."""
-        return -(-batch_size // self.micro_batch) if self.micro_batch else 1
+    def parts(self, batch_size: int, tokens: int) -> int:
+        """Into which a layer's batch is taken apart in a pass of `tokens` of each sequence."""
+        at_once = self.micro_batch if tokens > 1 else self.decode_micro_batch
+        return -(-batch_size // at_once) if at_once else 1
 
     def asked(self, workload: Workload) -> Workload:
         """The workload in the parts that this plan takes it apart into."""
@@ -141,6 +145,7 @@ class Plan:
             pinned_bytes=model.pinned_bytes,
             resident_bytes=sum(blocks[key].resident_bytes for key in self.resident),
             streamed_bytes=sum(blocks[key].streamed_bytes for key in self.streamed),
+            decode_micro_batch=workload.decode_micro_batch(model),
         )
 
     def check(self, model: ModelSpec) -> None:

@@ -234,6 +234,7 @@ def _assemble(
         resident_bytes=sum(block.resident_bytes for block in model.blocks if block.key in resident),
         streamed_bytes=sum(block.streamed_bytes for block in streamed),
         micro_batch=workload.micro_batch,
+        decode_micro_batch=workload.decode_micro_batch(model),
         prefill_chunk=workload.prefill_chunk,
     )
 

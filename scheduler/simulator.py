@@ -66,7 +66,7 @@ class Simulation:
     def run(self, work: PassWork) -> float:
         """One call of the model; returns its seconds."""
         begun = self.now
-        work = work.in_parts(self._plan.parts(work.batch_size), self._layers)
+        work = work.in_parts(self._plan.parts(work.batch_size, work.tokens), self._layers)
         self._compute_between(work)
         for window in work.windows:
             self._window(window, work.phase)

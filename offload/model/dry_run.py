@@ -322,7 +322,7 @@ class _Windows:
         self.called: list[WindowWork] = []
         self.between_bytes = 0
         """What is held around the layers, the result of one included."""
-        self._parts = MicroBatches(micro_batch, _refuse) if micro_batch else None
+        self._parts = MicroBatches(micro_batch, micro_batch, _refuse) if micro_batch else None
         self._units = units
         self._counter = counter
         self._depth = 0

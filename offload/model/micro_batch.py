@@ -26,37 +26,43 @@ class MicroBatches:
 
     Args:
         size: sequences in one part; at least 2, because one sequence cannot be told from what is shared by all.
-        refused: told once why a call was computed as a whole.
+        decode_size: the same where each sequence has one token; 0 for all.
+        refused: told why a call was computed as a whole.
     """
 
-    def __init__(self, size: int, refused: Callable[[str], None]) -> None:
+    def __init__(self, size: int, decode_size: int, refused: Callable[[str], None]) -> None:
         assert size >= 2
         self._size = size
+        self._decode_size = decode_size
         self._refused = refused
 
     def wrap(self, forward: Forward) -> Forward:
         def called(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(hidden, torch.Tensor) or hidden.dim() < 2 or hidden.shape[0] <= self._size:
+            if not isinstance(hidden, torch.Tensor) or hidden.dim() < 2:
+                return forward(*args, **kwargs)
+            size = self._size if hidden.shape[1] > 1 else self._decode_size
+            if not size or hidden.shape[0] <= size:
                 return forward(*args, **kwargs)
             try:
                 cut = _Cut(hidden.shape[0], hidden.shape[1])
                 cut.check((args, kwargs))
             except NotInParts as error:
-                self._refused(f"a batch is computed as a whole, not {self._size} sequences at once: {error}")
+                self._refused(f"a batch is computed as a whole, not {size} sequences at once: {error}")
                 return forward(*args, **kwargs)
-            return self._in_parts(forward, cut, args, kwargs)
+            return _in_parts(size, forward, cut, args, kwargs)
 
         return called
 
-    def _in_parts(self, forward: Forward, cut: "_Cut", args: Any, kwargs: Any) -> Any:
-        results = []
-        for begin in range(0, cut.batch_size, self._size):
-            end = min(begin + self._size, cut.batch_size)
-            part_args, part_kwargs = cut.part((args, kwargs), begin, end)
-            results.append(forward(*part_args, **part_kwargs))
-        cut.join_caches()
-        return _joined(results, self._size)
+
+def _in_parts(size: int, forward: Forward, cut: "_Cut", args: Any, kwargs: Any) -> Any:
+    results = []
+    for begin in range(0, cut.batch_size, size):
+        end = min(begin + size, cut.batch_size)
+        part_args, part_kwargs = cut.part((args, kwargs), begin, end)
+        results.append(forward(*part_args, **part_kwargs))
+    cut.join_caches()
+    return _joined(results, size)
 
 
 class _Cut:

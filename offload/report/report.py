@@ -96,7 +96,8 @@ class Report:
         process_bytes: anonymous memory of the process before the session: Python, torch, what was loaded already.
         peak_rss_bytes: the most that the whole process held in RAM at once, mapped files included.
         parts: into what layers and passes were taken apart: `host_percent` of a divided layer's rows that the CPU computes,
-            `micro_batch` sequences that a layer computes at once, `prefill_chunk` tokens of a prompt in a pass; 0 where not.
+            `micro_batch` and `decode_micro_batch` sequences that a layer computes at once, `prefill_chunk` tokens of a prompt
+            in a pass; 0 where not.
         tracing: `spans` noted, the `seconds` that took, and how many were `dropped` because the record was full.
         fallbacks: a sentence for everything that was slower than it could be, and why.
     """

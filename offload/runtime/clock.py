@@ -124,6 +124,13 @@ class PassClock:
         self._settle(time.perf_counter())
         self._inside.pop()
 
+    def pause(self) -> None:
+        """Nobody's time until `resume`: somebody waits, and says afterwards for what."""
+        self._settle(time.perf_counter())
+
+    def resume(self) -> None:
+        self._mark = time.perf_counter()
+
     def charge_wait(self, link: str, begin: float, end: float) -> None:
         """Compute stood still, between two moments of `time.perf_counter()`."""
         self._settle(begin)

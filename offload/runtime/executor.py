@@ -153,7 +153,10 @@ class LayerExecutor:
         lease = self._schedule.lease(key)
         block = self.blocks[key]
         arrival = self._arrivals[lease.generation]
-        for link, seconds in arrival.wait().items():
+        self._clock.pause()
+        waits = arrival.wait()
+        self._clock.resume()
+        for link, seconds in waits.items():
             if seconds:
                 now = time.perf_counter()
                 self._clock.charge_wait(link, now - seconds, now)

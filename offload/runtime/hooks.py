@@ -270,7 +270,7 @@ class Windows:
     ) -> None:
         self._wraps = [ForwardWrap(module, AroundParts(key, clock).wrap) for key, module in around.items()]
         on_host = frozenset(plan.computed_on_host)
-        parts = MicroBatches(plan.micro_batch, told) if plan.micro_batch else None
+        parts = MicroBatches(plan.micro_batch, plan.decode_micro_batch, told) if plan.micro_batch else None
         for unit in units:
             for product in divided.get(unit.key, ()):
                 self._wraps.append(ForwardWrap(product.module, product.wrap))

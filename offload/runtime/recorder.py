@@ -7,6 +7,8 @@ from scheduler.trace import MemorySample, Span, Trace
 _MOST_SPANS = 400_000
 """At some 100 bytes each; a run that is longer keeps its beginning, and its sums stay right."""
 
+_SPANS_TIMED = 500
+
 
 class Recorder:
     """Any thread may add to it. Times given to it are `time.perf_counter()`'s."""
@@ -27,12 +29,16 @@ class Recorder:
 
 
 def span_cost_seconds() -> float:
-    """What noting one span takes on this machine."""
-    recorder, count = Recorder(), 2000
+    """What noting one span takes on this machine, when nothing else interferes."""
+    return min(_noting_seconds(_SPANS_TIMED) for _ in range(5)) / _SPANS_TIMED
+
+
+def _noting_seconds(count: int) -> float:
+    recorder = Recorder()
     begun = time.perf_counter()
     for _ in range(count):
         recorder.span("compute", "block", time.perf_counter(), time.perf_counter())
-    return (time.perf_counter() - begun) / count
+    return time.perf_counter() - begun
 
 
 def tracing_use(trace: Trace) -> dict[str, float]:

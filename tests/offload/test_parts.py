@@ -66,7 +66,7 @@ def test_micro_batches_compute_the_same(name, size):
     twin = oracle_of(model)
     inputs = padded()
     plan = dataclasses.replace(plan_of(model, batch_size=BATCH, max_tokens=MAX_TOKENS), micro_batch=size)
-    calls = []
+    calls: list[tuple[int, int]] = []
     with offload(
         model, device="cpu", cpu_memory="1GiB", plan=plan, exactness="rounding", batch_size=BATCH, max_tokens=MAX_TOKENS
     ) as session:
@@ -77,8 +77,10 @@ def test_micro_batches_compute_the_same(name, size):
         inner.remove()
     assert report.exactness == "rounding"
     assert report.parts["micro_batch"] == size
+    assert report.parts["decode_micro_batch"] == session.plan.decode_micro_batch
     assert not any("as a whole" in sentence for sentence in report.fallbacks)
-    assert max(calls) <= size
+    assert max(rows for rows, tokens in calls if tokens > 1) <= size
+    assert max(rows for rows, tokens in calls if tokens == 1) <= (session.plan.decode_micro_batch or 2 * BATCH)
 
 
 def _last_layer(session, calls):
@@ -87,7 +89,7 @@ def _last_layer(session, calls):
     inside = next(
         module for module in unit.module.modules() if isinstance(module, nn.Linear) or "Conv1D" in type(module).__name__
     )
-    return inside.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[0]))
+    return inside.register_forward_hook(lambda module, args, output: calls.append((args[0].shape[0], args[0].shape[1])))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -135,7 +137,7 @@ def test_what_is_not_sure_is_computed_as_a_whole_and_said(hidden, other):
     module, said = _Ambiguous(), []
     hidden, other = torch.randn(hidden), torch.randn(other)
     wanted = module(hidden, other)
-    assert torch.equal(MicroBatches(2, said.append).wrap(module.forward)(hidden, other), wanted)
+    assert torch.equal(MicroBatches(2, 2, said.append).wrap(module.forward)(hidden, other), wanted)
     assert len(said) == 1 and "as a whole" in said[0]
 
 

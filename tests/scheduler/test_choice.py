@@ -1,12 +1,13 @@
 """The chosen plan, against all plans where there are few."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from scheduler.choice import Home, Task, choose_plan, evaluate, solve
 from scheduler.cost import CostModel
-from scheduler.model_spec import Workload
+from scheduler.model_spec import Temporaries, Workload
 from scheduler.plan import HostCompute
 from storage.errors import BudgetTooSmall
 from tests.scheduler.machines import GIB, LAPTOP, MIB, RTX_3060, RTX_4090, machine, stack, work
@@ -68,3 +69,18 @@ def test_the_program_keeps_within_the_budgets():
     assert plan.device_bytes <= 10 * GIB
     assert (len(plan.in_host_memory) + len(plan.computed_on_host)) * 400 * MIB <= 20 * GIB
     plan.check(model)
+
+
+def test_a_pass_is_taken_apart_where_what_stays_is_worth_more():
+    """Temporaries of a large batch take the room of most layers; in parts, the layers stay."""
+    model = replace(stack(10, 400 * MIB), temporaries=Temporaries(MIB, 0, MIB // 64))
+    whole = task(model, machine(8 * GIB, 1000e9, 100e12, 4e9, 2e9), 4 * GIB, 64 * GIB, 64 * 32, 64, 50)
+    whole = replace(whole, workload=Workload(64, 32, 32))
+    tasks = [whole, *(replace(whole, workload=Workload(64, 32, 32, micro_batch=size)) for size in (32, 16, 8))]
+    choice = choose_plan(tasks, allow_cpu=False)
+    assert choice.plan.micro_batch in (32, 16, 8)
+    assert len(choice.plan.resident) > len(evaluate(whole).plan.resident)
+    assert choice.seconds(whole) < evaluate(whole).seconds(whole)
+    # Where there is room for all, nothing is.
+    roomy = [replace(item, device_bytes=40 * GIB) for item in tasks]
+    assert not choose_plan(roomy, allow_cpu=False).plan.rounds

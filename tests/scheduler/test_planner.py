@@ -1,13 +1,14 @@
 """Plans fit their budget, and the least budget is the least."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock, Temporaries, Workload
-from scheduler.plan import Plan
+from scheduler.model_spec import BlockRole, DivisibleWeight, ModelSpec, PlacedBlock, Temporaries, Workload
+from scheduler.plan import HostCompute, Plan
 from scheduler.planner import least_budget_bytes, make_plan, spread
 from storage.errors import BudgetTooSmall
 
@@ -16,7 +17,8 @@ WORK = Workload(batch_size=2, total_tokens=100, pass_tokens=50)
 
 
 def block(key, role, size):
-    return PlacedBlock(key, role, size, size + 4096, size)
+    weights = (DivisibleWeight(size // 2 // 1024, 1024, 2),) * 2 if role is BlockRole.LAYER else ()
+    return PlacedBlock(key, role, size, size + 4096, size, weights)
 
 
 @st.composite
@@ -49,6 +51,40 @@ def test_a_plan_fits_and_places_every_block_once(model, budget_mib, host_mib):
     if host_mib is not None:
         assert sum(sizes[key].slot_bytes for key in plan.in_host_memory) <= host_mib * MIB
     assert Plan.from_json(json.dumps(json.loads(plan.to_json()))) == plan
+
+
+@given(models(), st.integers(1, 99), st.integers(0, 2000), st.integers(0, 2000), st.data())
+def test_layers_that_are_divided_or_on_the_cpu_fit_too(model, percent, budget_mib, host_mib, data):
+    layers = [item.key for item in model.layers]
+    divided = frozenset(data.draw(st.sets(st.sampled_from(layers))))
+    whole = frozenset(data.draw(st.sets(st.sampled_from(layers)))) - divided
+    taken = sum(item.slot_bytes for item in model.blocks if item.key in whole | divided)
+    host_bytes = taken + host_mib * MIB
+    try:
+        plan = make_plan(model, budget_mib * MIB, WORK, host_bytes, beside=HostCompute(whole, divided, percent))
+    except BudgetTooSmall:
+        return
+    plan.check(model)
+    assert plan.device_bytes <= budget_mib * MIB
+    assert set(plan.divided) == divided <= set(plan.in_host_memory)
+    assert set(plan.computed_on_host) == whole
+    sizes = {item.key: item for item in model.blocks}
+    held = sum(sizes[key].slot_bytes for key in (*plan.in_host_memory, *plan.computed_on_host))
+    assert held <= host_bytes
+    moved = sum(sizes[key].streamed_bytes for key in plan.streamed)
+    assert plan.streamed_bytes <= moved
+    assert plan.completed(model, WORK).streamed_bytes == plan.streamed_bytes
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@given(models(), st.integers(1, 8), st.integers(1, 50))
+def test_what_is_taken_apart_holds_less(model, micro_batch, chunk):
+    workload = Workload(batch_size=8, total_tokens=100, pass_tokens=50)
+    parts = replace(workload, prefill_chunk=chunk)
+    assert parts.activation_bytes(model) <= workload.activation_bytes(model)
+    smaller = replace(parts, micro_batch=micro_batch)
+    joined = 2 * workload.kv_bytes(model) // len(model.layers)
+    assert smaller.activation_bytes(model) <= parts.activation_bytes(model) + joined
 
 
 @given(models())

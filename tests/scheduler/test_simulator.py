@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 
 from scheduler.cost import CostModel
-from scheduler.model_spec import Workload
+from scheduler.model_spec import DivisibleWeight, Workload
+from scheduler.plan import HostCompute
 from scheduler.planner import make_plan
 from scheduler.prediction import predict
 from scheduler.simulator import simulate
 from scheduler.trace import COMPUTE, PASS, WAIT
-from tests.scheduler.machines import GIB, LAPTOP, MIB, RTX_3060, RTX_4090, stack, work
+from scheduler.work import Work
+from tests.scheduler.machines import GIB, LAPTOP, MIB, RTX_3060, RTX_4090, machine, stack, work
 
 ONE = Workload(1, 1, 1)
 MODEL = stack(80, 400 * MIB)
@@ -93,3 +95,51 @@ def test_the_computing_cpu_reads_from_the_disk_itself():
     prediction = decode_seconds(plan, alone)
     by_hand = plan.streamed_bytes / alone.disk_read.bytes_per_second
     assert 0.999 * by_hand <= prediction.seconds_per_token <= 1.1 * by_hand
+
+
+def divisible(layers, layer_bytes, products=4):
+    """Layers of a few products each, all of whose rows can be shared."""
+    model = stack(layers, layer_bytes)
+    row_bytes = 8192
+    rows = layer_bytes // products // row_bytes
+    weights = (DivisibleWeight(rows, row_bytes, 2),) * products
+    return replace(model, blocks=tuple(replace(block, divisible=weights) for block in model.blocks))
+
+
+@pytest.mark.parametrize("percent", [25, 50, 75])
+def test_a_divided_layer_takes_the_longer_of_its_halves(percent):
+    """One token: the device's rows cross the bus while the CPU reads the others from its memory."""
+    model = divisible(40, 400 * MIB)
+    # So slow a bus that it takes nothing worth mentioning of the memory's bandwidth.
+    hardware = machine(8 * GIB, 1000e9, 165e12, 1e9, 1e9)
+    keys = frozenset(block.key for block in model.blocks)
+    plan = make_plan(model, 8 * GIB, ONE, 40 * GIB, beside=HostCompute(divided=keys, percent=percent))
+    assert set(plan.divided) == keys
+    seconds = decode_seconds(plan, hardware, model).seconds_per_token
+    on_bus = 40 * 400 * MIB * (1 - percent / 100) / 1e9
+    on_cpu = 40 * 400 * MIB * percent / 100 / 60e9
+    hops = 40 * 4 * 2e-5
+    by_hand = max(on_bus, on_cpu + hops)
+    assert by_hand * 0.99 <= seconds <= by_hand * 1.05 + hops
+
+
+def test_copies_and_the_cpu_share_the_memory():
+    cost = CostModel(machine(8 * GIB, 1000e9, 165e12, 30e9, 1e9), "bfloat16")
+    matvec = Work(1, ((1, 2.0 * 300e6),))  # 600 MB of weights at 60 GB/s
+    alone = cost.on_host(matvec, 0)
+    assert alone == pytest.approx(0.01, rel=0.01)
+    # While the bus takes 30 of the 60 GB/s, it is half as fast.
+    assert cost.on_host(matvec, 1) == pytest.approx(2 * alone, rel=0.01)
+    assert cost.on_host(matvec, alone) == pytest.approx(1.5 * alone, rel=0.02)
+    # Products of many rows do not want the memory's bandwidth.
+    many = Work(1, ((4096, 2.0 * 4096 * 300e6),))
+    assert cost.on_host(many, 1e3) == pytest.approx(cost.on_host(many, 0))
+
+
+def test_micro_batches_read_the_weights_again_in_each_part():
+    plan = make_plan(MODEL, 40 * GIB, ONE, 64 * GIB)
+    cost = CostModel(RTX_4090, "bfloat16")
+    decode = work(MODEL, "decode", 32, batch_size=32)
+    whole = simulate(plan, MODEL, cost, [decode]).end_seconds
+    parts = simulate(replace(plan, decode_micro_batch=8), MODEL, cost, [decode]).end_seconds
+    assert parts == pytest.approx(4 * whole, rel=0.05)
