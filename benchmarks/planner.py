@@ -2,9 +2,9 @@
 
 On a machine of known rates (benchmarks/throttled.py): predicted and simulated against measured times, and the chosen plan
 against fixed ones. On the real disk: probe and run by turns, with the error split into the drift of the disk and the error
-of the model. Prints tables, writes JSON.
+of the model; and the peak of memory (benchmarks/peak.py). Prints tables, writes JSON.
 
-    python -m benchmarks.planner [--only accuracy|apart|choice|disk|speed] [--model DIR] [--rounds 5] [--output FILE.json]
+    python -m benchmarks.planner [--only SECTION] [--model DIR] [--rounds 5] [--output FILE.json]
 """
 
 import argparse
@@ -22,6 +22,8 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.memory_group import available
+from benchmarks.peak import peaks
 from benchmarks.throttled import Rates, Speed, machine, paced_products
 from offload import offload
 from offload.config import Budgets
@@ -318,7 +320,7 @@ def speed() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("accuracy", "apart", "choice", "disk", "speed"))
+    parser.add_argument("--only", choices=("accuracy", "apart", "choice", "disk", "memory", "speed"))
     parser.add_argument("--model", help="a checkpoint of some GB, for the real disk")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", metavar="FILE.json")
@@ -353,6 +355,8 @@ def _sections(request: argparse.Namespace) -> Iterator[tuple[str, Callable[[], A
     yield "choice", throttled(choice)
     if request.model:
         yield "disk", lambda: disk(request.model, request.rounds)
+        if available():
+            yield "memory", lambda: peaks(request.model)
 
 
 if __name__ == "__main__":

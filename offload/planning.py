@@ -10,13 +10,14 @@ from offload.config import HOST_MARGIN_BYTES, Budgets, parse_bytes, resolve_budg
 from offload.model.loading import CheckpointLoader, find_outline
 from offload.model.sizing import count_temporaries
 from offload.probe import hardware_profile
+from offload.report.meters import predicted_peak_bytes
 from offload.runtime.decision import decide
 from offload.runtime.forecast import Forecast, Order, WhatIf
 from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import ModelSpec, Workload
 from scheduler.plan import Plan
 from scheduler.prediction import Prediction
-from storage.errors import ConfigError
+from storage.errors import ConfigError, gib
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,9 @@ class Planner:
             notes.append(f"the model's code does not run without values: its work is estimated ({forecast.failure})")
         if plan.rounds:
             notes.append(f"{', '.join(plan.rounds)}: exactness is rounding")
+        if budgets.host_bytes is None:
+            besides = predicted_peak_bytes(plan, host_memory=True) - plan.device_bytes
+            notes.append(f"beside its budget the process will hold about {gib(besides)} more than it does before")
         tiers = ("cpu",) if budgets.host_bytes is None else ("gpu", "cpu")
         return Planned(
             model=self._name,

@@ -22,7 +22,7 @@ from offload.probe import kept_profile, suits
 from offload.report.comparison import Comparison, compare
 from offload.report.live import Snapshot
 from offload.report.meters import Meters
-from offload.report.report import Report, phase_uses
+from offload.report.report import Peak, Report, phase_uses
 from offload.runtime.buffers import DeviceBuffers
 from offload.runtime.changes import RegistrationWatch
 from offload.runtime.clock import PassClock
@@ -39,6 +39,7 @@ from scheduler.model_spec import Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
 from scheduler.trace import Trace
+from storage.arena import HostBuffer
 from storage.device import Device
 from storage.engines.gds import choose_engine
 from storage.engines.posix import PosixEngine
@@ -48,6 +49,9 @@ from storage.transfer import Link
 
 _READ_THREADS = 4
 _DEFAULT_TOKENS = 2048
+
+_EXCESS = 1.05
+"""Times the predicted peak: more is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,8 @@ class Session:
         """What was moved and how fast, so far, beside what was predicted for it. Measures the disk for a moment."""
         if not hasattr(self, "_windows"):
             raise SessionError("there is nothing to report yet: enter the session first, `with offload(...) as session:`")
-        links = self._meters.link_uses(self._link, self._reader, self._inside)
+        lent = self._lent_for_measuring() if self._inside else None
+        links = self._meters.link_uses(self._link, self._reader, lent)
         return Report(
             model=self._target if isinstance(self._target, str) else type(self.model).__name__,
             device=self._device.name,
@@ -150,6 +155,7 @@ class Session:
             links=links,
             **phase_uses(self._clock.phases),
             prediction=self._compared({name: use.bytes_per_second for name, use in links.items() if use.bytes_per_second}),
+            peak=self._peak(),
             tracing=tracing_use(self._recorder.trace),
             process_bytes=self._process_bytes,
             peak_device_bytes=self._device.peak_bytes(),
@@ -181,13 +187,35 @@ class Session:
             return None
         return compare(self._forecast, self.plan, self._spec, self._clock.phases, self._order(), given)
 
+    def _lent_for_measuring(self) -> memoryview | None:
+        """What the disk is measured into must not pass a budget."""
+        lent = self._executor.lend(self._reader.probe_bytes)
+        if lent is None and not self._device.host_memory:
+            free = self._meters.host_ledger.free_bytes
+            lent = HostBuffer(self._reader.probe_bytes).memory if free is None or free >= self._reader.probe_bytes else None
+        return lent
+
     def _all_fallbacks(self) -> list[str]:
         whole = [
             f"{table.key} is used otherwise than by looking rows up, so it is read as a whole each time"
             for table in self._placement.tables.values()
             if table.was_read_whole
         ]
-        return list(dict.fromkeys((*self._fallbacks, *whole, *self._placement.fallbacks, *self._engine.fallbacks)))
+        said = (*self._fallbacks, *whole, *self._placement.fallbacks, *self._engine.fallbacks, *self._excess())
+        return list(dict.fromkeys(said))
+
+    def _excess(self) -> list[str]:
+        peak = self._peak()
+        if (peak.measured_bytes or 0) <= _EXCESS * peak.predicted_bytes:
+            return []
+        more = gib((peak.measured_bytes or 0) - peak.predicted_bytes)
+        return [
+            f"{more} more memory was held than predicted: what kernels keep for themselves (experts' products on a CPU above all) "
+            "is not in the budget; give a smaller one if memory is short"
+        ]
+
+    def _peak(self) -> Peak:
+        return self._meters.peak(self.plan, self._process_bytes - self._held_bytes)
 
     def _look(self) -> CheckpointLoader | None:
         """The checkpoint, downloaded if need be; None for a model that the user holds."""
@@ -223,8 +251,10 @@ class Session:
         if loader is None:
             assert isinstance(self._target, nn.Module)
             self._sample = None
-            self._budgets = self._resolve_budgets(_anonymous_bytes(self._target))
+            self._held_bytes = _anonymous_bytes(self._target)
+            self._budgets = self._resolve_budgets(self._held_bytes)
             return LoadedModel(self._target, {})
+        self._held_bytes = 0
         self._budgets = self._resolve_budgets(0)
         self._sample = max((item.range.path for item in loader.stored.values()), key=os.path.getsize, default=None)
         outline = loader.outline()
@@ -327,7 +357,7 @@ class Session:
         self._watch = RegistrationWatch()
         stack.callback(self._watch.close)
         chunk = self.plan.prefill_chunk
-        root = ModelPass(self._device, self._executor, self._clock, self._reserve, self._before_pass, chunk)
+        root = ModelPass(self._device, self._executor, self._clock, self._reserve, self._before_pass, self._meters.look, chunk)
         if chunk:
             stack.callback(PrefillChunks(self.model, chunk).undo)
         stack.callback(ForwardWrap(self.model, root.wrap).undo)

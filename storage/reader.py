@@ -89,7 +89,12 @@ class DiskReader:
         else:
             self.link.submit_first(len(memory), [part(index) for index in range(len(rows))], name).wait()
 
-    def measure(self, span_bytes: int, path: str | None = None) -> float | None:
+    @property
+    def probe_bytes(self) -> int:
+        """Host memory that `measure` reads into."""
+        return _PART_BYTES * self.link.threads
+
+    def measure(self, span_bytes: int, path: str | None = None, memory: memoryview | None = None) -> float | None:
         """Bytes a second of the engine right now, on at most `span_bytes` of a file.
 
         Reads with as many threads and in parts of the same size as the link does, and throws the bytes away. None if
@@ -97,6 +102,7 @@ class DiskReader:
 
         Args:
             path: by default the file that was planned for first.
+            memory: `probe_bytes` of aligned host memory to read into; by default its own.
         """
         path = path or self._sample
         span_bytes = min(span_bytes, 0 if path is None else os.path.getsize(path))
@@ -104,10 +110,10 @@ class DiskReader:
         if path is None or len(offsets) < self.link.threads:
             return None
         self.engine.open(path)
-        buffer = HostBuffer(_PART_BYTES * self.link.threads)
+        memory = HostBuffer(self.probe_bytes).memory if memory is None else memory
         lanes = queue.SimpleQueue[memoryview]()
         for lane in range(self.link.threads):
-            lanes.put(buffer.memory[lane * _PART_BYTES : (lane + 1) * _PART_BYTES])
+            lanes.put(memory[lane * _PART_BYTES : (lane + 1) * _PART_BYTES])
 
         def part(offset: int) -> Part:
             def read() -> None:

@@ -65,7 +65,7 @@ def as_page(record: Record) -> str:
             _timeline(record.trace, report["tracing"]),
             _links(report),
             _memory(record),
-            _prediction(report.get("prediction")),
+            _prediction(report.get("prediction"), report["peak"]),
             _fallbacks(report["fallbacks"]),
         )
     )
@@ -259,7 +259,7 @@ def _stairs(steps: Sequence[tuple[float, int]], end: float, top: int) -> list[tu
     return points
 
 
-def _prediction(prediction: dict[str, Any] | None) -> str:
+def _prediction(prediction: dict[str, Any] | None, peak: dict[str, Any]) -> str:
     if prediction is None:
         return ""
     rows = []
@@ -270,6 +270,9 @@ def _prediction(prediction: dict[str, Any] | None) -> str:
         if prediction[measured] is not None:
             off = f"{prediction[error]:+.0%}"
             rows.append((name, duration(prediction[predicted]), duration(prediction[measured]), off))
+    if peak["measured_bytes"]:
+        off = f"{peak['predicted_bytes'] / peak['measured_bytes'] - 1:+.0%}"
+        rows.append(("peak of memory", gib(peak["predicted_bytes"]), gib(peak["measured_bytes"]), off))
     changes = [(item["change"], f"{item['speedup']:.2f}x") for item in prediction["what_if"]]
     more = f"<h2 style='margin-top:16px'>What would help</h2>{_table(('change', 'as fast'), changes)}" if changes else ""
     drifts = ", ".join(f"{_text(name)} {share:+.0%}" for name, share in prediction["drift"].items())

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 from offload.config import process_bytes
-from offload.report.report import LinkUse, TierUse
+from offload.report.report import LinkUse, Peak, TierUse
 from offload.runtime.recorder import Recorder
+from scheduler.plan import Plan
 from storage.blocks import Tier
 from storage.device import Device
 from storage.ledger import MemoryLedger
@@ -17,6 +18,23 @@ _PROBE_SHARE = 0.05
 
 
 _SET_ASIDE = ("KV cache", "temporaries")
+
+_BESIDE_BYTES = 14 << 20
+"""On the CPU: stacks of threads, caches of kernels, Python's objects of a session."""
+
+_KEPT_SHARE = 0.65
+"""Of what comes and goes in a CPU's memory (temporaries, KV cache), what its allocator keeps in pieces besides."""
+
+
+def predicted_peak_bytes(plan: Plan, host_memory: bool) -> int:
+    """Of the device that computes.
+
+    Args:
+        host_memory: its memory is the host's, whose allocator keeps pieces.
+    """
+    if not host_memory:
+        return plan.device_bytes
+    return plan.device_bytes + _BESIDE_BYTES + int(_KEPT_SHARE * (plan.kv_bytes + plan.activation_bytes))
 
 
 class Meters:
@@ -35,8 +53,23 @@ class Meters:
         self.ledger = MemoryLedger(tier, device_bytes, recorder.memory)
         self.host_ledger = self.ledger if host_bytes is None else MemoryLedger(Tier.CPU, host_bytes, recorder.memory)
         self.disk_ledger = MemoryLedger(Tier.DISK, None, recorder.memory)
+        self._process_peak_bytes = 0
         self._copied_bytes = 0
         self._copy_seconds = 0.0
+
+    def look(self) -> None:
+        """After a pass: what the allocator took for it, it mostly keeps."""
+        self._process_peak_bytes = max(self._process_peak_bytes, process_bytes())
+
+    def peak(self, plan: Plan, before_bytes: int) -> Peak:
+        """Of the device that computes.
+
+        Args:
+            before_bytes: what the process held before the session, without weights that the session moves.
+        """
+        host_memory = self._device.host_memory
+        measured = self._process_peak_bytes - before_bytes if host_memory else self._device.peak_bytes()
+        return Peak(predicted_peak_bytes(plan, host_memory), measured)
 
     def collect(self) -> None:
         """Note the copies that have ended."""
@@ -64,17 +97,18 @@ class Meters:
         """Without what is only set aside."""
         return ledger.used_bytes - sum(ledger.held_bytes(category) for category in _SET_ASIDE)
 
-    def link_uses(self, link: Link, reader: DiskReader, inside: bool) -> dict[str, LinkUse]:
-        """By name.
+    def link_uses(self, link: Link, reader: DiskReader, lent: memoryview | None) -> dict[str, LinkUse]:
+        """By name, with what the disk gives right now, where what was streamed is enough to compare with.
 
         Args:
-            inside: the session has not ended: what the disk gives right now is measured, where what was streamed is
-                enough to compare with.
+            lent: memory to read into; nothing is measured without.
         """
         # What was prefetched would compete with the measurement.
         link.wait_idle()
         self.collect()
-        speed = reader.measure(min(_PROBE_BYTES, int(link.bytes_moved * _PROBE_SHARE))) if inside else None
+        speed = None
+        if lent is not None:
+            speed = reader.measure(min(_PROBE_BYTES, int(link.bytes_moved * _PROBE_SHARE)), memory=lent)
         measured = {"disk": speed, self._device.copy_link: self.copy_speed}
         return {name: replace(use, measured_bytes_per_second=measured[name]) for name, use in self.link_sums(link).items()}
 

@@ -36,6 +36,20 @@ class TierUse:
 
 
 @dataclass(frozen=True, slots=True)
+class Peak:
+    """The most that a tier holds.
+
+    Attributes:
+        predicted_bytes: what the plan takes, and on the CPU a margin for what the allocator and the kernels hold.
+        measured_bytes: of the process beyond what it held before the session, looked at after each pass; on a card what
+            torch held. None where nothing tells.
+    """
+
+    predicted_bytes: int
+    measured_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class LinkUse:
     """What crossed one link.
 
@@ -98,6 +112,7 @@ class Report:
         parts: into what layers and passes were taken apart: `host_percent` of a divided layer's rows that the CPU computes,
             `micro_batch` and `decode_micro_batch` sequences that a layer computes at once, `prefill_chunk` tokens of a prompt
             in a pass; 0 where not.
+        peak: of the memory of the device that computes: predicted, and measured.
         tracing: `spans` noted, the `seconds` that took, and how many were `dropped` because the record was full.
         fallbacks: a sentence for everything that was slower than it could be, and why.
     """
@@ -119,6 +134,7 @@ class Report:
     decode: PhaseUse
     outside: PhaseUse
     prediction: Comparison | None
+    peak: Peak
     tracing: dict[str, float]
     process_bytes: int
     peak_device_bytes: int | None
@@ -139,6 +155,7 @@ class Report:
         values["links"] = {name: LinkUse(**use) for name, use in values["links"].items()}
         for phase in (PREFILL, DECODE, OUTSIDE):
             values[phase] = PhaseUse(**values[phase])
+        values["peak"] = Peak(**values["peak"])
         if values["prediction"] is not None:
             what_if = [WhatIf(**item) for item in values["prediction"]["what_if"]]
             values["prediction"] = Comparison(**(values["prediction"] | {"what_if": what_if}))

@@ -6,7 +6,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from offload.report.report import Comparison, PhaseUse, Report, TierUse
+from offload.report.report import Comparison, Peak, PhaseUse, Report, TierUse
 from storage.errors import duration, gib
 
 _WIDTH = 100
@@ -29,6 +29,10 @@ def as_renderable(report: Report) -> RenderableType:
         parts.append(_phases(ran))
     if report.prediction is not None:
         parts.append(_prediction(report.prediction))
+    if report.peak.measured_bytes:
+        parts.append(
+            Text(f"peak of memory: {_peak(report.peak)}; noting {report.tracing['spans']:,} spans took {_share(report)}")
+        )
     parts += [Text(f"fell back: {sentence}") for sentence in report.fallbacks]
     return Group(*parts)
 
@@ -83,6 +87,17 @@ def _prediction(comparison: Comparison) -> Text:
     rest = f"; without it the error is {comparison.model_error:+.0%}" if comparison.model_error is not None else ""
     drifted = f"\nsince the profile was made: {', '.join(drifts)}{rest}" if drifts else ""
     return Text(f"predicted: prefill {first}; a token {step}; bound by {comparison.bound}{guess}{drifted}")
+
+
+def _peak(peak: Peak) -> str:
+    measured = peak.measured_bytes or 1
+    error = peak.predicted_bytes / measured - 1
+    return f"{gib(peak.predicted_bytes)} predicted, {gib(measured)} measured ({error:+.0%})"
+
+
+def _share(report: Report) -> str:
+    whole = report.prefill.seconds + report.decode.seconds + report.outside.seconds
+    return f"{report.tracing['seconds'] / whole:.2%} of the time" if whole else "no time"
 
 
 def _beside(predicted: float, measured: float | None, error: float | None) -> str:

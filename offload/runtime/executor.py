@@ -66,6 +66,18 @@ class LayerExecutor:
         """All slots as bytes; None if there are none."""
         return None if self._arena is None else self._arena.tensor
 
+    def lend(self, nbytes: int) -> memoryview | None:
+        """Host memory of `nbytes` until the next window opens: that of the slots, which are empty then.
+
+        None where the slots are on a device of their own, or smaller.
+        """
+        memory = getattr(self._arena, "memory", None) if self._device.host_memory else None
+        with self.lock:
+            if memory is None or len(memory) < nbytes:
+                return None
+            self.settle()
+            return memory[:nbytes]
+
     def open(self, keys: Sequence[BlockKey]) -> None:
         """The blocks `keys` are needed: returns when compute may be submitted that uses them.
 

@@ -21,6 +21,7 @@ class ModelPass:
 
     Args:
         before: run first; sees to what changed since the last pass.
+        after: run last.
         prefill_chunk: tokens of a prompt that one pass computes; 0 for all.
     """
 
@@ -31,6 +32,7 @@ class ModelPass:
         clock: PassClock,
         reserve: KvReserve,
         before: Callable[[], None],
+        after: Callable[[], None],
         prefill_chunk: int,
     ) -> None:
         self._device = device
@@ -38,6 +40,7 @@ class ModelPass:
         self._clock = clock
         self._reserve = reserve
         self._before = before
+        self._after = after
         self._prefill_chunk = prefill_chunk
         self._last_tokens = 0
         """Of the prompt's last chunk; 0 once it is decoding."""
@@ -80,6 +83,7 @@ class ModelPass:
             for begin, end in self._device.ended_stalls():
                 self._clock.charge_wait(self._device.copy_link, begin, end)
             self._clock.end_pass()
+            self._after()
         self._reserve.observe(cache if cache is not None else _cache_in(output), held, tokens)
         return output
 
