@@ -210,8 +210,8 @@ class Session:
             return []
         more = gib((peak.measured_bytes or 0) - peak.predicted_bytes)
         return [
-            f"{more} more memory was held than predicted: what kernels keep for themselves (experts' products on a CPU above all) "
-            "is not in the budget; give a smaller one if memory is short"
+            f"{more} more memory was held than predicted: what kernels keep for themselves (experts' products on a CPU "
+            "above all) is not in the budget; give a smaller one if memory is short"
         ]
 
     def _peak(self) -> Peak:

@@ -38,6 +38,11 @@ class Work:
         products = ((max(1, rows // parts), flops) for rows, flops in self.products)
         return Work(self.operations * parts, tuple(products), self.other_flops, self.traffic_bytes)
 
+    def of_tokens(self, share: float) -> "Work":
+        """The same operations for that share of the tokens."""
+        products = ((max(1, round(rows * share)), flops * share) for rows, flops in self.products)
+        return Work(self.operations, tuple(products), self.other_flops * share, round(self.traffic_bytes * share))
+
     def divided(self, share: float) -> tuple["Work", "Work"]:
         """All but `share` of the products' outputs, and that share alone."""
         ours = tuple((rows, flops * (1 - share)) for rows, flops in self.products)
@@ -87,6 +92,27 @@ class PassWork:
     temporary_bytes: int = 0
     between_bytes: int = 0
     exact: bool = True
+
+    def in_chunks(self, chunk: int) -> tuple["PassWork", ...]:
+        """The passes of the same prompt, `chunk` tokens at once.
+
+        All alike: attention to what came before grows from chunk to chunk, and adds up to what it is in one pass.
+        """
+        tokens = (min(chunk, self.tokens - begun) for begun in range(0, self.tokens, chunk))
+        return tuple(self._of_tokens(count) for count in tokens)
+
+    def _of_tokens(self, tokens: int) -> "PassWork":
+        share = tokens / self.tokens
+        windows = tuple(
+            replace(
+                window,
+                work=window.work.of_tokens(share),
+                result_bytes=round(window.result_bytes * share),
+                gathered_rows=-(-window.gathered_rows * tokens // self.tokens),
+            )
+            for window in self.windows
+        )
+        return replace(self, tokens=tokens, windows=windows, between=self.between.of_tokens(share))
 
     def in_parts(self, parts: int, keys: frozenset[BlockKey]) -> "PassWork":
         """The same, with the batch taken apart inside the windows of `keys`."""

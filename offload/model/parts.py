@@ -21,8 +21,10 @@ LEAST_CHUNK = 64
 
 def parts_of(model: nn.Module, workload: Workload) -> list[Workload]:
     """The ways to take `workload` apart that `model` can be run in, the whole not counted; the larger parts first."""
-    batches = list(_halves(workload.batch_size, _LEAST_MICRO_BATCH)) if _runs(model, _in_micro_batches) else []
-    chunks = list(_halves(workload.pass_tokens, LEAST_CHUNK)) if _generates(model) and _runs(model, _in_chunks) else []
+    in_batches = _in_micro_batches(model)
+    in_chunks = _generates(model) and (in_batches or _in_chunks(model))
+    batches = list(_halves(workload.batch_size, _LEAST_MICRO_BATCH)) if in_batches else []
+    chunks = list(_halves(workload.pass_tokens, LEAST_CHUNK)) if in_chunks else []
     least = batches[-1:] or [0]
     return [
         *(replace(workload, micro_batch=size) for size in batches),
@@ -33,12 +35,12 @@ def parts_of(model: nn.Module, workload: Workload) -> list[Workload]:
 
 def check_parts(model: nn.Module, plan: Plan) -> None:
     """Raise PlanError where the plan takes apart what cannot be."""
-    if plan.micro_batch and (plan.micro_batch < _LEAST_MICRO_BATCH or not _runs(model, _in_micro_batches)):
+    if plan.micro_batch and (plan.micro_batch < _LEAST_MICRO_BATCH or not _in_micro_batches(model)):
         raise PlanError(
             f"micro_batch in the plan is {plan.micro_batch}, and the layers of {type(model).__name__} cannot be computed so; "
             f"it is 0, or at least {_LEAST_MICRO_BATCH} where the model's code shows which dimension is the batch"
         )
-    if plan.prefill_chunk and not (_generates(model) and _runs(model, _in_chunks)):
+    if plan.prefill_chunk and not (_generates(model) and _in_chunks(model)):
         raise PlanError(
             f"prefill_chunk in the plan is {plan.prefill_chunk}, and {type(model).__name__} does not read a prompt in chunks"
         )
@@ -67,21 +69,21 @@ def _halves(count: int, least: int) -> Iterator[int]:
             return
 
 
-def _runs(model: nn.Module, attempt: Callable[[nn.Module], object]) -> bool:
+def _in_micro_batches(model: nn.Module) -> bool:
+    """Tried, with a cache that two passes fill. No two of the sizes are equal: they show which dimension is the batch."""
+    return _runs(lambda: DryRun(model, micro_batch=2).continued(5, 2, 7))
+
+
+def _in_chunks(model: nn.Module) -> bool:
+    return _runs(lambda: DryRun(model).continued(1, 2, 2))
+
+
+def _runs(attempt: Callable[[], object]) -> bool:
     try:
-        attempt(model)
+        attempt()
     except DryRunFailed:
         return False
     return True
-
-
-def _in_micro_batches(model: nn.Module) -> None:
-    # No two of these are equal, nor three or four: it shows which dimension is the batch.
-    DryRun(model, micro_batch=2).passes(5, 7, 7)
-
-
-def _in_chunks(model: nn.Module) -> None:
-    DryRun(model).continued(1, 2, 2)
 
 
 def _generates(model: nn.Module) -> bool:

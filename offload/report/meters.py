@@ -54,6 +54,7 @@ class Meters:
         self.host_ledger = self.ledger if host_bytes is None else MemoryLedger(Tier.CPU, host_bytes, recorder.memory)
         self.disk_ledger = MemoryLedger(Tier.DISK, None, recorder.memory)
         self._process_peak_bytes = 0
+        self._on_card_before = device.peak_bytes() or 0
         self._copied_bytes = 0
         self._copy_seconds = 0.0
 
@@ -68,7 +69,10 @@ class Meters:
             before_bytes: what the process held before the session, without weights that the session moves.
         """
         host_memory = self._device.host_memory
-        measured = self._process_peak_bytes - before_bytes if host_memory else self._device.peak_bytes()
+        on_card = self._device.peak_bytes()
+        measured = None if on_card is None else on_card - self._on_card_before
+        if host_memory:
+            measured = self._process_peak_bytes - before_bytes if self._process_peak_bytes else None
         return Peak(predicted_peak_bytes(plan, host_memory), measured)
 
     def collect(self) -> None:

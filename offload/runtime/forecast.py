@@ -180,8 +180,9 @@ class Forecast:
         attempt("a disk twice as fast", order, replace(hardware, disk_read=_twice(hardware.disk_read)))
         if hardware.h2d is not None:
             attempt("a bus twice as fast", order, replace(hardware, h2d=_twice(hardware.h2d)))
-        if order.exactness != ROUNDING and not alone:
-            attempt("exactness rounding (layers on the CPU)", replace(order, exactness=ROUNDING))
+        if order.exactness != ROUNDING:
+            what = "the batch or the prompt in parts" if alone else "layers on the CPU, the batch or the prompt in parts"
+            attempt(f"exactness rounding ({what})", replace(order, exactness=ROUNDING))
         if batch:
             larger_batch = replace(order.workload, batch_size=4 * order.workload.batch_size)
             attempt(f"batch size {larger_batch.batch_size}", replace(order, workload=larger_batch))
@@ -211,18 +212,8 @@ class Forecast:
         if self._dry_run is not None:
             try:
                 prefill, decode = self._dry_run.passes(batch_size, prompt_tokens, context_tokens)
-                return self._chunks(self._dry_run, prefill, chunk), decode
+                return prefill.in_chunks(chunk), decode
             except DryRunFailed as error:
                 self.failure = str(error)
-        chunks = [min(chunk, prompt_tokens - begun) for begun in range(0, prompt_tokens, chunk)]
-        prefills = tuple(estimated_pass(spec, PREFILL, batch_size, tokens) for tokens in chunks)
-        return prefills, estimated_pass(spec, DECODE, batch_size, 1)
-
-    def _chunks(self, dry_run: DryRun, prefill: PassWork, chunk: int) -> tuple[PassWork, ...]:
-        """The passes of a prompt: all whole chunks like the one in the middle, since attention grows evenly."""
-        whole, rest = divmod(prefill.tokens, chunk)
-        if whole + bool(rest) == 1:
-            return (prefill,)
-        middle = dry_run.continued(prefill.batch_size, chunk, max(1, (whole - 1) * chunk // 2))
-        last = (dry_run.continued(prefill.batch_size, rest, prefill.tokens - rest),) if rest else ()
-        return (middle,) * whole + last
+        prefill = estimated_pass(spec, PREFILL, batch_size, prompt_tokens)
+        return prefill.in_chunks(chunk), estimated_pass(spec, DECODE, batch_size, 1)

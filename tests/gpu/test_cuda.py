@@ -1,11 +1,13 @@
 """On a CUDA card: exactness, overlap, slot safety under delayed copies, peak memory. Run: python -m pytest tests/gpu -m gpu"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from offload import StaleSlot, offload
 from offload.synth import synthesize
-from tests.architectures import BY_NAME, make, tokens
+from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
 from tests.storage.test_devices import DeviceContract
 
@@ -164,6 +166,49 @@ def test_copies_run_while_the_card_computes(large):
         assert (wall - stalled) + copying > 1.1 * wall, "the link and the card took turns"
 
 
+PARTS = {
+    "micro-batches": {"micro_batch": 2},
+    "chunks": {"prefill_chunk": 4},
+    "divided": {"host_percent": 40},
+    "on the CPU": {},
+}
+
+
+@pytest.mark.parametrize("what", list(PARTS))
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
+def test_what_is_taken_apart_computes_the_same(name, what):
+    """Level rounding: close to the plain model on the card, with the same tokens in fp32."""
+    model = make(name)
+    twin = on_card(oracle_of(model))
+    reserve = {"batch_size": BATCH, "max_tokens": MAX_TOKENS}
+    budget = budget_for(spec_of(model, **reserve), NONE, BATCH, MAX_TOKENS) + 16_384
+    with offload(model, device="cuda", gpu_memory=budget, cpu_memory="1GiB", **reserve) as session:
+        plan = session.plan
+        layers = {block.key for block in session._spec.layers}
+    streamed = tuple(key for key in plan.in_host_memory if key in layers)
+    changes = dict(PARTS[what])
+    if what == "divided":
+        changes["divided"] = streamed
+    if what == "on the CPU":
+        taken = streamed[1::2]
+        changes |= {
+            name: tuple(key for key in getattr(plan, name) if key not in taken) for name in ("streamed", "in_host_memory")
+        }
+        changes["computed_on_host"] = taken
+    plan = replace(plan, **changes)
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    ids = tokens(BATCH, 9)
+    with offload(
+        model, device="cuda", gpu_memory=budget, cpu_memory="1GiB", plan=plan, exactness="rounding", **reserve
+    ) as session:
+        found = session.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        assert session.report().exactness == "rounding"
+    wanted = twin.generate(input_ids=ids.cuda(), attention_mask=torch.ones_like(ids).cuda(), **options)
+    assert torch.equal(found.sequences.cpu(), wanted.sequences.cpu())
+    for ours, theirs in zip(found.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-3, atol=1e-3)
+
+
 def test_peak_device_memory_is_within_the_budget(large):
     torch.cuda.empty_cache()
     base = torch.cuda.memory_allocated()
@@ -173,4 +218,6 @@ def test_peak_device_memory_is_within_the_budget(large):
     ):
         session.model.generate(torch.randint(3, 1000, (1, 200)), max_new_tokens=20, do_sample=False)
         assert session._device.peak_bytes() - base <= 2 << 30
+        peak = session.report().peak
+        assert peak.measured_bytes <= peak.predicted_bytes
     assert torch.cuda.memory_allocated() <= base + (8 << 20)

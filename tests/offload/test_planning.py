@@ -13,10 +13,10 @@ from offload import BudgetTooSmall, ConfigError, PlanError, ProfileError, offloa
 from offload.cli.main import main
 from offload.planning import Asked, Planner
 from offload.probe import hardware_profile, measure
-from scheduler.hardware import HardwareProfile
+from scheduler.hardware import HardwareProfile, LinkRate
 from storage.cpu import CpuDevice
 from tests.architectures import BY_NAME, make, oracle_of, tokens
-from tests.budgets import SOME, budget_for, spec_of
+from tests.budgets import SOME, SPLIT, budget_for, spec_of
 from tests.scheduler.machines import RTX_3060
 
 PROFILE = str(Path(__file__).parent.parent / "described_machine.json")
@@ -238,3 +238,63 @@ def test_the_model_is_as_it_was_after_it_was_looked_at():
     assert torch.equal(model(**BY_NAME["llama"].inputs()).logits, wanted)
     with pytest.raises(ConfigError):
         Asked(batch_size=0)
+
+
+def test_the_peak_of_memory_is_predicted_and_excess_is_told(tmp_path, monkeypatch):
+    model = make("llama")
+    model.save_pretrained(tmp_path)
+    held = [10 << 20]
+    monkeypatch.setattr("offload.session.process_bytes", lambda: held[0])
+    monkeypatch.setattr("offload.report.meters.process_bytes", lambda: held[0])
+    with offload(str(tmp_path), device="cpu", cpu_memory="1MiB", max_tokens=24) as session:
+        assert session.report().peak.measured_bytes is None
+        held[0] += 5 << 20
+        session.model(tokens())
+        peak = session.report().peak
+        assert peak.measured_bytes == 5 << 20
+        assert session.plan.device_bytes < peak.predicted_bytes < session.plan.device_bytes + (16 << 20)
+        assert not any("than predicted" in sentence for sentence in session.report().fallbacks)
+        held[0] += 100 << 20
+        session.model(tokens())
+        assert any("more memory was held than predicted" in sentence for sentence in session.report().fallbacks)
+
+
+def test_tracing_is_told_and_small(tmp_path):
+    model = make("llama")
+    with offload(model, device="cpu", cpu_memory="1MiB", batch_size=2, max_tokens=24) as session:
+        model.generate(input_ids=tokens(), max_new_tokens=8, do_sample=False)
+        report = session.report()
+        noted = len(session.trace().spans) + len(session.trace().memory)
+    assert report.tracing["spans"] == noted
+    assert report.tracing["dropped"] == 0
+    assert 0 < report.tracing["seconds"] < noted * 1e-4
+
+
+def test_parts_of_blocks_leave_nothing_unnamed(tmp_path):
+    """Attention runs between the windows of a layer that is taken apart: it is that layer's compute."""
+    model = make("llama")
+    model.save_pretrained(tmp_path)
+    reserve = {"batch_size": 2, "max_tokens": 24}
+    budget = budget_for(spec_of(str(tmp_path), **reserve), SPLIT, 2, 24)
+    with offload(str(tmp_path), device="cpu", cpu_memory=budget, **reserve) as session:
+        session.model.generate(input_ids=tokens(), max_new_tokens=8, do_sample=False)
+        assert session._split
+        spans = {span.name for span in session.trace().on("compute")}
+    assert session._split <= spans
+    assert any(name.startswith(f"{next(iter(session._split))}.") for name in spans)
+
+
+def test_rounding_takes_a_batch_apart_where_more_stays_so():
+    """On a slow disk, layers that stay are worth more than one product for the whole batch."""
+    model = make("llama")
+    reserve = {"batch_size": 32, "max_tokens": 100, "new_tokens": 20}
+    spec = spec_of(model, **reserve)
+    slow = replace(HardwareProfile.load(PROFILE), disk_read=LinkRate(1e6))
+    budget = budget_for(spec, SOME, 32, 100)
+    with offload(model, device="cpu", cpu_memory=budget, hardware=slow, exactness="rounding", **reserve) as session:
+        assert session.plan.micro_batch or session.plan.prefill_chunk
+        rounding = len(session.plan.resident)
+        assert session.report().exactness == "rounding"
+    with offload(model, device="cpu", cpu_memory=budget, hardware=slow, **reserve) as session:
+        assert not session.plan.rounds
+        assert len(session.plan.resident) < rounding
