@@ -27,7 +27,7 @@ from benchmarks.peak import peaks
 from benchmarks.throttled import Rates, Speed, machine, paced_products
 from offload import offload
 from offload.config import Budgets
-from offload.probe import measure, operation_seconds
+from offload.probe import measure, operation_seconds, window_seconds
 from offload.runtime.forecast import Forecast, Order
 from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import BlockRole, ModelSpec, Workload
@@ -343,7 +343,9 @@ def _sections(request: argparse.Namespace) -> Iterator[tuple[str, Callable[[], A
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                return section(lambda rates: rates.profile(operation_seconds(CpuDevice(), 16, torch.float32)))
+                return section(
+                    lambda rates: rates.profile(operation_seconds(CpuDevice(), 16, torch.float32), window_seconds(CpuDevice()))
+                )
             finally:
                 torch.set_num_threads(threads)
 

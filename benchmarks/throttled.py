@@ -53,11 +53,12 @@ class Rates:
     device: Speed
     host: Speed
 
-    def profile(self, operation_seconds: float) -> HardwareProfile:
+    def profile(self, operation_seconds: float, window_seconds: float) -> HardwareProfile:
         """The machine, described.
 
         Args:
             operation_seconds: of one tensor operation, which is this machine's own.
+            window_seconds: of the runtime around a block, likewise.
         """
 
         def processor(name: str, speed: Speed) -> Processor:
@@ -76,6 +77,7 @@ class Rates:
             h2d=link,
             d2h=link,
             h2d_pageable=link,
+            window_seconds=window_seconds,
         )
 
 
@@ -99,12 +101,20 @@ def sleep_until(moment: float) -> None:
         time.sleep(left)
 
 
-def _pause_until(moment: float) -> None:
-    """To the microsecond, where many short pauses add up: the last of it is spent turning."""
-    if (left := moment - time.perf_counter()) > 2 * _SLEEP_LATE_SECONDS:
-        time.sleep(left - 2 * _SLEEP_LATE_SECONDS)
-    while time.perf_counter() < moment:
-        pass
+class _Pauses:
+    """Short ones, of which many add up: what one was too long, the next are shorter."""
+
+    def __init__(self) -> None:
+        self._late_seconds = 0.0
+
+    def until(self, moment: float) -> None:
+        now = time.perf_counter()
+        moment -= min(self._late_seconds, max(0.0, moment - now))
+        if (left := moment - now) > 2 * _SLEEP_LATE_SECONDS:
+            time.sleep(left - 2 * _SLEEP_LATE_SECONDS)
+        while (now := time.perf_counter()) < moment:
+            pass
+        self._late_seconds = now - moment
 
 
 class ThrottledEngine(PosixEngine):
@@ -218,13 +228,14 @@ def paced_products(model: nn.Module, rates: Rates, plan: Plan) -> Iterator[None]
     def within(name: str, keys: Sequence[str]) -> bool:
         return any(f"{name}.".startswith(f"{key}.") for key in keys)
 
-    handles = []
+    pauses, handles = _Pauses(), []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             percent = 100 if within(name, plan.computed_on_host) else plan.host_percent if within(name, plan.divided) else 0
-            handles += _pace_one(module, rates, module.out_features * percent // 100, hops=within(name, plan.divided))
+            host_rows = module.out_features * percent // 100
+            handles += _pace_one(pauses, module, rates, host_rows, hops=within(name, plan.divided))
         elif name in plan.computed_on_host:
-            handles.append(module.register_forward_hook(partial(_hop, rates)))
+            handles.append(module.register_forward_hook(partial(_hop, pauses, rates)))
     try:
         yield
     finally:
@@ -232,14 +243,14 @@ def paced_products(model: nn.Module, rates: Rates, plan: Plan) -> Iterator[None]
             handle.remove()
 
 
-def _hop(rates: Rates, module: nn.Module, args, output) -> None:
+def _hop(pauses: _Pauses, rates: Rates, module: nn.Module, args, output) -> None:
     """What a layer works on crosses the link, and its result does: they are of one size."""
     assert rates.link is not None
     hidden = output if isinstance(output, torch.Tensor) else output[0]
-    _pause_until(time.perf_counter() + 2 * hidden.nbytes / rates.link)
+    pauses.until(time.perf_counter() + 2 * hidden.nbytes / rates.link)
 
 
-def _pace_one(module: nn.Linear, rates: Rates, host_rows: int, hops: bool) -> list:
+def _pace_one(pauses: _Pauses, module: nn.Linear, rates: Rates, host_rows: int, hops: bool) -> list:
     """Args: hops: what is computed on the host crosses the link, product by product."""
     shares = ((rates.host, host_rows), (rates.device, module.out_features - host_rows))
     begun = [0.0]
@@ -254,7 +265,7 @@ def _pace_one(module: nn.Linear, rates: Rates, host_rows: int, hops: bool) -> li
         if hops:
             assert rates.link is not None
             taken += 4 * rows * (module.in_features + host_rows) / rates.link
-        _pause_until(begun[0] + taken)
+        pauses.until(begun[0] + taken)
 
     # Before all others, and inside of any window.
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]

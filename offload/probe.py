@@ -17,11 +17,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload.config import Progress
 from offload.model.dry_run import DryRun
+from offload.model.homes import ParameterHome
+from offload.runtime.clock import PassClock
+from offload.runtime.executor import LayerExecutor
+from offload.runtime.recorder import Recorder
+from offload.runtime.weights import SlotRegion, StreamedBlock, Waits, packed_offsets
 from scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
 from scheduler.work import total
 from storage.arena import HostBuffer
 from storage.cpu import CpuDevice
-from storage.device import Device
+from storage.device import Device, Event
 from storage.engines.posix import PosixEngine
 from storage.errors import ProfileError
 from storage.probe import copy_bytes_per_second
@@ -45,6 +50,11 @@ _POINT_SECONDS = 0.2
 _WRITE_SECONDS = 1.5
 _SMALL_WIDTH = 128
 _STEPS = 8
+_WINDOWS = 16
+_LAYER_PARAMETERS = 9
+
+_REVISION = 2
+"""Of what is measured, and how: a profile that was measured otherwise is not found any more."""
 
 
 def profile_folder() -> Path:
@@ -69,6 +79,7 @@ def hardware_id(device: Device, disk_dir: str) -> str:
         device.hardware_name,
         os.stat(disk_dir).st_dev,
         torch.__version__,
+        _REVISION,
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -155,6 +166,7 @@ def measure(device: Device, disk_dir: str, progress: Progress, sample: str | Non
         device=card,
         disk_read=read,
         disk_write=write,
+        window_seconds=window_seconds(device),
         **links,
     )
 
@@ -259,6 +271,47 @@ def operation_seconds(device: Device, width: int = _SMALL_WIDTH, dtype: torch.dt
             cache.crop(-1)
 
         return _median_seconds(device, decode_once) / operations
+
+
+def window_seconds(device: Device) -> float:
+    """What the runtime takes around a block that has arrived: its slots, its parameters, their way back."""
+    executor = LayerExecutor(device, PassClock(Recorder()))
+    blocks = [_arrived_block(f"layer.{index}") for index in range(_WINDOWS)]
+    executor.arrange(blocks[0].source.slot_bytes, 2, blocks)
+    try:
+
+        def pass_through() -> None:
+            for block in blocks:
+                executor.open([block.key])
+                executor.close([block.key])
+
+        return _median_seconds(device, pass_through) / _WINDOWS
+    finally:
+        executor.free()
+
+
+def _arrived_block(key: str) -> StreamedBlock:
+    """With as many parameters as a layer has, which cost nothing to bring."""
+    parameters = [nn.Parameter(torch.zeros(16), requires_grad=False) for _ in range(_LAYER_PARAMETERS)]
+    homes = [ParameterHome(f"{key}.{index}", value, value.data, value.data) for index, value in enumerate(parameters)]
+    return StreamedBlock(key, homes, _Arrived(homes))
+
+
+class _Arrived:
+    """A source whose block is there as soon as it is asked for."""
+
+    def __init__(self, homes: list[ParameterHome]) -> None:
+        self.offsets, self.slot_bytes = packed_offsets(homes)
+        self.payload_bytes = self.slot_bytes
+
+    def start(self, region: SlotRegion, after: Event | None) -> "_Arrived":
+        return self
+
+    def wait(self) -> Waits:
+        return {}
+
+    def cancel(self) -> None:
+        pass
 
 
 def _copies(device: Device) -> dict[str, LinkRate | None]:

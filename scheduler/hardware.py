@@ -100,6 +100,7 @@ class HardwareProfile:
         disk_read, disk_write: the disk that weights are on.
         h2d, d2h: host memory to device and back, page-locked; None without a device.
         h2d_pageable: the same from ordinary memory.
+        window_seconds: what the runtime itself takes to open and close the window of a streamed block.
     """
 
     hardware_id: str
@@ -112,6 +113,7 @@ class HardwareProfile:
     h2d: LinkRate | None = None
     d2h: LinkRate | None = None
     h2d_pageable: LinkRate | None = None
+    window_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.device is None) != (self.h2d is None) or (self.device is None) != (self.d2h is None):
@@ -134,6 +136,7 @@ class HardwareProfile:
         values = _checked(cls, given, "")
         for name in ("host", "device"):
             values[name] = None if values.get(name) is None else _processor(values[name], name)
+        _positive(values.get("window_seconds", 0.0), "window_seconds", zero=True)
         for name in ("disk_read", "disk_write", "h2d", "d2h", "h2d_pageable"):
             if values.get(name) is not None:
                 values[name] = _numbers(LinkRate, values[name], name)

@@ -8,8 +8,8 @@ from scheduler.cost import ComputeTime, CostModel
 from scheduler.model_spec import ModelSpec
 from scheduler.plan import Plan
 from scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
-from scheduler.trace import COMPUTE, HOST_COMPUTE, PASS, WAIT, Span, Trace
-from scheduler.work import PassWork, WindowWork
+from scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
+from scheduler.work import PassWork, WindowWork, Work
 from storage.blocks import BlockKey
 
 DISK, H2D = "disk", "h2d"
@@ -48,6 +48,7 @@ class Simulation:
         self._divided = frozenset(plan.divided)
         self._host_percent = plan.host_percent
         self._gathered = frozenset(plan.gathered)
+        self._times: dict[int, tuple[Work, ComputeTime]] = {}
         self._device_free = 0.0
         self._link_free = {DISK: 0.0, H2D: 0.0}
         self._staging = deque([0.0] * plan.staging_count)
@@ -87,7 +88,7 @@ class Simulation:
         if window.key in self._gathered:
             self._gather(window)
             return
-        if not self._on_host.isdisjoint(window.uses):
+        if self._on_host and not self._on_host.isdisjoint(window.uses):
             self._compute_on_host(window)
             return
         keys = [key for key in window.uses if key in self._streamed]
@@ -97,12 +98,20 @@ class Simulation:
         schedule = self._schedule
         self._carry_out(schedule.open(keys, phase))
         self._carry_out(schedule.look_ahead(phase))
+        self._own_work(window.key)
         arrivals = [self._enter(schedule.lease(key)) for key in keys]
         ended = self._compute_window(window, arrivals)
         for lease in schedule.close(keys):
             for slot in lease.slots:
                 self._slot_free[slot] = ended
         self._carry_out(schedule.look_ahead(phase))
+
+    def _own_work(self, key: BlockKey) -> None:
+        """The runtime's, on the thread that runs the model."""
+        seconds = self._cost.hardware.window_seconds
+        if seconds:
+            begin, self.now = self.now, self.now + seconds
+            self.trace.spans.append(Span(OWN, key, begin, self.now))
 
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
@@ -154,7 +163,8 @@ class Simulation:
 
     def _compute_window(self, window: WindowWork, arrivals: Sequence[_Arrival]) -> float:
         """Returns when the compute ends."""
-        span = self._span(window)
+        divided = window.key in self._divided
+        span = self._divided_time(window) if divided else self._time(window.work)
         if not self._asynchronous:
             begin, self.now = self.now, self.now + span.compute_seconds
             self.trace.spans.append(Span(COMPUTE, window.key, begin, self.now))
@@ -166,13 +176,18 @@ class Simulation:
         begin = max(idle, self.now)
         self._device_free = begin + span.compute_seconds
         # What the CPU has a part in ends for both at once.
-        self.now = self._device_free if window.key in self._divided else self.now + span.submit_seconds
+        self.now = self._device_free if divided else self.now + span.submit_seconds
         self.trace.spans.append(Span(COMPUTE, window.key, begin, self._device_free))
         return self._device_free
 
-    def _span(self, window: WindowWork) -> ComputeTime:
-        if window.key not in self._divided:
-            return self._cost.window(window.work)
+    def _time(self, work: Work) -> ComputeTime:
+        """As the cost model says; each work is looked up once, by identity, since comparing them takes longer."""
+        known = self._times.get(id(work))
+        if known is None:
+            known = self._times[id(work)] = (work, self._cost.window(work))
+        return known[1]
+
+    def _divided_time(self, window: WindowWork) -> ComputeTime:
         return self._cost.divided(window, self._blocks[window.key], self._host_percent, self._copying_seconds())
 
     def _copying_seconds(self) -> float:

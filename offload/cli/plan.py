@@ -84,7 +84,8 @@ def _places(planned: Planned) -> Table:
         table.add_column(column)
     rows = {
         "stay on the device": plan.resident,
-        "stream from CPU memory": plan.in_host_memory,
+        "stream from CPU memory": [key for key in plan.in_host_memory if key not in plan.divided],
+        f"stream so, {plan.host_percent}% on the CPU": plan.divided,
         "computed on the CPU": plan.computed_on_host,
         "stream from disk": disk,
         "read by row": plan.gathered,

@@ -10,7 +10,7 @@ from scheduler.plan import HostCompute
 from scheduler.planner import make_plan
 from scheduler.prediction import predict
 from scheduler.simulator import simulate
-from scheduler.trace import COMPUTE, PASS, WAIT
+from scheduler.trace import COMPUTE, OWN, PASS, WAIT
 from scheduler.work import Work
 from tests.scheduler.machines import GIB, LAPTOP, MIB, RTX_3060, RTX_4090, machine, stack, work
 
@@ -143,3 +143,15 @@ def test_micro_batches_read_the_weights_again_in_each_part():
     whole = simulate(plan, MODEL, cost, [decode]).end_seconds
     parts = simulate(replace(plan, decode_micro_batch=8), MODEL, cost, [decode]).end_seconds
     assert parts == pytest.approx(4 * whole, rel=0.05)
+
+
+def test_the_runtime_takes_time_for_each_streamed_window():
+    plan = make_plan(MODEL, 8 * GIB, ONE, 64 * GIB)
+    slow = replace(LAPTOP, device=replace(LAPTOP.device, asynchronous=False))
+    decode = work(MODEL, "decode", 1)
+    without = simulate(plan, MODEL, CostModel(slow, "bfloat16"), [decode])
+    with_it = simulate(plan, MODEL, CostModel(replace(slow, window_seconds=1.0), "bfloat16"), [decode])
+    spent = with_it.attribution()[OWN]
+    assert spent == pytest.approx(len(plan.streamed))
+    assert with_it.end_seconds >= without.end_seconds
+    assert OWN not in without.attribution()
