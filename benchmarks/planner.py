@@ -27,13 +27,15 @@ from benchmarks.peak import peaks
 from benchmarks.throttled import Rates, Speed, machine, paced_products
 from offload import offload
 from offload.config import Budgets
-from offload.probe import measure, operation_seconds, window_seconds
+from offload.model.dry_run import DryRun
+from offload.probe import measure, window_seconds
 from offload.runtime.forecast import Forecast, Order
 from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import BlockRole, ModelSpec, Workload
 from scheduler.plan import DEVICE_ALONE, HostCompute, Plan
 from scheduler.planner import make_plan, spread
 from scheduler.simulator import simulate
+from scheduler.work import total
 from storage.cpu import CpuDevice
 from storage.errors import BudgetTooSmall
 
@@ -50,6 +52,7 @@ _CPU = Speed(0.5e9, 30e9)
 ALONE = Rates(disk=100e6, link=None, device=_CPU, host=_CPU)
 BESIDE = Rates(disk=100e6, link=0.3e9, device=Speed(0.5e9, 30e9), host=Speed(0.2e9, 6e9))
 NEW_TOKENS = 10
+_NOTHING_ELSEWHERE = Plan((), (), (), (), 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def models() -> dict[str, Any]:
@@ -58,6 +61,23 @@ def models() -> dict[str, Any]:
         "llama": LlamaForCausalLM(LlamaConfig(**_SIZES, num_hidden_layers=8)).eval(),
         "qwen3": Qwen3ForCausalLM(Qwen3Config(**_SIZES, num_hidden_layers=12)).eval(),
     }
+
+
+def paced_operation_seconds(rates: Rates) -> float:
+    """Of a tensor operation where the products between are paced: after each pause the caches are cold."""
+    model = LlamaForCausalLM(LlamaConfig(**_SIZES, num_hidden_layers=2)).eval()
+    _, decode = DryRun(model).passes(1, 8, 8)
+    work = total([decode.between, *(window.work for window in decode.windows)])
+    products = sum(rates.device.product_seconds(count, int(flops / count / 2)) for count, flops in work.products)
+    token, seconds = torch.ones(1, 1, dtype=torch.long), []
+    with torch.inference_mode(), paced_products(model, rates, _NOTHING_ELSEWHERE):
+        cache = model(torch.ones(1, 8, dtype=torch.long), use_cache=True).past_key_values
+        for _ in range(15):
+            begun = time.perf_counter()
+            model(token, past_key_values=cache, use_cache=True)
+            seconds.append(time.perf_counter() - begun)
+            cache.crop(-1)
+    return max(0.0, statistics.median(seconds) - products) / work.operations
 
 
 def run(
@@ -120,11 +140,11 @@ def accuracy(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str, A
     for name, model in models().items():
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            total = sum(value.nbytes for value in model.parameters())
+            weights = sum(value.nbytes for value in model.parameters())
             for where, rates in (("cpu", ALONE), ("device", BESIDE)):
                 for share in (0.4, 0.6, 0.8):
                     for batch_size, prompt in ((1, 64), (8, 32)):
-                        budgets = _budgets(rates, total, share)
+                        budgets = _budgets(rates, weights, share)
                         shape = batch_size, prompt, NEW_TOKENS
                         found = run(folder, rates, profile_of(rates), budgets, shape, exactness="rounding")
                         rows.append({"model": name, "machine": where, "budget": share, "batch": batch_size} | found)
@@ -140,9 +160,9 @@ def taken_apart(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str
     for name, model in models().items():
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            total = sum(value.nbytes for value in model.parameters())
+            weights = sum(value.nbytes for value in model.parameters())
             for share in (0.4, 0.6, 0.8):
-                budgets = {"gpu_memory": int(total * share / 2) + (40 << 20), "cpu_memory": int(total * 1.5)}
+                budgets = {"gpu_memory": int(weights * share / 2) + (40 << 20), "cpu_memory": int(weights * 1.5)}
                 spec = _spec(folder, profile, budgets, batch_size, prompt + NEW_TOKENS)
                 workload = Workload(batch_size, prompt + NEW_TOKENS, prompt + NEW_TOKENS)
                 for kind, plan in _apart(spec, workload, budgets).items():
@@ -168,11 +188,11 @@ def _apart(spec: ModelSpec, workload: Workload, budgets: dict[str, int]) -> dict
     }
 
 
-def _budgets(rates: Rates, total: int, share: float) -> dict[str, int]:
+def _budgets(rates: Rates, weights: int, share: float) -> dict[str, int]:
     reserve = 12 << 20
     if rates.link is None:
-        return {"cpu_memory": int(total * share) + reserve}
-    return {"gpu_memory": int(total * share / 2) + reserve, "cpu_memory": int(total * share)}
+        return {"cpu_memory": int(weights * share) + reserve}
+    return {"gpu_memory": int(weights * share / 2) + reserve, "cpu_memory": int(weights * share)}
 
 
 def _print_accuracy(row: dict[str, Any]) -> None:
@@ -195,15 +215,15 @@ def choice(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str, Any
     """The chosen plan against fixed ones, each run."""
     rows = []
     model = models()["llama"]
-    total = sum(value.nbytes for value in model.parameters())
-    host_bytes = int(total * 1.3)
+    weights = sum(value.nbytes for value in model.parameters())
+    host_bytes = int(weights * 1.3)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         for name, (batch_size, prompt, new) in WORKLOADS.items():
             profile = profile_of(BESIDE)
             spec = _spec(folder, profile, {"gpu_memory": 1 << 30, "cpu_memory": 1 << 30}, batch_size, prompt + new)
             workload = Workload(batch_size, prompt + new, prompt + new)
-            device_bytes = int(total * 0.4) + workload.kv_bytes(spec) + workload.activation_bytes(spec)
+            device_bytes = int(weights * 0.4) + workload.kv_bytes(spec) + workload.activation_bytes(spec)
             budgets = {"gpu_memory": device_bytes, "cpu_memory": host_bytes}
             forecast = Forecast(model, frozenset(), profile, "float32")
             order = Order(workload, prompt, new, Budgets(device_bytes, host_bytes), "rounding")
@@ -267,8 +287,7 @@ def disk(folder: str, rounds: int) -> list[dict[str, Any]]:
     for _ in range(rounds):
         profile = measure(CpuDevice(), folder, lambda what, done, total: None, str(sample))
         for share in (0.45, 0.7):
-            total = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-            budget = int(total * share)
+            budget = int(sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) * share)
             tokens = torch.randint(10, 200, (1, 32), generator=torch.Generator().manual_seed(1))
             with offload(folder, device="cpu", cpu_memory=budget, max_tokens=64, hardware=profile) as session:
                 with torch.inference_mode():
@@ -343,9 +362,7 @@ def _sections(request: argparse.Namespace) -> Iterator[tuple[str, Callable[[], A
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                return section(
-                    lambda rates: rates.profile(operation_seconds(CpuDevice(), 16, torch.float32), window_seconds(CpuDevice()))
-                )
+                return section(lambda rates: rates.profile(paced_operation_seconds(rates), window_seconds(CpuDevice())))
             finally:
                 torch.set_num_threads(threads)
 

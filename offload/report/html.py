@@ -44,6 +44,8 @@ svg { display: block; width: 100%; height: auto; } svg.tall { height: 150px; }
 .keys i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+td:first-child { white-space: normal; min-width: 90px; }
+@media (max-width: 520px) { th, td { padding-right: 8px; font-size: 13px; } }
 th { font-weight: 600; color: var(--faint); font-size: 13px; } td.n, th.n { text-align: right; }
 .track { display: grid; grid-template-columns: 68px 1fr; align-items: center; gap: 8px; font-size: 13px; }
 .track svg { height: 26px; } .axis { display: flex; justify-content: space-between; color: var(--faint); font-size: 12px;
@@ -112,9 +114,15 @@ def _times(report: dict[str, Any]) -> str:
         ]
         parts.append(("offload's own work", use["own_seconds"], "--violet"))
         parts.append(("between blocks", use["other_seconds"], "--grey"))
-        rows.append(f"<p><b>{name}</b> <span class=faint>{duration(use['seconds'])}, {use['passes']} passes</span></p>")
+        rows.append(
+            f"<p><b>{name}</b> <span class=faint>{duration(use['seconds'])}, {_count(use['passes'], 'pass', 'passes')}</span></p>"
+        )
         rows.append(_bar(parts, use["seconds"]))
     return f"<section><h2>Where the time went</h2>{''.join(rows)}</section>" if rows else ""
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _bar(parts: Sequence[tuple[str, float, str]], whole: float) -> str:
@@ -197,7 +205,11 @@ def _rate(value: float | None) -> str:
     return f"{value / 1e9:.2f} GB/s" if value else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns that nothing is in are left out."""
+    used = [index for index in range(len(head)) if any(cells[index] for cells in rows)]
+    head, rows = [head[index] for index in used], [[cells[index] for index in used] for cells in rows]
+
     def row(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}{' class=n' if i else ''}>{_text(c)}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
 
