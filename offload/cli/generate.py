@@ -65,7 +65,8 @@ def run(request: argparse.Namespace) -> None:
     if request.batch_size < 1:
         raise ConfigError(f"--batch-size {request.batch_size} must be at least 1")
     if request.live and not sys.stderr.isatty():
-        raise ConfigError("--live draws in a terminal, and standard error is none; leave it out, or give --report FILE.html")
+        say("--live draws in a terminal, and standard error is none: nothing is drawn")
+        request.live = False
     for path in (request.report, request.trace):
         check_writable(path)
     sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)

@@ -71,6 +71,6 @@ def test_the_command_draws_it_in_a_terminal_and_prints_the_text_at_the_end():
     assert "exactness identical" in text[text.rindex("cpu memory") :]
 
 
-def test_without_a_terminal_it_is_refused(capsys):
-    assert main(["generate", "demo", "--prompt", "In", "--device", "cpu", "--live"]) != 0
+def test_without_a_terminal_it_says_so_and_goes_on(capsys):
+    assert main(["generate", "demo", "--prompt", "In", "--device", "cpu", "--max-new-tokens", "3", "--live"]) == 0
     assert "--live draws in a terminal" in capsys.readouterr().err
