@@ -19,6 +19,7 @@ from storage.errors import (
     ReadError,
     SessionError,
     StaleSlot,
+    TrainingError,
     UnsupportedCheckpoint,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "Session",
     "SessionError",
     "StaleSlot",
+    "TrainingError",
     "UnsupportedCheckpoint",
     "offload",
 ]

@@ -26,6 +26,7 @@ def offload(
     new_tokens: int | None = None,
     hardware: HardwareProfile | str | Path | None = None,
     plan: Plan | str | Path | None = None,
+    training: bool = False,
     progress: Progress | None = None,
     **loading: Any,
 ) -> Session:
@@ -44,6 +45,7 @@ def offload(
         hardware: a profile of this machine, or its file, that predictions are made with; by default the one that
             `offload probe` keeps, if there is one.
         plan: what lives where, or the file of `offload plan --output`; by default it is planned.
+        training: backward works: each layer is computed again, with its weights brought again.
         progress: told (what, done bytes, total bytes) during long steps.
         loading: for a path, what `from_pretrained` takes: `dtype`, `revision`, `trust_remote_code`...
 
@@ -77,6 +79,7 @@ def offload(
             new_tokens=new_tokens,
             hardware=HardwareProfile.load(hardware) if isinstance(hardware, (str, Path)) else hardware,
             plan=load_plan(plan) if isinstance(plan, (str, Path)) else plan,
+            training=training,
             progress=progress or (lambda what, done, total: None),
             loading=loading,
         )

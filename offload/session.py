@@ -29,11 +29,13 @@ from offload.runtime.clock import PassClock
 from offload.runtime.decision import Decision, decide, given_plan
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.forecast import Forecast, Order
-from offload.runtime.hooks import ForwardWrap, Windows
+from offload.runtime.hooks import ForwardWrap, UnitWindow, Windows
 from offload.runtime.kv_reserve import KvReserve
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
 from offload.runtime.recorder import Recorder, tracing_use
+from offload.training.recompute import Backward
+from offload.training.windows import TrainingWindow
 from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import Workload
 from scheduler.plan import Plan
@@ -69,6 +71,7 @@ class Request:
     new_tokens: int | None
     hardware: HardwareProfile | None
     plan: Plan | None
+    training: bool
     progress: Progress
     loading: dict[str, Any]
 
@@ -231,6 +234,8 @@ class Session:
         self._fallbacks += loaded.fallbacks
         if not takes_tokens(self.model):
             self._fallbacks.append("the model takes no tokens: its temporaries are not known beforehand and not in the budget")
+        if self._request.training:
+            self._fallbacks.append("training: gradients, the optimizer's state and what layers pass on are not in the budget")
         self._open_storage(stack, loaded)
         decision = self._decide()
         if takes_tokens(self.model) and self._temporaries is None:
@@ -283,6 +288,7 @@ class Session:
         self._ledger = self._meters.ledger
         self._clock = PassClock(self._recorder, asynchronous=self._device.torch_device.type == "cuda")
         self._executor = LayerExecutor(self._device, self._clock)
+        self._backward = Backward(self._executor, self._clock) if self._request.training else None
         # On the CPU, reads go straight to where they are computed with: nothing to gain from kvikio.
         self._engine = PosixEngine() if self._device.host_memory else choose_engine(self._sample)
         stack.callback(self._engine.close)
@@ -348,6 +354,8 @@ class Session:
             self._meters.copy_speed = self._placement.measure_copy(self._executor.arena_tensor)
 
     def _release_slots(self) -> None:
+        if self._backward is not None:
+            self._backward.end()
         self._executor.close_all()
         self._executor.free()
         for category in ("slots", "KV cache", "temporaries"):
@@ -368,11 +376,19 @@ class Session:
         placement = self._placement
         around = {key: self.model.get_submodule(key) for key in self._split}
         return Windows(
-            units, around, placement.tables, self.plan, placement.divided, self._executor, self._clock, self._fallbacks.append
+            units, around, self.plan, placement.divided, self._on_device, self._executor, self._clock, self._fallbacks.append
         )
+
+    def _on_device(self, unit: Unit) -> UnitWindow:
+        if self._backward is None:
+            return UnitWindow(unit, self._executor, self._clock, self._placement.tables)
+        return TrainingWindow(unit, self._executor, self._clock, self._placement.tables, self._backward)
 
     def _before_pass(self) -> None:
         self._engine.check_unchanged()
+        if self._backward is not None:
+            # A backward pass that failed half way still holds a block.
+            self._backward.end()
         if self._watch.take():
             with HeldInterrupts():
                 self._adopt_changes()

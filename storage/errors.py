@@ -93,3 +93,7 @@ class StaleSlot(OffloadError):
 
 class SessionError(OffloadError, RuntimeError):
     """An operation that cannot be done to a model while it is offloaded."""
+
+
+class TrainingError(OffloadError, RuntimeError):
+    """Training cannot go on: the loss is no number, say."""

@@ -18,6 +18,7 @@ from offload.report.live import LiveView
 from offload.report.perfetto import as_perfetto
 from offload.report.record import Record, write_record
 from offload.session import Session
+from offload.training.finetune import load_adapters
 from storage.errors import ConfigError
 
 SUMMARY = "Generate text. Tokens go to stdout as they are made, the report to stderr."
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="budget of CPU memory, like 24GiB; the only one on a CPU (default: what is free, less a margin)",
     )
     add("--disk", metavar="DIR", help="keeps weights that must be converted (default: converted each time, in $TMPDIR)")
+    add("--adapter", metavar="DIR", help="a PEFT adapter for the model, from `offload finetune`")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
     add("--revision", metavar="REV", help="branch, tag or commit, of a hub id")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
@@ -92,13 +94,14 @@ def _generate(
         # The bar is gone before the first token, which would tear it.
         with progress_bar() as show:
             session = stack.enter_context(_session(request, folder, batch_size, prompts.longest, sampling, show))
+        model = session.model if request.adapter is None else load_adapters(session.model, request.adapter)
         view = stack.enter_context(LiveView(session.snapshot, live_console())) if request.live else None
         done = []
         stream = None if request.json or batch_size > 1 else _print_now
         if view is not None:
             stream = view.add_text
         on_token = None if view is None else view.add_tokens
-        for completion in complete(session.model, prompts, sampling, batch_size, stream, on_token):
+        for completion in complete(model, prompts, sampling, batch_size, stream, on_token):
             done.append(completion)
             if not request.json and view is None:
                 _print_rest(completion, len(prompts.texts) > 1, streamed=stream is not None)

@@ -6,10 +6,17 @@ import sys
 import warnings
 
 from offload import __version__
-from offload.cli import generate, plan, probe, report, synth
+from offload.cli import finetune, generate, plan, probe, report, synth
 from storage.errors import OffloadError
 
-_COMMANDS = {"generate": generate, "plan": plan, "probe": probe, "report": report, "synth": synth}
+_COMMANDS = {
+    "generate": generate,
+    "finetune": finetune,
+    "plan": plan,
+    "probe": probe,
+    "report": report,
+    "synth": synth,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

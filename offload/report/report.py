@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offload.report.comparison import Comparison
-from offload.runtime.clock import DECODE, OUTSIDE, PREFILL, PhaseTimes
+from offload.runtime.clock import BACKWARD, DECODE, OUTSIDE, PREFILL, PhaseTimes
 from offload.runtime.forecast import WhatIf
 from storage.ledger import MemoryLedger
 
@@ -132,6 +132,7 @@ class Report:
     links: dict[str, LinkUse]
     prefill: PhaseUse
     decode: PhaseUse
+    backward: PhaseUse
     outside: PhaseUse
     prediction: Comparison | None
     peak: Peak
@@ -153,7 +154,7 @@ class Report:
         values = dict(content)
         values["tiers"] = {name: TierUse(**use) for name, use in values["tiers"].items()}
         values["links"] = {name: LinkUse(**use) for name, use in values["links"].items()}
-        for phase in (PREFILL, DECODE, OUTSIDE):
+        for phase in (PREFILL, DECODE, BACKWARD, OUTSIDE):
             values[phase] = PhaseUse(**values[phase])
         values["peak"] = Peak(**values["peak"])
         if values["prediction"] is not None:
@@ -169,4 +170,4 @@ class Report:
 
 def phase_uses(phases: Mapping[str, PhaseTimes]) -> dict[str, PhaseUse]:
     """The phases by the names of the report's fields, those that never ran included."""
-    return {name: PhaseUse.of(phases.get(name, PhaseTimes())) for name in (PREFILL, DECODE, OUTSIDE)}
+    return {name: PhaseUse.of(phases.get(name, PhaseTimes())) for name in (PREFILL, DECODE, BACKWARD, OUTSIDE)}

@@ -23,7 +23,12 @@ def as_renderable(report: Report) -> RenderableType:
     parts: list[RenderableType] = [_headline(report), _tiers(report)]
     if any(use.bytes for use in report.links.values()):
         parts.append(_links(report))
-    phases = {"prefill": report.prefill, "decode": report.decode, "outside the model's forward": report.outside}
+    phases = {
+        "prefill": report.prefill,
+        "decode": report.decode,
+        "backward": report.backward,
+        "outside the model's forward": report.outside,
+    }
     ran = {name: use for name, use in phases.items() if use.seconds}
     if ran:
         parts.append(_phases(ran))

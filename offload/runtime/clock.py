@@ -9,6 +9,7 @@ from scheduler.trace import OWN, PASS, WAIT
 
 PREFILL = "prefill"
 DECODE = "decode"
+BACKWARD = "backward"
 OUTSIDE = "outside"
 """Blocks called by themselves, not through the model: an encoder that `generate` runs first."""
 
@@ -109,6 +110,19 @@ class PassClock:
             waited = times.own_seconds + sum(times.wait_seconds.values())
             times.compute_seconds = max(0.0, times.seconds - waited)
         self.phase = OUTSIDE
+
+    def begin_backward(self) -> bool:
+        """The first block of a backward pass is wanted; False if it is under way already."""
+        if self.phase == BACKWARD:
+            return False
+        self.phase = BACKWARD
+        self.phases[BACKWARD].passes += 1
+        self._begun = time.perf_counter()
+        return True
+
+    def end_backward(self) -> None:
+        if self.phase == BACKWARD:
+            self.end_pass()
 
     def enter(self, resource: str, name: str) -> None:
         """From now on the time is `name`'s, until it leaves, or something inside of it enters.

@@ -75,6 +75,9 @@ class _Wrapped:
 class UnitWindow:
     """The window of one unit: open while its module computes."""
 
+    trains = False
+    """Backward passes through it."""
+
     def __init__(self, unit: Unit, executor: LayerExecutor, clock: PassClock, tables: Mapping[BlockKey, GatheredTable]) -> None:
         self._unit = unit
         self._executor = executor
@@ -96,7 +99,7 @@ class UnitWindow:
         self._clock.enter(COMPUTE, self._unit.key)
         begun = time.perf_counter()
         try:
-            with _RowFetching(table, self._executor.device):
+            with _RowFetching(table, self._executor.device, self.trains):
                 return forward(*args, **kwargs)
         finally:
             if table.waited_seconds:
@@ -107,15 +110,16 @@ class UnitWindow:
         self._executor.open(self._unit.uses)
         self._clock.enter(COMPUTE, self._unit.key)
         try:
-            if torch.is_grad_enabled():
-                with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
-                    output = forward(*args, **kwargs)
-            else:
-                output = forward(*args, **kwargs)
-            return self._own(output)
+            return self._own(self._compute(forward, args, kwargs))
         finally:
             self._clock.leave()
             self._executor.close(self._unit.uses)
+
+    def _compute(self, forward: Forward, args: Any, kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+            return forward(*args, **kwargs)
 
     def _own(self, output: Any) -> Any:
         """What a window returns must not lie in its slot, which is about to hold other values."""
@@ -197,16 +201,21 @@ class _RowFetching(TorchFunctionMode):
     A forward that computes with the weight in another way (slices it, say) gets the whole table.
     """
 
-    def __init__(self, table: GatheredTable, device: torch.device) -> None:
+    def __init__(self, table: GatheredTable, device: torch.device, trains: bool) -> None:
         super().__init__()
         self._table = table
         self._device = device
+        self._trains = trains
         self._whole: torch.Tensor | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is nn.functional.embedding:
             indices, weight = args[0], args[1]
             if weight is self._table.homes[0].parameter:
+                if self._trains and torch.is_grad_enabled() and weight.requires_grad:
+                    padding = args[2] if len(args) > 2 else (kwargs or {}).get("padding_idx")
+                    looked_up: torch.Tensor = _LookedUp.apply(weight, indices, self._table, -1 if padding is None else padding)
+                    return looked_up
                 return self._guarded(weight, lambda: self._table.rows(indices))
         if getattr(function, "__name__", "") == "__get__":
             return function(*args, **(kwargs or {}))
@@ -229,6 +238,22 @@ class _RowFetching(TorchFunctionMode):
         if type(value) is dict:
             return {name: self._filled(item) for name, item in value.items()}
         return value
+
+
+class _LookedUp(torch.autograd.Function):
+    """Rows of a table, and the gradient that looking them up in the whole table would give it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, indices: torch.Tensor, table: GatheredTable, padding: int) -> torch.Tensor:
+        ctx.save_for_backward(indices)
+        ctx.rows, ctx.padding = len(table.homes[0].tensor), padding
+        return table.rows(indices)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (indices,) = ctx.saved_tensors
+        dense = torch.ops.aten.embedding_dense_backward(gradients[0], indices, ctx.rows, ctx.padding, False)
+        return dense, None, None, None
 
 
 class _NoBackward(torch.autograd.Function):
@@ -254,6 +279,7 @@ class Windows:
         around: the modules whose sub-modules are units.
         plan: says what the CPU computes, and how many sequences a layer computes at once.
         divided: products that the device and the CPU share, by block.
+        on_device: makes the window of a unit that the device computes.
         told: of what is slower than planned, and why.
     """
 
@@ -261,9 +287,9 @@ class Windows:
         self,
         units: Sequence[Unit],
         around: Mapping[BlockKey, nn.Module],
-        tables: Mapping[BlockKey, GatheredTable],
         plan: Plan,
         divided: Mapping[BlockKey, Sequence[DividedProduct]],
+        on_device: Callable[[Unit], UnitWindow],
         executor: LayerExecutor,
         clock: PassClock,
         told: Callable[[str], None],
@@ -276,11 +302,7 @@ class Windows:
                 self._wraps.append(ForwardWrap(product.module, product.wrap))
             if parts is not None and unit.role is BlockRole.LAYER:
                 self._wraps.append(ForwardWrap(unit.module, parts.wrap))
-            window = (
-                UnitWindow(unit, executor, clock, tables)
-                if on_host.isdisjoint(unit.uses)
-                else HostWindow(unit, executor, clock)
-            )
+            window = on_device(unit) if on_host.isdisjoint(unit.uses) else HostWindow(unit, executor, clock)
             self._wraps.append(ForwardWrap(unit.module, window.wrap))
 
     def undo(self) -> None:

@@ -1,0 +1,1 @@
+"""Training while weights are streamed."""

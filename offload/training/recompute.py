@@ -1,0 +1,196 @@
+"""Backward through blocks that are streamed: each is brought again, computed again, and differentiated while it is there.
+
+Nothing of a block's forward is kept but its inputs. When backward asks for the first tensor that the forward would have
+saved, the block is loaded, its forward runs once more, and what that saves is handed out; the block stays in its slots
+until backward asks for another one's. This is recomputation without re-entrance (torch's checkpoint does the same), so
+that whatever leaves a block by other ways than its result (router logits, hooks) keeps its gradient. torch's own cannot be
+used: it lets go of the weights when the recomputation ends, and the slot would hold others by the time of their use.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from offload.runtime.clock import PassClock
+from offload.runtime.executor import LayerExecutor
+from scheduler.trace import COMPUTE
+from storage.blocks import BlockKey
+from storage.errors import SessionError, StaleSlot
+
+Forward = Callable[..., Any]
+
+
+class Backward:
+    """The block that backward is in; at most one is held.
+
+    Args:
+        executor: brings the blocks.
+        clock: told whose time it is.
+    """
+
+    def __init__(self, executor: LayerExecutor, clock: PassClock) -> None:
+        self._executor = executor
+        self._clock = clock
+        self._held: Frame | None = None
+        self.recomputing = False
+
+    def hold(self, frame: "Frame") -> None:
+        """Have the frame's block in its slots, and the tensors that its forward saves."""
+        if frame is self._held:
+            return
+        self.release()
+        if self._clock.begin_backward():
+            torch.autograd.Variable._execution_engine.queue_callback(self.end)
+        self._executor.open(frame.uses)
+        # Held from here on: whatever goes wrong, the block is given back.
+        self._held = frame
+        self._clock.enter(COMPUTE, frame.key)
+        self.recomputing = True
+        try:
+            frame.recompute(self._generation)
+        finally:
+            self.recomputing = False
+            self._clock.leave()
+
+    def release(self) -> None:
+        """Backward is through with the block that is held."""
+        if self._held is not None:
+            frame, self._held = self._held, None
+            frame.forget()
+            self._executor.close(frame.uses)
+
+    def end(self) -> None:
+        """Backward is over, or was given up."""
+        with self._executor.lock:
+            self.release()
+            self._clock.end_backward()
+
+    @property
+    def lock(self) -> Any:
+        return self._executor.lock
+
+    @property
+    def device(self) -> torch.device:
+        return self._executor.device
+
+    def _generation(self, tensor: torch.Tensor) -> int | None:
+        """Of the slot that a tensor lies in; None if it lies in none."""
+        return self._executor.generation_at(tensor) if self._executor.in_slots(tensor) else None
+
+
+class Frame:
+    """One call of a block, to be computed again.
+
+    Args:
+        key, uses: of the unit, and of the blocks that hold its weights.
+        module: whose parameters must be as they were.
+        forward: of the unit, without a window.
+    """
+
+    def __init__(
+        self,
+        backward: Backward,
+        key: BlockKey,
+        uses: tuple[BlockKey, ...],
+        module: nn.Module,
+        forward: Forward,
+        args: Any,
+        kwargs: Any,
+    ) -> None:
+        self.key, self.uses = key, uses
+        self._backward = backward
+        self._module = module
+        self._forward = forward
+        self._args, self._kwargs = _before_growth(args), _before_growth(kwargs)
+        self._versions = [value._version for value in module.parameters()]
+        self._randomness = _Randomness(backward.device)
+        self._count = 0
+        self._tensors: list[tuple[torch.Tensor, int | None]] = []
+
+    def pack(self, tensor: torch.Tensor) -> int:
+        """Instead of the tensor, its place among those that the forward saves."""
+        self._count += 1
+        return self._count - 1
+
+    def unpack(self, place: int) -> torch.Tensor:
+        with self._backward.lock:
+            self._backward.hold(self)
+            tensor, generation = self._tensors[place]
+            if generation is not None and self._backward._generation(tensor) != generation:
+                raise StaleSlot(f"backward needs a weight of {self.key} whose slot holds another block by now")
+            return tensor
+
+    def recompute(self, generation_of: Callable[[torch.Tensor], int | None]) -> None:
+        if [value._version for value in self._module.parameters()] != self._versions:
+            raise SessionError(
+                f"a parameter of {self.key} was changed between forward and backward, which would give wrong gradients; "
+                "step the optimizer after backward"
+            )
+        saved: list[tuple[torch.Tensor, int | None]] = []
+
+        def collect(tensor: torch.Tensor) -> None:
+            saved.append((tensor.detach(), generation_of(tensor)))
+
+        with torch.enable_grad(), self._randomness.again(), torch.autograd.graph.saved_tensors_hooks(collect, _never):
+            self._forward(*self._args, **self._kwargs)
+        if len(saved) != self._count:
+            raise SessionError(
+                f"{self.key} saved {self._count} tensors for backward, and {len(saved)} when it was computed again: its "
+                "forward depends on something that changed in between"
+            )
+        self._tensors = saved
+
+    def forget(self) -> None:
+        self._tensors = []
+
+
+def _never(packed: Any) -> torch.Tensor:
+    raise AssertionError("nothing is differentiated while a block is computed again")
+
+
+class _Randomness:
+    """The generators' states and the autocast that a forward ran under.
+
+    Args:
+        device: that computes, beside the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu = torch.get_rng_state()
+        self._device = device if device.type != "cpu" else None
+        self._state = None if self._device is None else torch.get_device_module(device).get_rng_state(device)
+        kinds = dict.fromkeys(("cpu", device.type))
+        self._autocasts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self._device is None:
+                stack.enter_context(torch.random.fork_rng([]))
+            else:
+                stack.enter_context(torch.random.fork_rng([self._device.index or 0], device_type=self._device.type))
+                torch.get_device_module(self._device).set_rng_state(self._state, self._device)
+            torch.set_rng_state(self._cpu)
+            for kind, dtype, enabled in self._autocasts:
+                stack.enter_context(torch.autocast(kind, dtype, enabled))
+            yield
+
+
+def _before_growth(value: Any) -> Any:
+    """The arguments, with caches as they are now: the forward will add to them, and so would the second one."""
+    if isinstance(value, Cache):
+        if not hasattr(value, "layers"):
+            raise SessionError(f"a {type(value).__name__} cannot be used in training; call the model with use_cache=False")
+        before = copy.copy(value)
+        before.layers = [copy.copy(layer) for layer in value.layers]
+        return before
+    if type(value) in (tuple, list):
+        return type(value)(_before_growth(item) for item in value)
+    if type(value) is dict:
+        return {name: _before_growth(item) for name, item in value.items()}
+    return value

@@ -1,0 +1,148 @@
+"""The `finetune` command, and the data that it reads."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from offload import ConfigError, TrainingError, offload
+from offload.cli.main import main
+from offload.model.loading import find_folder
+from offload.training.data import IGNORED, Batches, Example, read_examples
+from offload.training.finetune import Recipe, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+SENTENCE = "And the king of the sea said unto the whale, Sing."
+
+
+def run(capsys, *arguments):
+    status = main(list(arguments))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(find_folder("demo"))
+
+
+def written(tmp_path, *lines):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return str(path)
+
+
+def test_it_learns_and_what_it_learned_is_used(capsys, tmp_path):
+    data = written(tmp_path, *[{"prompt": "And the king", "completion": SENTENCE.removeprefix("And the king")}] * 4)
+    folder = str(tmp_path / "adapter")
+    arguments = ["--data", data, "--device", "cpu", "--cpu-memory", "8MiB", "--epochs", "20", "--learning-rate", "5e-3"]
+    status, _, err = run(capsys, "finetune", "demo", *arguments, "--output", folder, "--rank", "8", "--warmup", "2")
+    assert status == 0, err
+    assert "step 80:" in err
+    assert "streamed from disk" in err
+    assert "backward" in err
+    generate = ["generate", "demo", "--prompt", "And the king", "--max-new-tokens", "16", "--device", "cpu", "--quiet"]
+    before = run(capsys, *generate)[1]
+    after = run(capsys, *generate, "--adapter", folder, "--cpu-memory", "8MiB")[1]
+    assert SENTENCE.removeprefix("And the king").strip() in after
+    assert SENTENCE.removeprefix("And the king").strip() not in before
+    assert run(capsys, "finetune", "demo", *arguments, "--output", folder)[0] != 0
+
+
+def test_the_same_seed_gives_the_same_adapter(capsys, tmp_path):
+    data = written(tmp_path, *[{"text": f"{SENTENCE} {number}"} for number in range(6)])
+    weights = []
+    for name, budget in (("a", "8MiB"), ("b", "64MiB")):
+        arguments = ["--data", data, "--device", "cpu", "--cpu-memory", budget, "--dropout", "0.1", "--seed", "5"]
+        more = ["--batch-size", "2", "--gradient-accumulation", "2", "--quiet", "--output", str(tmp_path / name)]
+        assert run(capsys, "finetune", "demo", *arguments, *more)[0] == 0
+        weights.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_the_loss_counts_what_is_to_be_said(tokenizer, tmp_path):
+    path = written(tmp_path, {"prompt": "And the", "completion": " king"}, {"text": "In the beginning"})
+    asked, text = read_examples(path, tokenizer, 64)
+    prompt = tokenizer("And the")["input_ids"]
+    assert asked.ids[: len(prompt)] == tuple(prompt)
+    assert asked.labels[: len(prompt)] == (IGNORED,) * len(prompt)
+    assert asked.labels[len(prompt) :] == asked.ids[len(prompt) :]
+    assert asked.ids[-1] == tokenizer.eos_token_id
+    assert text.labels == text.ids
+
+
+def test_of_messages_the_assistants_are_learned(tokenizer, tmp_path):
+    import copy
+
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The king."}] * 2
+    (example,) = read_examples(written(tmp_path, {"messages": talk}), chatting, 256)
+    learned = [token for token, label in zip(example.ids, example.labels, strict=True) if label != IGNORED]
+    assert chatting.decode(learned).count("The king.") == 2
+    assert "Who" not in chatting.decode(learned)
+    assert chatting.decode(list(example.ids)) == chatting.apply_chat_template(talk, tokenize=False)
+
+
+def test_long_text_is_cut_and_short_batches_are_padded(tokenizer, tmp_path):
+    examples = read_examples(written(tmp_path, {"text": "And the king said. " * 40}), tokenizer, 32)
+    assert len(examples) > 3
+    assert max(len(example.ids) for example in examples) == 32
+    batches = Batches(examples, 2, seed=1, padding_id=0)
+    seen = [row for batch in batches.epoch(0) for row in batch["input_ids"].tolist()]
+    assert len(seen) == len(examples)
+    assert seen != [row for batch in batches.epoch(1) for row in batch["input_ids"].tolist()]
+    for batch in batches.epoch(0):
+        assert torch.equal(batch["labels"] == IGNORED, batch["attention_mask"] == 0)
+
+
+BAD_LINES = {
+    "{": "line 2 is not JSON",
+    "[1]": "line 2 is not an object",
+    '{"colour": 1}': "line 2 has neither",
+    '{"messages": [{"role": "user"}]}': "no chat template",
+    '{"prompt": "a", "completion": "%s"}' % ("and the king said " * 100): "--sequence-length is 64",
+}
+
+
+@pytest.mark.parametrize("line", list(BAD_LINES), ids=list(BAD_LINES.values()))
+def test_a_bad_line_is_named(line, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match=BAD_LINES[line]):
+        read_examples(written(tmp_path, {"text": "and the king"}, line), tokenizer, 64)
+
+
+def test_bad_requests(capsys, tmp_path):
+    data = written(tmp_path, {"text": "and the king"})
+    output = str(tmp_path / "out")
+    for arguments, sentence in (
+        (["--data", data, "--output", str(tmp_path)], "exists already"),
+        (["--data", str(tmp_path / "none"), "--output", output], "cannot be read"),
+        (["--data", data, "--output", output, "--rank", "0"], "rank=0"),
+        (["--data", data, "--output", output, "--learning-rate", "nan"], "learning_rate"),
+        (["--data", data, "--output", output, "--target-modules", "nothing_like_it"], "cannot be adapted"),
+    ):
+        status, _, err = run(capsys, "finetune", "demo", "--device", "cpu", *arguments)
+        assert status == 1, err
+        assert sentence in err
+    assert (
+        "holds no adapter" in run(capsys, "generate", "demo", "--prompt", "a", "--device", "cpu", "--adapter", str(tmp_path))[2]
+    )
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step():
+    with offload("demo", device="cpu", cpu_memory="64MiB", training=True, max_tokens=16) as session:
+        weight = session.model.model.norm.weight
+        session.model.requires_grad_(False)
+        weight.requires_grad_()
+        before = weight.detach().clone()
+        with torch.no_grad():
+            session.model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+        ids = tuple(range(3, 12))
+        batches = Batches([Example(ids, ids, 1)], 1, 0, 0)
+        with pytest.raises(TrainingError, match="step 1"):
+            train(session.model, batches, Recipe(), lambda step: None)
+        assert torch.equal(weight, before)
+        with pytest.raises(ConfigError, match="nothing is to be trained"):
+            train(session.model.requires_grad_(False), batches, Recipe(), lambda step: None)
