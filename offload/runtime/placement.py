@@ -1,6 +1,5 @@
 """Brings a model's parameters to where the plan wants them, and back in the end."""
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from offload.config import Progress
 from offload.model.blocks import Structure, Unit, divisible_modules, estimated_slot_bytes
 from offload.model.homes import FileMaps, ParameterHome
 from offload.runtime.divided import DividedProduct
+from offload.runtime.spilling import spill
 from offload.runtime.weights import (
     BlockSource,
     DirectSource,
@@ -28,10 +28,10 @@ from offload.runtime.weights import (
 from scheduler.model_spec import DivisibleWeight
 from scheduler.plan import Plan
 from storage.arena import HostBuffer
-from storage.block_file import BlockFile, BlockFileWriter, check_folder, spill_folder
+from storage.block_file import BlockFile, spill_folder
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
 from storage.device import Device
-from storage.errors import DiskFull, gib
+from storage.errors import gib
 from storage.ledger import MemoryLedger
 from storage.probe import copy_bytes_per_second
 from storage.reader import DiskReader
@@ -216,8 +216,8 @@ class Placement:
             self._staged.close()
         for buffer in self._host_buffers:
             self._device.unlock_pages(buffer)
-        for spill in self._spills:
-            spill.close()
+        for file in self._spills:
+            file.close()
         self._host_buffers.clear()
         self._spills.clear()
 
@@ -372,46 +372,9 @@ class Placement:
         if not homes:
             return
         folder = self._disk_dir or spill_folder()
-        check_folder(folder)
-        total = sum(home.tensor.nbytes for home in homes)
-        free = os.statvfs(folder)
-        if free.f_bavail * free.f_frsize < total:
-            raise DiskFull(
-                f"{gib(total)} of weights must be spilled to {folder}, which has {gib(free.f_bavail * free.f_frsize)} free; "
-                "free some space, or name another folder with --disk (disk_dir=)"
-            )
-        writer = BlockFileWriter(folder)
-        try:
-            done = 0
-            for home in homes:
-                self._progress("spilling", done, total)
-                writer.add(home.name, home.parameter.data)
-                done += home.tensor.nbytes
-                # A stand-in of the right shape that holds no memory, until the file can be mapped.
-                home.tensor = torch.empty(1, dtype=home.tensor.dtype).expand(home.tensor.shape)
-                home.parameter.data = home.tensor
-                home.original = None
-        except BaseException:
-            # Whatever it is: a full disk, a write error, Ctrl-C.
-            self._take_over(writer.so_far(), homes)
-            for home in homes:
-                home.restore()
-            writer.abandon()
-            raise
-        self._progress("spilling", total, total)
-        spill = writer.finish()
-        self._spills.append(spill)
-        self._disk_ledger.charge("spilled weights", writer.nbytes)
+        file, nbytes = spill(homes, folder, self._progress)
+        self._spills.append(file)
+        self._disk_ledger.charge("spilled weights", nbytes)
         if self._disk_dir is None:
-            self.fallbacks.append(f"{gib(writer.nbytes)} of weights that no file holds were spilled to {folder} (disk_dir=)")
-        self._take_over(spill, homes)
-        self._known.update({home.name: spill.tensors[home.name].range for home in homes})
-
-    def _take_over(self, spill: BlockFile, homes: Sequence[ParameterHome]) -> None:
-        """Make the file's tensors the homes of the parameters."""
-        for home in homes:
-            if home.name in spill.tensors:
-                home.tensor = spill.view(home.name)
-                home.parameter.data = home.tensor
-                home.modified = False
-                home.version = home.parameter._version
+            self.fallbacks.append(f"{gib(nbytes)} of weights that no file holds were spilled to {folder} (disk_dir=)")
+        self._known.update({home.name: file.tensors[home.name].range for home in homes})

@@ -1,0 +1,89 @@
+"""Embeddings that are looked up in rows: the table itself is never loaded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from offload.runtime.weights import GatheredTable
+from storage.blocks import BlockKey
+from storage.errors import StaleSlot
+
+
+class RowFetching(TorchFunctionMode):
+    """While an embedding's forward runs, its look-ups are answered by the rows themselves.
+
+    A forward that computes with the weight in another way (slices it, say) gets the whole table.
+    """
+
+    def __init__(self, table: GatheredTable, device: torch.device, trains: bool) -> None:
+        super().__init__()
+        self._table = table
+        self._device = device
+        self._trains = trains
+        self._whole: torch.Tensor | None = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.embedding:
+            indices, weight = args[0], args[1]
+            if weight is self._table.homes[0].parameter:
+                if self._trains and torch.is_grad_enabled() and weight.requires_grad:
+                    padding = args[2] if len(args) > 2 else (kwargs or {}).get("padding_idx")
+                    looked_up: torch.Tensor = _LookedUp.apply(weight, indices, self._table, -1 if padding is None else padding)
+                    return looked_up
+                return self._guarded(weight, lambda: self._table.rows(indices))
+        if getattr(function, "__name__", "") == "__get__":
+            return function(*args, **(kwargs or {}))
+        return function(*self._filled(args), **self._filled(kwargs or {}))
+
+    def _guarded(self, weight: torch.Tensor, fetch: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if torch.is_grad_enabled() and weight.requires_grad:
+            fetched: torch.Tensor = _NoBackward.apply(weight, self._table.key, fetch)
+            return fetched
+        return fetch()
+
+    def _filled(self, value: Any) -> Any:
+        """The arguments, with the table itself in place of its parameter."""
+        if value is self._table.homes[0].parameter:
+            if self._whole is None:
+                self._whole = self._guarded(value, lambda: self._table.whole(self._device))
+            return self._whole
+        if type(value) in (tuple, list):
+            return type(value)(self._filled(item) for item in value)
+        if type(value) is dict:
+            return {name: self._filled(item) for name, item in value.items()}
+        return value
+
+
+class _LookedUp(torch.autograd.Function):
+    """Rows of a table, and the gradient that looking them up in the whole table would give it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, indices: torch.Tensor, table: GatheredTable, padding: int) -> torch.Tensor:
+        ctx.save_for_backward(indices)
+        ctx.rows, ctx.padding = len(table.homes[0].tensor), padding
+        return table.rows(indices)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (indices,) = ctx.saved_tensors
+        dense = torch.ops.aten.embedding_dense_backward(gradients[0], indices, ctx.rows, ctx.padding, False)
+        return dense, None, None, None
+
+
+class _NoBackward(torch.autograd.Function):
+    """Values of a table that a backward pass stops at, instead of silently giving the table no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, key: BlockKey, fetch: Callable[[], torch.Tensor]) -> torch.Tensor:
+        ctx.key = key
+        return fetch()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise StaleSlot(
+            f"backward reaches {ctx.key}, of which only single rows were read: this session streams weights for the "
+            "forward pass only. Run the model under torch.no_grad(), or train it outside of the context."
+        )
