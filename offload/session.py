@@ -288,7 +288,9 @@ class Session:
         self._ledger = self._meters.ledger
         self._clock = PassClock(self._recorder, asynchronous=self._device.torch_device.type == "cuda")
         self._executor = LayerExecutor(self._device, self._clock)
-        self._backward = Backward(self._executor, self._clock) if self._request.training else None
+        self._backward = None
+        if self._request.training:
+            self._backward = Backward(self._executor, self._clock, lambda: self._placement.expect_changes())
         # On the CPU, reads go straight to where they are computed with: nothing to gain from kvikio.
         self._engine = PosixEngine() if self._device.host_memory else choose_engine(self._sample)
         stack.callback(self._engine.close)

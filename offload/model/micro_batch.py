@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import Cache, EncoderDecoderCache
 
+from offload.model.nested import leaves, tensors
+
 Forward = Callable[..., Any]
 
 _MATRIX_POSITIONS = (3, 4)
@@ -80,9 +82,9 @@ class _Cut:
 
     def check(self, value: Any) -> None:
         """Raise NotInParts where it is not sure what belongs to single sequences."""
-        for tensor in _tensors(value):
+        for tensor in tensors(value):
             self._dimension(tensor)
-        for item in _leaves(value):
+        for item in leaves(value):
             if isinstance(item, Cache) and (isinstance(item, EncoderDecoderCache) or not hasattr(item, "layers")):
                 raise NotInParts(f"a {type(item).__name__} cannot be cut")
 
@@ -206,18 +208,3 @@ def _joined(results: list[Any], size: int) -> Any:
     if type(first) in (tuple, list):
         return type(first)(_joined(list(items), size) for items in zip(*results, strict=True))
     return first
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if type(value) in (tuple, list):
-        for item in value:
-            yield from _leaves(item)
-    elif type(value) is dict:
-        for item in value.values():
-            yield from _leaves(item)
-    else:
-        yield value
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    return (item for item in _leaves(value) if isinstance(item, torch.Tensor))

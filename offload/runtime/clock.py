@@ -120,9 +120,12 @@ class PassClock:
         self._begun = time.perf_counter()
         return True
 
-    def end_backward(self) -> None:
-        if self.phase == BACKWARD:
-            self.end_pass()
+    def end_backward(self) -> bool:
+        """False if there was none."""
+        if self.phase != BACKWARD:
+            return False
+        self.end_pass()
+        return True
 
     def enter(self, resource: str, name: str) -> None:
         """From now on the time is `name`'s, until it leaves, or something inside of it enters.

@@ -14,11 +14,11 @@ from torch import nn
 
 from offload.model.blocks import Unit
 from offload.model.micro_batch import MicroBatches
+from offload.model.nested import moved
 from offload.runtime.clock import PassClock
 from offload.runtime.divided import DividedProduct
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.lookups import RowFetching
-from offload.runtime.moving import moved
 from offload.runtime.weights import GatheredTable
 from scheduler.model_spec import BlockRole
 from scheduler.plan import Plan

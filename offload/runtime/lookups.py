@@ -63,12 +63,14 @@ class _LookedUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, indices: torch.Tensor, table: GatheredTable, padding: int) -> torch.Tensor:
         ctx.save_for_backward(indices)
-        ctx.rows, ctx.padding = len(table.homes[0].tensor), padding
+        ctx.home, ctx.rows, ctx.padding = table.homes[0], len(table.homes[0].tensor), padding
         return table.rows(indices)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (indices,) = ctx.saved_tensors
+        # What follows may write to it without a trace: its home has the values from now on, not the file.
+        ctx.home.modified = True
         dense = torch.ops.aten.embedding_dense_backward(gradients[0], indices, ctx.rows, ctx.padding, False)
         return dense, None, None, None
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from offload.model.nested import moved
 from offload.runtime.clock import DECODE, PREFILL, PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.hooks import Forward
 from offload.runtime.kv_reserve import KvReserve, cache_bytes, cached_tokens
-from offload.runtime.moving import moved
 from storage.device import Device
 
 _CACHES = ("past_key_values", "cache_params")

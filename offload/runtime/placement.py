@@ -150,6 +150,12 @@ class Placement:
                 self.tables[unit.key] = self._table(unit)
         self.streamed = {key: self.streamed[key] for key in plan.streamed}
 
+    def expect_changes(self) -> None:
+        """From now on the homes of what is trained have the values: fused optimizers write without a trace."""
+        for home in self._homes.values():
+            if home.parameter.requires_grad:
+                home.modified = True
+
     def as_placed(self, plan: Plan) -> Plan:
         """The plan with what became of the blocks that were given up."""
         in_host = tuple(key for key, block in self.streamed.items() if isinstance(block.source, (HostSource, DividedSource)))

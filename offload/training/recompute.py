@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from offload.model.nested import tensors
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from scheduler.trace import COMPUTE
@@ -31,11 +32,13 @@ class Backward:
     Args:
         executor: brings the blocks.
         clock: told whose time it is.
+        ended: called when a backward pass is over.
     """
 
-    def __init__(self, executor: LayerExecutor, clock: PassClock) -> None:
+    def __init__(self, executor: LayerExecutor, clock: PassClock, ended: Callable[[], None]) -> None:
         self._executor = executor
         self._clock = clock
+        self._ended = ended
         self._held: Frame | None = None
         self.recomputing = False
 
@@ -68,7 +71,8 @@ class Backward:
         """Backward is over, or was given up."""
         with self._executor.lock:
             self.release()
-            self._clock.end_backward()
+            if self._clock.end_backward():
+                self._ended()
 
     @property
     def lock(self) -> Any:
@@ -107,7 +111,7 @@ class Frame:
         self._module = module
         self._forward = forward
         self._args, self._kwargs = _before_growth(args), _before_growth(kwargs)
-        self._versions = [value._version for value in module.parameters()]
+        self._versions = self._seen_versions()
         self._randomness = _Randomness(backward.device)
         self._count = 0
         self._tensors: list[tuple[torch.Tensor, int | None]] = []
@@ -126,10 +130,10 @@ class Frame:
             return tensor
 
     def recompute(self, generation_of: Callable[[torch.Tensor], int | None]) -> None:
-        if [value._version for value in self._module.parameters()] != self._versions:
+        if self._seen_versions() != self._versions:
             raise SessionError(
-                f"a parameter of {self.key} was changed between forward and backward, which would give wrong gradients; "
-                "step the optimizer after backward"
+                f"a parameter or an input of {self.key} was changed between forward and backward, which would give wrong "
+                "gradients; step the optimizer after backward, and write to no tensor that a layer was given"
             )
         saved: list[tuple[torch.Tensor, int | None]] = []
 
@@ -144,6 +148,10 @@ class Frame:
                 "forward depends on something that changed in between"
             )
         self._tensors = saved
+
+    def _seen_versions(self) -> list[int]:
+        """Of what the block computes with."""
+        return [value._version for value in (*self._module.parameters(), *tensors((self._args, self._kwargs)))]
 
     def forget(self) -> None:
         self._tensors = []

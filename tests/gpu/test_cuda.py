@@ -1,5 +1,6 @@
 """On a CUDA card: exactness, overlap, slot safety under delayed copies, peak memory. Run: python -m pytest tests/gpu -m gpu"""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -221,3 +222,38 @@ def test_peak_device_memory_is_within_the_budget(large):
         peak = session.report().peak
         assert peak.measured_bytes <= peak.predicted_bytes
     assert torch.cuda.memory_allocated() <= base + (8 << 20)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("residency", [NONE, SOME])
+def test_adapters_are_trained_on_the_card(residency):
+    """Losses and adapters of the plain model on the card; slots that are reused under a gradient would show here."""
+    from peft import LoraConfig, get_peft_model
+
+    def trained(model, device):
+        torch.manual_seed(3)
+        adapted = (
+            get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).to(device).train()
+        )
+        optimizer = torch.optim.AdamW([value for value in adapted.parameters() if value.requires_grad], lr=1e-2)
+        losses = []
+        for step in range(4):
+            ids = tokens(BATCH, 9).to(device) if step % 2 else tokens(BATCH, 9).flip(0).to(device)
+            loss = adapted(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    model = make("llama")
+    twin = on_card(oracle_of(model))
+    reserve = {"batch_size": BATCH, "max_tokens": MAX_TOKENS}
+    budget = budget_for(spec_of(model, **reserve), residency, BATCH, MAX_TOKENS) + (1 << 20)
+    with (
+        warnings.catch_warnings(),
+        offload(model, device="cuda", gpu_memory=budget, cpu_memory="1GiB", training=True, **reserve) as session,
+    ):
+        warnings.simplefilter("ignore")
+        losses = trained(session.model, "cuda")
+    assert losses == trained(twin, "cuda")

@@ -26,11 +26,11 @@ def batches(count):
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def train(model, steps=4, clip=0.5, micro_batches=2):
+def train(model, steps=4, clip=0.5, micro_batches=2, **options):
     """A plain loop; returns the losses."""
     model.train()
     parameters = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, **options)
     losses = []
     for step, batch in enumerate(batches(steps * micro_batches)):
         torch.manual_seed(step)
@@ -48,6 +48,43 @@ def assert_trained_alike(ours, theirs):
     wanted = dict(theirs.named_parameters())
     for name, value in ours.named_parameters():
         assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize("where", ["cpu", "device", "checkpoint"])
+def test_what_an_optimizer_writes_without_a_trace_is_seen(where, monkeypatch, tmp_path):
+    """Fused optimizers do not bump the version of what they write."""
+    model = make("llama")
+    twin = oracle_of(model)
+    target = model
+    if where == "checkpoint":
+        model.save_pretrained(tmp_path)
+        target = str(tmp_path)
+    options = {"device": "cpu", "cpu_memory": budget_for(spec_of(target, **RESERVE), NONE, BATCH, LENGTH)}
+    if where == "device":
+        options = {"gpu_memory": options["cpu_memory"] + 16_384, "cpu_memory": 1 << 26}
+        monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice())
+    with offload(target, training=True, **options, **RESERVE) as session:
+        assert session.plan.streamed
+        losses = train(session.model, fused=True)
+        trained = session.model
+    assert losses == train(twin, fused=True)
+    assert_trained_alike(trained, twin)
+
+
+def test_a_table_alone_is_trained_alike(tmp_path):
+    """Everything but the embedding stays: its rows come from the file, until they are trained."""
+    model = make("llama")
+    twin = oracle_of(model)
+    model.save_pretrained(tmp_path)
+    spec = spec_of(str(tmp_path), **RESERVE)
+    budget = budget_for(spec, ALL, BATCH, LENGTH) - 4096
+    with offload(str(tmp_path), device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
+        assert session.plan.gathered == ("model.embed_tokens",)
+        plan = session.plan
+        losses = train(session.model, fused=True)
+        trained = session.model
+    assert losses == train(twin, fused=True), plan
+    assert_trained_alike(trained, twin)
 
 
 def lora(model):
@@ -150,6 +187,23 @@ def test_what_was_changed_before_backward_is_refused_and_training_goes_on():
     assert_trained_alike(model, twin)
 
 
+def test_an_input_that_was_written_to_is_refused():
+    model = make("llama").requires_grad_(False)
+    budget = budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
+    embedded = torch.randn(BATCH, LENGTH, 32)
+    with offload(model, device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
+        session.model.model.norm.weight.requires_grad_()
+        given = []
+        handle = session.model.model.layers[2].register_forward_pre_hook(lambda module, args: given.append(args[0]))
+        session.model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+        loss = session.model(inputs_embeds=embedded, labels=next(batches(1))["labels"]).loss
+        handle.remove()
+        with torch.no_grad():
+            given[0].mul_(2)
+        with pytest.raises(SessionError, match="was changed between forward and backward"):
+            loss.backward()
+
+
 def test_backward_twice_through_one_graph():
     model = make("qwen3")
     twin = oracle_of(model)
@@ -198,4 +252,25 @@ def test_in_bf16_with_autocast():
         with offload(model, device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
             losses = train(session.model)
         assert losses == train(twin)
+    assert_trained_alike(model, twin)
+
+
+@pytest.mark.filterwarnings("ignore:the model computes on:UserWarning")
+def test_a_trainer_trains_the_same(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    def trained(model):
+        settings = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "seed": 1}
+        quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+        data = [{"input_ids": ids, "labels": ids} for batch in batches(8) for ids in batch["input_ids"]]
+        trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), **settings, **quiet), train_dataset=data)
+        trainer.train()
+        return [item["loss"] for item in trainer.state.log_history if "loss" in item]
+
+    model = make("llama")
+    twin = oracle_of(model)
+    budget = budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
+    with offload(model, device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
+        losses = trained(session.model)
+    assert losses == trained(twin)
     assert_trained_alike(model, twin)
