@@ -58,6 +58,8 @@ def offload(
         raise ConfigError(f"exactness={exactness!r} is not known; give one of {', '.join(EXACTNESS)}")
     if batch_size < 1 or any(count is not None and count < 1 for count in (max_tokens, new_tokens)):
         raise ConfigError(f"batch_size={batch_size}, max_tokens={max_tokens} and new_tokens={new_tokens} must be at least 1")
+    if training and exactness != IDENTICAL:
+        raise ConfigError(f"training=True is exact, and exactness={exactness!r} was asked for; leave one of them out")
     if isinstance(model_or_path, nn.Module) and any(value.is_meta for value in model_or_path.parameters()):
         raise ConfigError(
             "the model has parameters on torch's meta device, which have no values; load it first, or give its path"

@@ -1,6 +1,7 @@
 """The context manager. It owns the lifetime of everything that a session takes."""
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -214,7 +215,7 @@ class Session:
         more = gib((peak.measured_bytes or 0) - peak.predicted_bytes)
         return [
             f"{more} more memory was held than predicted: what kernels keep for themselves (experts' products on a CPU "
-            "above all) is not in the budget; give a smaller one if memory is short"
+            "above all) and what training holds is not in the budget; give a smaller one if memory is short"
         ]
 
     def _peak(self) -> Peak:
@@ -266,7 +267,7 @@ class Session:
         if outline is not None:
             # What cannot fit is refused before anything is loaded.
             self._count_temporaries(outline)
-            decide(outline, self._budgets, self._workload(outline), loader.slot_bytes, self._temporaries)
+            self._decided(outline, loader.slot_bytes)
         loaded = loader.load(self._disk_dir, self._progress)
         for file in loaded.files:
             stack.callback(file.close)
@@ -312,8 +313,11 @@ class Session:
     def _decide(self) -> Decision:
         if not hasattr(self, "_temporaries"):
             self._count_temporaries(self.model)
-        workload = self._workload(self.model)
-        return decide(self.model, self._budgets, workload, self._placement.slot_bytes, self._temporaries)
+        return self._decided(self.model, self._placement.slot_bytes)
+
+    def _decided(self, model: nn.Module, slot_bytes: Callable[[Unit], int]) -> Decision:
+        exact = self._request.training
+        return decide(model, self._budgets, self._workload(model), slot_bytes, self._temporaries, in_parts=not exact)
 
     def _count_temporaries(self, model: nn.Module) -> None:
         self._temporaries = count_temporaries(model, self._workload(model)) if takes_tokens(model) else None

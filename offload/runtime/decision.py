@@ -34,6 +34,7 @@ def decide(
     workload: Workload,
     slot_bytes: Callable[[Unit], int],
     temporaries: Temporaries | None,
+    in_parts: bool = True,
 ) -> Decision:
     """Plan; where the budget is too small for the largest blocks, take those apart and plan again.
 
@@ -42,6 +43,7 @@ def decide(
     Args:
         slot_bytes: what a unit's block takes in the slots.
         temporaries: of a pass, as counted; None to estimate them.
+        in_parts: passes may be taken apart.
 
     Raises:
         BudgetTooSmall: if it is too small for the largest module that cannot be taken apart.
@@ -49,10 +51,10 @@ def decide(
     found = _fitting(model, budgets, [workload], slot_bytes, temporaries)
     if isinstance(found, Decision):
         return found
-    in_parts = _fitting(model, budgets, parts_of(model, workload), slot_bytes, temporaries)
-    if isinstance(in_parts, Decision):
-        said = f"nothing else fits the budget: {' and '.join(in_parts.plan.rounds)}; exactness is rounding"
-        return replace(in_parts, fallbacks=(*in_parts.fallbacks, said))
+    apart = _fitting(model, budgets, parts_of(model, workload), slot_bytes, temporaries) if in_parts else None
+    if isinstance(apart, Decision):
+        said = f"nothing else fits the budget: {' and '.join(apart.plan.rounds)}; exactness is rounding"
+        return replace(apart, fallbacks=(*apart.fallbacks, said))
     # Taken apart further, a model may need more: what lies beside the parts stays on the device.
     raise min(found, key=lambda refusal: refusal.least_bytes)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from offload import SessionError, offload
+from offload import BudgetTooSmall, ConfigError, SessionError, offload
+from scheduler.model_spec import Workload
 from tests.architectures import VOCAB, make, oracle_of
 from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
 from tests.delayed import DelayedDevice
@@ -274,3 +275,14 @@ def test_a_trainer_trains_the_same(tmp_path):
         losses = trained(session.model)
     assert losses == trained(twin)
     assert_trained_alike(model, twin)
+
+
+def test_training_is_exact_or_refused():
+    model = make("llama")
+    with pytest.raises(ConfigError, match="training=True is exact"):
+        offload(model, device="cpu", training=True, exactness="rounding")
+    reserve = {"batch_size": 8, "max_tokens": 128}
+    spec = spec_of(model, **reserve)
+    budget = budget_for(spec, NONE, 8, 128) - Workload(8, 128, 128).activation_bytes(spec) // 3
+    with pytest.raises(BudgetTooSmall):
+        offload(model, device="cpu", cpu_memory=budget, training=True, **reserve).__enter__()
