@@ -381,9 +381,12 @@ class Session:
     def _windows_of(self, units: list[Unit]) -> Windows:
         placement = self._placement
         around = {key: self.model.get_submodule(key) for key in self._split}
-        return Windows(
-            units, around, self.plan, placement.divided, self._on_device, self._executor, self._clock, self._fallbacks.append
-        )
+        return Windows(units, around, self.plan, placement.divided, self._on_device, self._executor, self._clock, self._tell)
+
+    def _tell(self, sentence: str) -> None:
+        """Of what is slower than planned, once: it may be found in every layer of every pass."""
+        if sentence not in self._fallbacks:
+            self._fallbacks.append(sentence)
 
     def _on_device(self, unit: Unit) -> UnitWindow:
         if self._backward is None:

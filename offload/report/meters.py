@@ -59,8 +59,9 @@ class Meters:
         self._copy_seconds = 0.0
 
     def look(self) -> None:
-        """After a pass: what the allocator took for it, it mostly keeps."""
-        self._process_peak_bytes = max(self._process_peak_bytes, process_bytes())
+        """After a pass: what the allocator took for it, it mostly keeps. A card tells of its own peak."""
+        if self._device.host_memory:
+            self._process_peak_bytes = max(self._process_peak_bytes, process_bytes())
 
     def peak(self, plan: Plan, before_bytes: int) -> Peak:
         """Of the device that computes.

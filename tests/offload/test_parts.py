@@ -123,6 +123,19 @@ def test_a_cache_is_put_together_again(kind):
             }
 
 
+def test_what_is_computed_as_a_whole_is_told_once():
+    """As many sequences as tokens: masks of padded prompts do not show their batch then, in any layer."""
+    model = make("llama")
+    reserve = {"batch_size": 9, "max_tokens": MAX_TOKENS}
+    plan = dataclasses.replace(plan_of(model, **reserve), micro_batch=2)
+    inputs = padded(9, 9)
+    wanted = oracle_of(model)(**inputs).logits
+    with offload(model, device="cpu", cpu_memory="1GiB", plan=plan, exactness="rounding", **reserve) as session:
+        for _ in range(2):
+            torch.testing.assert_close(model(**inputs).logits, wanted, **CLOSE)
+        assert sum("as a whole" in sentence for sentence in session._fallbacks) == 1
+
+
 class _Ambiguous(nn.Module):
     def forward(self, hidden_states, other):
         return hidden_states + other.sum()
