@@ -2,6 +2,7 @@
 
 from offload.api import offload
 from offload.session import Session
+from offload.training.options import Training
 from storage.errors import (
     BudgetExceeded,
     BudgetTooSmall,
@@ -43,6 +44,7 @@ __all__ = [
     "Session",
     "SessionError",
     "StaleSlot",
+    "Training",
     "TrainingError",
     "UnsupportedCheckpoint",
     "offload",

@@ -8,6 +8,7 @@ from torch import nn
 from offload.config import EXACTNESS, IDENTICAL, Progress, resolve_device
 from offload.runtime.decision import load_plan
 from offload.session import Request, Session
+from offload.training.options import Training
 from scheduler.hardware import HardwareProfile
 from scheduler.plan import Plan
 from storage.errors import ConfigError
@@ -26,7 +27,7 @@ def offload(
     new_tokens: int | None = None,
     hardware: HardwareProfile | str | Path | None = None,
     plan: Plan | str | Path | None = None,
-    training: bool = False,
+    training: bool | Training = False,
     progress: Progress | None = None,
     **loading: Any,
 ) -> Session:
@@ -45,7 +46,8 @@ def offload(
         hardware: a profile of this machine, or its file, that predictions are made with; by default the one that
             `offload probe` keeps, if there is one.
         plan: what lives where, or the file of `offload plan --output`; by default it is planned.
-        training: backward works: each layer is computed again, with its weights brought again.
+        training: backward works: each layer is computed again, with its weights brought again. `Training(...)` says how
+            the session's own optimizer works.
         progress: told (what, done bytes, total bytes) during long steps.
         loading: for a path, what `from_pretrained` takes: `dtype`, `revision`, `trust_remote_code`...
 
@@ -81,7 +83,8 @@ def offload(
             new_tokens=new_tokens,
             hardware=HardwareProfile.load(hardware) if isinstance(hardware, (str, Path)) else hardware,
             plan=load_plan(plan) if isinstance(plan, (str, Path)) else plan,
-            training=training,
+            training=Training() if training is True else training or None,
+            managed=isinstance(training, Training),
             progress=progress or (lambda what, done, total: None),
             loading=loading,
         )

@@ -13,7 +13,7 @@ from torch import nn
 
 from offload.config import IDENTICAL, ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
 from offload.interrupts import HeldInterrupts
-from offload.model.blocks import Unit, find_structure
+from offload.model.blocks import Unit, estimated_slot_bytes, find_structure
 from offload.model.guise import Guise
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
@@ -35,6 +35,10 @@ from offload.runtime.kv_reserve import KvReserve
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
 from offload.runtime.recorder import Recorder, tracing_use
+from offload.training.gradients import HostGradients, TiedUse, tied_uses
+from offload.training.managed import ManagedTraining
+from offload.training.needs import needs_of
+from offload.training.options import NVME, Training
 from offload.training.recompute import Backward
 from offload.training.windows import TrainingWindow
 from scheduler.hardware import HardwareProfile
@@ -43,6 +47,7 @@ from scheduler.plan import Plan
 from scheduler.planner import make_plan
 from scheduler.trace import Trace
 from storage.arena import HostBuffer
+from storage.block_file import spill_folder
 from storage.device import Device
 from storage.engines.gds import choose_engine
 from storage.engines.posix import PosixEngine
@@ -51,6 +56,7 @@ from storage.reader import DiskReader
 from storage.transfer import Link
 
 _READ_THREADS = 4
+_WRITE_THREADS = 2
 _DEFAULT_TOKENS = 2048
 
 _EXCESS = 1.05
@@ -72,7 +78,8 @@ class Request:
     new_tokens: int | None
     hardware: HardwareProfile | None
     plan: Plan | None
-    training: bool
+    training: Training | None
+    managed: bool
     progress: Progress
     loading: dict[str, Any]
 
@@ -101,6 +108,9 @@ class Session:
         self._stack: ExitStack | None = None
         self._fallbacks: list[str] = []
         self._inside = False
+        self._managed: ManagedTraining | None = None
+        self._gradients = HostGradients(apart=not request.device.host_memory)
+        self._ties: list[TiedUse] = []
 
     def __enter__(self) -> "Session":
         if self._stack is not None:
@@ -291,12 +301,14 @@ class Session:
         self._executor = LayerExecutor(self._device, self._clock)
         self._backward = None
         if self._request.training:
-            self._backward = Backward(self._executor, self._clock, lambda: self._placement.expect_changes())
+            self._backward = Backward(self._executor, self._clock, self._begin_gradients, self._end_gradients)
         # On the CPU, reads go straight to where they are computed with: nothing to gain from kvikio.
         self._engine = PosixEngine() if self._device.host_memory else choose_engine(self._sample)
         stack.callback(self._engine.close)
         self._link = Link("disk", _READ_THREADS, self._recorder.span)
         stack.callback(self._link.close)
+        self._written = Link("disk writes", _WRITE_THREADS, self._recorder.span)
+        stack.callback(self._written.close)
         self._reader = DiskReader(self._engine, self._link)
         self._placement = Placement(
             self._device,
@@ -316,8 +328,26 @@ class Session:
         return self._decided(self.model, self._placement.slot_bytes)
 
     def _decided(self, model: nn.Module, slot_bytes: Callable[[Unit], int]) -> Decision:
-        exact = self._request.training
-        return decide(model, self._budgets, self._workload(model), slot_bytes, self._temporaries, in_parts=not exact)
+        if self._request.training is None:
+            return decide(model, self._budgets, self._workload(model), slot_bytes, self._temporaries)
+        return self._decided_to_train(model, slot_bytes, self._request.training)
+
+    def _decided_to_train(self, model: nn.Module, slot_bytes: Callable[[Unit], int], training: Training) -> Decision:
+        needs = needs_of(model, training)
+        in_files = training.full and training.state_tier == NVME
+        # Nothing that is trained stays on a device whose memory the states do not share.
+        candidates = frozenset[str]() if training.full and not self._device.host_memory else None
+        decision = decide(
+            model,
+            needs.left_of(self._budgets),
+            self._workload(model),
+            (lambda unit: max(slot_bytes(unit), estimated_slot_bytes(unit))) if in_files else slot_bytes,
+            self._temporaries,
+            in_parts=False,
+            candidates=candidates,
+        )
+        needs.check(decision.plan, training, self._budgets, sum(value.nbytes for value in model.parameters()))
+        return decision
 
     def _count_temporaries(self, model: nn.Module) -> None:
         self._temporaries = count_temporaries(model, self._workload(model)) if takes_tokens(model) else None
@@ -340,7 +370,11 @@ class Session:
         if self._request.plan is not None:
             self.plan = given_plan(self._request.plan, self._spec, workload, self._budgets, self._request.exactness)
             check_parts(self.model, self.plan)
-        elif self._forecast is not None and (self._budgets.host_bytes is not None or self._request.exactness == ROUNDING):
+        elif (
+            self._request.training is None
+            and self._forecast is not None
+            and (self._budgets.host_bytes is not None or self._request.exactness == ROUNDING)
+        ):
             self.plan, _ = self._forecast.best(self._spec, self._order())
         self._reserve = KvReserve(self._spec, self.plan.asked(workload), self._grow, self._budgets.device_bytes)
 
@@ -375,6 +409,9 @@ class Session:
         if chunk:
             stack.callback(PrefillChunks(self.model, chunk).undo)
         stack.callback(ForwardWrap(self.model, root.wrap).undo)
+        if self._request.training is not None:
+            stack.callback(self._stop_training)
+            self._ties = tied_uses(self.model)
         self._windows = self._windows_of(self._structure.units)
         stack.callback(lambda: self._windows.undo())
 
@@ -396,6 +433,8 @@ class Session:
     def _before_pass(self) -> None:
         self._engine.check_unchanged()
         if self._backward is not None:
+            if torch.is_grad_enabled():
+                self._gather_gradients()
             # A backward pass that failed half way still holds a block.
             self._backward.end()
         if self._watch.take():
@@ -415,6 +454,88 @@ class Session:
             unit.uses = tuple(dict.fromkeys(key for key in owners if key is not None))
         self._windows.undo()
         self._windows = self._windows_of([unit for unit in units if unit.uses])
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What trains all parameters that require a gradient when it is first asked for; works with torch's schedulers.
+
+        With `training=Training(...)` it is there from the first forward pass on; with `training=True` it has to be asked for
+        before the first backward, since it adds gradients up in its own way.
+
+        Raises:
+            SessionError: in a session without `training`, or if nothing requires a gradient, or some have one already.
+            BudgetExceeded: if there is no room for gradients and states.
+        """
+        return self._managed_training().optimizer
+
+    def step(self, max_grad_norm: float | None = None) -> float:
+        """Clip the gradients, update what is trained, and forget the gradients.
+
+        Args:
+            max_grad_norm: of all gradients together; None to leave them as they are.
+
+        Returns:
+            The norm before.
+
+        Raises:
+            TrainingError: if it is no number; nothing was changed.
+        """
+        return self._managed_training().step(max_grad_norm)
+
+    def _managed_training(self) -> ManagedTraining:
+        training = self._request.training
+        if training is None or not self._inside:
+            raise SessionError("the session does not train: give offload(..., training=True), and enter it")
+        if self._managed is None:
+            with self._executor.lock:
+                if self._watch.take():
+                    self._adopt_changes()
+                self._gradients.close()
+                self._managed = ManagedTraining(
+                    self.model,
+                    training,
+                    self._structure,
+                    self._ties,
+                    self._placement,
+                    self._executor,
+                    self._reader,
+                    self._written,
+                    self._meters.host_ledger,
+                    self._meters.disk_ledger,
+                    not self._device.host_memory,
+                    training.state_dir or self._disk_dir or spill_folder(),
+                )
+                self._gradients = self._managed.gradients
+        return self._managed
+
+    def _gather_gradients(self) -> None:
+        """Before gradients are made: on a device with memory of its own, those of streamed weights go to CPU memory."""
+        if self._request.managed and any(value.requires_grad for value in self.model.parameters()):
+            self._managed_training()
+        if self._managed is None and not self._device.host_memory:
+            self._gradients.add(
+                {
+                    key: [(home.name, home.parameter) for home in block.homes if home.parameter.requires_grad]
+                    for key, block in self._placement.streamed.items()
+                }
+            )
+
+    def _begin_gradients(self) -> None:
+        self._gradients.begin()
+
+    def _end_gradients(self) -> None:
+        self._gradients.end()
+        self._placement.expect_changes()
+
+    def _stop_training(self) -> None:
+        if self._managed is not None:
+            self._managed.close()
+            for category in ("gradients", "optimizer states"):
+                self._meters.host_ledger.release(category, self._meters.host_ledger.held_bytes(category))
+        else:
+            self._gradients.close()
+        for tie in self._ties:
+            tie.undo()
 
     def _make_room(self, added_bytes: int) -> None:
         try:

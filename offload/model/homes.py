@@ -94,6 +94,7 @@ class ParameterHome:
             values are copied into new memory then.
         modified: True once the values differ from those that the block's source delivers.
         version: the parameter's version counter when it was last looked at.
+        managed: the session's optimizer writes it, and says where; in the end it keeps the memory that it lies in then.
         device_rows: of a weight that the device and the CPU compute with together, the device's: the first ones. None for all.
     """
 
@@ -103,6 +104,7 @@ class ParameterHome:
     original: torch.Tensor | None
     modified: bool = False
     version: int = 0
+    managed: bool = False
     device_rows: int | None = None
 
     @property
@@ -137,6 +139,15 @@ class ParameterHome:
             self.version = self.parameter._version
             self.modified = True
 
+    @property
+    def was_changed(self) -> bool:
+        """By the user, since the values were last where they come from."""
+        return self.modified or self.parameter._version != self.version
+
+    def accept_changes(self) -> None:
+        """The values that it has now are where they come from."""
+        self.modified, self.version = False, self.parameter._version
+
     def bind(self, view: torch.Tensor) -> None:
         """A window opens: the parameter is in the slot now."""
         if self.modified:
@@ -156,6 +167,8 @@ class ParameterHome:
         """The session ends: the parameter is as it was, with the values that it has now."""
         current = self.parameter.data
         with torch.no_grad(), torch.inference_mode(False):
+            if self.managed and current.device.type == "cpu":
+                return
             if self.original is None:
                 current = current.to("cpu", copy=True)
             elif current is not self.original and current.data_ptr() != self.original.data_ptr():

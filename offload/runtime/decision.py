@@ -35,6 +35,7 @@ def decide(
     slot_bytes: Callable[[Unit], int],
     temporaries: Temporaries | None,
     in_parts: bool = True,
+    candidates: frozenset[BlockKey] | None = None,
 ) -> Decision:
     """Plan; where the budget is too small for the largest blocks, take those apart and plan again.
 
@@ -44,14 +45,15 @@ def decide(
         slot_bytes: what a unit's block takes in the slots.
         temporaries: of a pass, as counted; None to estimate them.
         in_parts: passes may be taken apart.
+        candidates: the blocks that may stay on the device; None for all.
 
     Raises:
         BudgetTooSmall: if it is too small for the largest module that cannot be taken apart.
     """
-    found = _fitting(model, budgets, [workload], slot_bytes, temporaries)
+    found = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates)
     if isinstance(found, Decision):
         return found
-    apart = _fitting(model, budgets, parts_of(model, workload), slot_bytes, temporaries) if in_parts else None
+    apart = _fitting(model, budgets, parts_of(model, workload), slot_bytes, temporaries, candidates) if in_parts else None
     if isinstance(apart, Decision):
         said = f"nothing else fits the budget: {' and '.join(apart.plan.rounds)}; exactness is rounding"
         return replace(apart, fallbacks=(*apart.fallbacks, said))
@@ -65,6 +67,7 @@ def _fitting(
     workloads: Sequence[Workload],
     slot_bytes: Callable[[Unit], int],
     temporaries: Temporaries | None,
+    candidates: frozenset[BlockKey] | None,
 ) -> "Decision | list[BudgetTooSmall]":
     """The first of the workloads that fits, with as few blocks taken apart as possible; else what was refused."""
     split: frozenset[BlockKey] = frozenset()
@@ -75,7 +78,7 @@ def _fitting(
         # The parts of layers are no layers: a batch cannot be taken apart around them.
         for workload in (item for item in workloads if not (split and item.micro_batch)):
             try:
-                plan = make_plan(spec, budgets.device_bytes, workload, budgets.host_bytes)
+                plan = make_plan(spec, budgets.device_bytes, workload, budgets.host_bytes, candidates)
             except BudgetTooSmall as error:
                 refusals.append(error)
             else:

@@ -12,6 +12,7 @@ from scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
 from scheduler.trace import OWN
 from storage.blocks import BlockKey
 from storage.device import Device, DeviceBuffer, Event
+from storage.errors import SessionError
 
 
 class LayerExecutor:
@@ -117,6 +118,19 @@ class LayerExecutor:
                 self._carry_out(self._schedule.look_ahead(self._clock.phase))
             finally:
                 self._clock.leave()
+
+    def replace(self, block: StreamedBlock) -> None:
+        """The block's bytes come from elsewhere from now on. Nothing may be under way.
+
+        Raises:
+            SessionError: if it takes more room in the slots than before.
+        """
+        if self._slots(block) > self._slots(self.blocks[block.key]):
+            raise SessionError(
+                f"{block.key} takes more room in its slots where its trained weights lie; enter with Training(full=True), so "
+                "that they are planned for"
+            )
+        self.blocks[block.key] = block
 
     def settle(self) -> None:
         """Drop everything that was loaded ahead; afterwards nothing is under way."""

@@ -69,8 +69,9 @@ class _LookedUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        # What follows may write to it without a trace: its home has the values from now on, not the file.
-        ctx.home.modified = True
+        if not ctx.home.managed:
+            # What follows may write to it without a trace: its home has the values from now on, not the file.
+            ctx.home.modified = True
         dense = torch.ops.aten.embedding_dense_backward(gradients[0], indices, ctx.rows, ctx.padding, False)
         return dense, None, None, None
 

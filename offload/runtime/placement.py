@@ -1,7 +1,7 @@
 """Brings a model's parameters to where the plan wants them, and back in the end."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import psutil
@@ -153,8 +153,54 @@ class Placement:
     def expect_changes(self) -> None:
         """From now on the homes of what is trained have the values: fused optimizers write without a trace."""
         for home in self._homes.values():
-            if home.parameter.requires_grad:
+            if home.parameter.requires_grad and not home.managed:
                 home.modified = True
+
+    def home_of(self, parameter: nn.Parameter) -> ParameterHome | None:
+        """Where the parameter lives; None if the session does not know it."""
+        return next((home for home in self._homes.values() if home.parameter is parameter), None)
+
+    def range_of(self, home: ParameterHome) -> FileRange | None:
+        """Where a file holds the values that the parameter has now; None if only memory does."""
+        return None if home.modified else self.source_of(home.name, home.parameter)
+
+    def settle_in_memory(self, unit: Unit, category: str) -> None:
+        """A unit whose weights were streamed from a file lives in CPU memory from now on.
+
+        Raises:
+            BudgetExceeded: if there is no room for it.
+        """
+        buffer, offsets = self._live_in_host_memory(unit, category)
+        self._lock_pages(buffer)
+        homes = self._homes_of(unit)
+        for home in homes:
+            home.modified = False
+            home.version = home.parameter._version
+            self._known.pop(home.name, None)
+        if unit.key in self.tables:
+            self.tables[unit.key] = self._table(unit)
+        if unit.key in self.streamed:
+            source = HostSource(unit.key, self._device, buffer, offsets, unit.block.nbytes)
+            self.streamed[unit.key] = StreamedBlock(unit.key, homes, source)
+
+    def settle_in_file(self, unit: Unit, places: Mapping[str, tuple[FileRange, torch.Tensor]]) -> None:
+        """Some parameters of a unit lie in a file that this process writes.
+
+        Args:
+            places: where, and a view of the bytes, by name.
+        """
+        homes = self._homes_of(unit)
+        for home in homes:
+            if home.name in places:
+                self._known[home.name], view = places[home.name]
+                self._reader.engine.open(self._known[home.name].path, own=True)
+                if unit.key not in self.resident:
+                    home.tensor = home.parameter.data = view
+                    home.original, home.modified, home.version = None, False, home.parameter._version
+        if unit.key in self.tables:
+            self.tables[unit.key] = self._table(unit)
+        if unit.key in self.streamed:
+            self.streamed[unit.key] = StreamedBlock(unit.key, homes, self._disk_source(unit))
 
     def as_placed(self, plan: Plan) -> Plan:
         """The plan with what became of the blocks that were given up."""

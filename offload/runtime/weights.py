@@ -260,6 +260,11 @@ class GatheredTable:
         """For rows from disk, since this was last set to 0."""
         self._reader, self._source = reader, source
 
+    @property
+    def on_disk(self) -> bool:
+        """Its rows come from a file, but for those that somebody wrote."""
+        return self._source is not None
+
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """The looked-up rows, [*indices.shape, width], on the device of `indices`."""
         home = self.homes[0]

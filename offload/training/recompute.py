@@ -32,12 +32,13 @@ class Backward:
     Args:
         executor: brings the blocks.
         clock: told whose time it is.
-        ended: called when a backward pass is over.
+        began, ended: called when a backward pass begins, and when it is over.
     """
 
-    def __init__(self, executor: LayerExecutor, clock: PassClock, ended: Callable[[], None]) -> None:
+    def __init__(self, executor: LayerExecutor, clock: PassClock, began: Callable[[], None], ended: Callable[[], None]) -> None:
         self._executor = executor
         self._clock = clock
+        self._began = began
         self._ended = ended
         self._held: Frame | None = None
         self.recomputing = False
@@ -49,6 +50,7 @@ class Backward:
         self.release()
         if self._clock.begin_backward():
             torch.autograd.Variable._execution_engine.queue_callback(self.end)
+            self._began()
         self._executor.open(frame.uses)
         # Held from here on: whatever goes wrong, the block is given back.
         self._held = frame

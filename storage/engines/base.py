@@ -16,8 +16,12 @@ class ReadEngine(Protocol):
     unit_bytes: int
     fallbacks: list[str]
 
-    def open(self, path: str) -> None:
-        """Open `path` for the reads to come; opening it again changes nothing."""
+    def open(self, path: str, own: bool = False) -> None:
+        """Open `path` for the reads to come; opening it again changes nothing.
+
+        Args:
+            own: this process writes the file, so that it may change.
+        """
 
     def read(self, path: str, file_offset: int, memory: memoryview, needed_bytes: int) -> None:
         """Fill `memory` from `file_offset`; only the end of the file may cut it short, and not below `needed_bytes`.

@@ -36,8 +36,8 @@ class KvikioEngine(PosixEngine):
         self._open_file: Callable[..., Any] = kvikio.CuFile
         self._handles: dict[str, Any] = {}
 
-    def open(self, path: str) -> None:
-        super().open(path)
+    def open(self, path: str, own: bool = False) -> None:
+        super().open(path, own)
         if path not in self._handles:
             try:
                 self._handles[path] = self._open_file(path, "r")

@@ -21,7 +21,8 @@ class _OpenFile:
     descriptor: int
     buffered: int
     direct: bool
-    identity: tuple[int, int, int]
+    identity: tuple[int, int, int] | None
+    """As it was when it was opened; None if it may change."""
 
 
 class PosixEngine:
@@ -39,14 +40,14 @@ class PosixEngine:
         self._direct = direct
         self._files: dict[str, _OpenFile] = {}
 
-    def open(self, path: str) -> None:
+    def open(self, path: str, own: bool = False) -> None:
         if path in self._files:
             return
         descriptor, direct = self._open_descriptor(path)
         buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if direct else descriptor
         if direct:
             os.posix_fadvise(buffered, 0, 0, os.POSIX_FADV_RANDOM)
-        self._files[path] = _OpenFile(descriptor, buffered, direct, _identity(os.fstat(descriptor)))
+        self._files[path] = _OpenFile(descriptor, buffered, direct, None if own else _identity(os.fstat(descriptor)))
 
     def read(self, path: str, file_offset: int, memory: memoryview, needed_bytes: int) -> None:
         file = self._files[path]
@@ -59,6 +60,8 @@ class PosixEngine:
 
     def check_unchanged(self) -> None:
         for path, file in self._files.items():
+            if file.identity is None:
+                continue
             try:
                 now = _identity(os.stat(path))
             except OSError:

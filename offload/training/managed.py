@@ -1,0 +1,317 @@
+"""The session's own optimizer: gradients in CPU memory, states in CPU memory or on NVMe, weights where they are streamed from.
+
+backward -> gradients (host) -> norm, clip -> for each sub-group: states in -> step -> weights and states out
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.model.blocks import Structure, Unit
+from offload.model.homes import ParameterHome
+from offload.runtime.executor import LayerExecutor
+from offload.runtime.placement import Placement
+from offload.runtime.weights import HostSource
+from offload.training.gradients import HostGradients, TiedUse, gradient_bytes
+from offload.training.needs import layout_of, trained
+from offload.training.options import CPU, Training
+from offload.training.rules import Rule, rule_of
+from offload.training.states import DiskStates, MemoryStates, States
+from scheduler.sub_groups import SubGroup
+from storage.arena import HostBuffer
+from storage.blocks import BlockKey, FileRange
+from storage.errors import SessionError, TrainingError
+from storage.ledger import MemoryLedger
+from storage.reader import DiskReader
+from storage.state_file import StateFile
+from storage.transfer import Link
+
+OUTSIDE = "(no block)"
+"""The block of what no block holds: adapters, a norm."""
+
+
+class StreamedOptimizer(torch.optim.Optimizer):
+    """What learning-rate schedulers and loops see: `param_groups`, `step` and `zero_grad`. Its states live elsewhere.
+
+    Args:
+        step: updates everything, with the settings of the only group.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], defaults: dict[str, Any], step: Callable[[], None]) -> None:
+        super().__init__(list(parameters), dict(defaults))
+        self._update = step
+        self.steps = 0
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """One update of everything that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        self.steps += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings. The states are in a checkpoint only: `session.save`.
+
+        Raises:
+            SessionError: once there are states, which would be missing.
+        """
+        if self.steps:
+            raise SessionError("this optimizer's states are too large for a state_dict; use session.save(folder)")
+        return super().state_dict()
+
+
+class ManagedTraining:
+    """Everything that a session trains by itself.
+
+    Args:
+        structure: of the model; says which block a parameter belongs to.
+        ties: places where a parameter is used once more.
+        device_ledger, host_ledger: charged for what is held.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: Training,
+        structure: Structure,
+        ties: Iterable[TiedUse],
+        placement: Placement,
+        executor: LayerExecutor,
+        reader: DiskReader,
+        writes: Link,
+        host_ledger: MemoryLedger,
+        disk_ledger: MemoryLedger,
+        apart: bool,
+        folder: str,
+    ) -> None:
+        self.parameters = [value for value in model.parameters() if value.requires_grad]
+        if not self.parameters:
+            raise SessionError("nothing is to be trained: no parameter requires a gradient")
+        if any(parameter.grad is not None for parameter in self.parameters):
+            raise SessionError(
+                "there are gradients already, which were added up otherwise than this optimizer does; ask for "
+                "session.optimizer before the first backward, or give offload(..., training=Training(...))"
+            )
+        self.training = training
+        self._model = model
+        self._executor = executor
+        self._placement = placement
+        self._reader = reader
+        self._host_ledger, self._disk_ledger = host_ledger, disk_ledger
+        self._folder = folder
+        self._files: list[str] = []
+        self._rule: Rule = rule_of(training)
+        self._steps_of: dict[str, int] = {}
+        self._changed: set[str] = set()
+        self._homes: dict[str, ParameterHome] = {}
+        self._units: dict[BlockKey, Unit] = {}
+        blocks = self._blocks(structure)
+        self.layout = layout_of(
+            [(key, [trained(home.name, home.parameter) for home in homes]) for key, homes in blocks.items()], training
+        )
+        self.optimizer = StreamedOptimizer(self.parameters, self._rule.defaults, self._update)
+        executor.settle()
+        if training.state_tier == CPU:
+            self._leave_files()
+        self.gradients = self._take_gradients(blocks, ties, apart)
+        self.states: States = self._take_states(reader.link, writes)
+        for home in self._homes.values():
+            home.managed = True
+
+    def step(self, max_grad_norm: float | None = None) -> float:
+        """Clip the gradients, update what is trained, and forget the gradients.
+
+        Args:
+            max_grad_norm: of all gradients together; None to leave them as they are.
+
+        Returns:
+            The norm before.
+
+        Raises:
+            TrainingError: if it is no number; nothing was changed.
+        """
+        if max_grad_norm is None:
+            norm = float(torch.nn.utils.get_total_norm([value.grad for value in self.parameters if value.grad is not None]))
+        else:
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm))
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the norm of the gradients is {norm}: the weights are left as they were. Give a smaller learning rate, or "
+                "look at the data"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def close(self) -> None:
+        """Give memory and files back; the weights stay where they are."""
+        self.gradients.close()
+        self.states.close()
+        for path in self._files:
+            if os.path.exists(path):
+                os.unlink(path)
+
+    def _update(self) -> None:
+        self._check_parameters()
+        with self._executor.lock, torch.no_grad():
+            # What was loaded ahead is stale from now on.
+            self._executor.settle()
+            self._changed = {name for name, home in self._homes.items() if home.was_changed}
+            self.states.begin()
+            counted: set[str] = set()
+            for group in self.layout.groups:
+                working = self.states.take(group)
+                self._step_group(group, working, counted)
+                self.states.give_back(working)
+            self.states.end()
+            for name in counted:
+                self._steps_of[name] = self._steps_of.get(name, 0) + 1
+            for home in self._homes.values():
+                home.accept_changes()
+
+    def _step_group(self, group: SubGroup, working: Any, counted: set[str]) -> None:
+        """What has no gradient is left alone, as torch does; pieces that took the same number of steps go together."""
+        by_count: dict[int, list[int]] = {}
+        for index, piece in enumerate(group.pieces):
+            name = piece.parameter.name
+            if self._homes[name].parameter.grad is not None:
+                by_count.setdefault(self._steps_of.get(name, 0) + 1, []).append(index)
+                counted.add(name)
+        for count, indices in by_count.items():
+            targets = [working.targets[index] for index in indices]
+            gradients = [self._gradient(group, index, targets[place]) for place, index in enumerate(indices)]
+            moments = {name: [working.tensors[name][index] for index in indices] for name in self._rule.moments}
+            self._rule.step(targets, gradients, moments, count, self.optimizer.param_groups[0])
+
+    def _gradient(self, group: SubGroup, index: int, like: torch.Tensor) -> torch.Tensor:
+        piece = group.pieces[index]
+        gradient = self._homes[piece.parameter.name].parameter.grad
+        assert gradient is not None
+        return gradient.reshape(-1)[piece.start : piece.stop].to(like.device, like.dtype)
+
+    def _check_parameters(self) -> None:
+        known = {id(parameter) for parameter in self.parameters}
+        if {id(value) for value in self._model.parameters() if value.requires_grad} != known:
+            raise SessionError(
+                "other parameters require a gradient than when session.optimizer was first asked for; decide what is trained "
+                "before that"
+            )
+
+    def _blocks(self, structure: Structure) -> dict[BlockKey, list[ParameterHome]]:
+        """What is trained, by block, in the order of computing."""
+        left = {id(parameter) for parameter in self.parameters}
+        blocks: dict[BlockKey, list[ParameterHome]] = {}
+        for unit in structure.units:
+            for parameter in unit.parameters.values():
+                home = self._placement.home_of(parameter) if id(parameter) in left else None
+                if home is not None:
+                    left.discard(id(parameter))
+                    blocks.setdefault(unit.key, []).append(home)
+                    self._units[unit.key] = unit
+        for name, parameter in self._model.named_parameters():
+            if id(parameter) in left:
+                home = self._placement.home_of(parameter) or ParameterHome(name, parameter, parameter.data, parameter.data)
+                blocks.setdefault(OUTSIDE, []).append(home)
+        self._homes = {home.name: home for homes in blocks.values() for home in homes}
+        return blocks
+
+    def _leave_files(self) -> None:
+        """Weights that are stepped in CPU memory live there."""
+        for key, unit in self._units.items():
+            if self._in_file(key):
+                self._placement.settle_in_memory(unit, "trained weights")
+                self._replace(key)
+
+    def _replace(self, key: BlockKey) -> None:
+        if key in self._executor.blocks:
+            self._executor.replace(self._placement.streamed[key])
+
+    def _in_file(self, key: BlockKey) -> bool:
+        if key in self._placement.tables and key not in self._placement.streamed:
+            return self._placement.tables[key].on_disk
+        block = self._placement.streamed.get(key)
+        return block is not None and not isinstance(block.source, HostSource)
+
+    def _take_gradients(
+        self, blocks: dict[BlockKey, list[ParameterHome]], ties: Iterable[TiedUse], apart: bool
+    ) -> HostGradients:
+        on_host = {
+            key: [(home.name, home.parameter) for home in homes if home.parameter.data.device.type == "cpu"]
+            for key, homes in blocks.items()
+        }
+        every = [home.parameter for homes in blocks.values() for home in homes]
+        self._host_ledger.charge("gradients", gradient_bytes(every, self.training.masters))
+        gradients = HostGradients(apart, self.training.masters)
+        gradients.add(on_host, ties)
+        return gradients
+
+    def _take_states(self, reads: Link, writes: Link) -> States:
+        def charge(nbytes: int) -> None:
+            self._host_ledger.charge("optimizer states", nbytes)
+
+        if self.training.state_tier == CPU:
+            return MemoryStates(self.layout, self, charge, self._new_file)
+        return DiskStates(self.layout, self, reads, writes, charge, self._new_file)
+
+    def _new_file(self) -> StateFile:
+        descriptor, path = tempfile.mkstemp(prefix="states-", suffix=".partial", dir=self._folder)
+        os.close(descriptor)
+        self._files.append(path)
+        file = StateFile(path, self.layout.nbytes)
+        self._disk_ledger.charge("optimizer states", self.layout.nbytes)
+        return file
+
+    # The weights, as the states see them.
+
+    def in_place(self, group: SubGroup) -> list[torch.Tensor] | None:
+        if self._in_file(group.block):
+            return None
+        return [self._homes[piece.parameter.name].parameter.data.view(-1)[piece.start : piece.stop] for piece in group.pieces]
+
+    def read(self, group: SubGroup, targets: Sequence[torch.Tensor]) -> None:
+        for piece, target in zip(group.pieces, targets, strict=True):
+            home = self._homes[piece.parameter.name]
+            source = self._placement.range_of(home) if self._in_file(group.block) else None
+            if source is None:
+                target.copy_(home.parameter.data.view(-1)[piece.start : piece.stop])
+            else:
+                target.copy_(self._from_file(source, home.parameter.dtype, piece.start, piece.stop))
+
+    def _from_file(self, source: FileRange, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        part = FileRange(source.path, source.offset + start * dtype.itemsize, (stop - start) * dtype.itemsize)
+        landing = self._reader.plan([part])
+        buffer = HostBuffer(landing.slot_bytes)
+        self._reader.read([part], landing, buffer.memory[: landing.slot_bytes]).wait()
+        return buffer.tensor[landing.offsets[0] : landing.offsets[0] + part.nbytes].view(dtype)
+
+    def changed(self, group: SubGroup) -> bool:
+        return any(piece.parameter.name in self._changed for piece in group.pieces)
+
+    def moved(self, block: BlockKey, file: StateFile) -> None:
+        if block not in self._units or not self._in_file(block):
+            return
+        storage = torch.UntypedStorage.from_file(file.path, False, file.nbytes)
+        places: dict[str, tuple[FileRange, torch.Tensor]] = {}
+        for group in self.layout.of(block):
+            for span in group.weights.spans:
+                if span.piece.start == 0:
+                    home = self._homes[span.piece.parameter.name]
+                    at = FileRange(file.path, group.weights.offset + span.offset, home.tensor.nbytes)
+                    places[home.name] = at, _file_view(storage, at, home.tensor)
+        self._placement.settle_in_file(self._units[block], places)
+        self._replace(block)
+
+
+def _file_view(storage: Any, at: FileRange, like: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False):
+        content = torch.empty(0, dtype=torch.uint8).set_(storage[at.offset : at.end])
+        view: torch.Tensor = content.view(like.dtype).view(like.shape)
+        return view

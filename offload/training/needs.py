@@ -1,0 +1,101 @@
+"""What training holds in CPU memory, known before anything is loaded."""
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from offload.config import Budgets
+from offload.model.blocks import find_structure
+from offload.training.gradients import gradient_bytes
+from offload.training.options import CPU, Training
+from offload.training.rules import rule_of
+from offload.training.states import BUFFER_COUNT
+from scheduler.plan import Plan
+from scheduler.sub_groups import StateLayout, Trained, lay_out
+from storage.errors import BudgetTooSmall, gib
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingNeeds:
+    """Bytes of CPU memory, and of disk.
+
+    Attributes:
+        gradient_bytes: of all that is trained.
+        state_bytes: in CPU memory: all of them, or what passes through buffers.
+        disk_bytes: of one version of the states and weights on NVMe.
+        written_bytes: to disk, in each step.
+    """
+
+    gradient_bytes: int = 0
+    state_bytes: int = 0
+    disk_bytes: int = 0
+    written_bytes: int = 0
+
+    @property
+    def host_bytes(self) -> int:
+        return self.gradient_bytes + self.state_bytes
+
+    def left_of(self, budgets: Budgets) -> Budgets:
+        """What is left for the model.
+
+        Raises:
+            BudgetTooSmall: if nothing is.
+        """
+        budget = budgets.device_bytes if budgets.host_bytes is None else budgets.host_bytes
+        if budget <= self.host_bytes:
+            raise BudgetTooSmall(
+                f"training holds {gib(self.gradient_bytes)} of gradients and {gib(self.state_bytes)} of the optimizer's states "
+                f"in CPU memory, whose budget is {gib(budget)}; give a larger cpu_memory, state_tier='nvme', or train adapters",
+                self.host_bytes,
+            )
+        if budgets.host_bytes is None:
+            return replace(budgets, device_bytes=budget - self.host_bytes)
+        return replace(budgets, host_bytes=budget - self.host_bytes)
+
+    def check(self, plan: Plan, training: Training, budgets: Budgets, weight_bytes: int) -> None:
+        """Weights that are stepped in CPU memory live there.
+
+        Raises:
+            BudgetTooSmall: if they do not fit.
+        """
+        elsewhere = (*plan.streamed, *plan.gathered)
+        if budgets.host_bytes is not None:
+            elsewhere = tuple(key for key in plan.streamed if key not in plan.in_host_memory)
+        if training.full and training.state_tier == CPU and elsewhere:
+            raise BudgetTooSmall(
+                f"with state_tier='cpu' all weights ({gib(weight_bytes)}) are in CPU memory, beside {gib(self.gradient_bytes)} "
+                f"of gradients and {gib(self.state_bytes)} of states, and {len(elsewhere)} blocks do not fit; give a larger "
+                "cpu_memory, or state_tier='nvme'",
+                self.host_bytes + weight_bytes,
+            )
+
+
+def needs_of(model: nn.Module, training: Training) -> TrainingNeeds:
+    """Of training all weights; nothing is set aside for others beforehand."""
+    if not training.full:
+        return TrainingNeeds()
+    layout = full_layout(model, training)
+    on_nvme = training.state_tier != CPU
+    return TrainingNeeds(
+        gradient_bytes(model.parameters(), training.masters),
+        BUFFER_COUNT * layout.largest_bytes if on_nvme else layout.state_bytes,
+        layout.nbytes if on_nvme else 0,
+        layout.written_bytes if on_nvme else 0,
+    )
+
+
+def full_layout(model: nn.Module, training: Training) -> StateLayout:
+    """Where the states of all weights would lie."""
+    structure = find_structure(model)
+    blocks = [(unit.key, list(unit.parameters.items())) for unit in structure.units if unit.parameters]
+    blocks.append(("", list(structure.pinned.items())))
+    return layout_of([(key, [trained(name, value) for name, value in named]) for key, named in blocks], training)
+
+
+def trained(name: str, parameter: nn.Parameter) -> Trained:
+    return Trained(name, parameter.numel(), str(parameter.dtype).removeprefix("torch."))
+
+
+def layout_of(blocks: list[tuple[str, list[Trained]]], training: Training) -> StateLayout:
+    masters = None if training.masters is None else str(training.masters).removeprefix("torch.")
+    return lay_out(blocks, rule_of(training).moments, masters, training.sub_group_elements)

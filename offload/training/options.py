@@ -1,0 +1,72 @@
+"""What a user may ask of training."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from storage.errors import ConfigError
+
+ADAMW, SGD = "adamw", "sgd"
+OPTIMIZERS = (ADAMW, SGD)
+
+CPU, NVME, RECOMPUTE, GPU = "cpu", "nvme", "recompute", "gpu"
+STATE_TIERS = (CPU, NVME)
+ACTIVATION_TIERS = (RECOMPUTE, GPU, CPU, NVME)
+
+MASTER_DTYPES = ("float32", "none")
+
+_SUB_GROUP_ELEMENTS = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How a session trains: `offload(model, training=Training(...))`.
+
+    Attributes:
+        full: all weights are trained, so that room for their gradients and the optimizer's states is set aside at once.
+        optimizer: `adamw` (torch's fused kernel) or `sgd`.
+        learning_rate, betas, eps, weight_decay, momentum: of the optimizer.
+        master_dtype: `float32` steps a copy of every weight of 16 bits, and adds gradients up in it; `none` steps the weights.
+        state_tier: where the optimizer's states live: `cpu` or `nvme`. With `nvme`, streamed weights live there too.
+        activation_tier: where what backward needs of a layer waits. `recompute`: its inputs stay on the device, the rest
+            is computed again. `cpu`, `nvme`: the inputs wait there. `gpu`: all of it stays, and nothing is computed again.
+        state_dir: where state files are written; by default the session's disk folder.
+        sub_group_elements: of the parameters that are updated at once.
+    """
+
+    full: bool = False
+    optimizer: str = ADAMW
+    learning_rate: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    master_dtype: str = "float32"
+    state_tier: str = CPU
+    activation_tier: str = RECOMPUTE
+    state_dir: str | None = None
+    sub_group_elements: int = _SUB_GROUP_ELEMENTS
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("master_dtype", MASTER_DTYPES),
+            ("state_tier", STATE_TIERS),
+            ("activation_tier", ACTIVATION_TIERS),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not known; give one of {', '.join(known)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate={self.learning_rate} must be a positive number")
+        if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
+            raise ConfigError(f"betas={self.betas} and momentum={self.momentum} must be at least 0 and below 1")
+        if not 0 < self.eps < math.inf or not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"eps={self.eps} must be positive, and weight_decay={self.weight_decay} at least 0")
+        if self.sub_group_elements < 1:
+            raise ConfigError(f"sub_group_elements={self.sub_group_elements} must be at least 1")
+
+    @property
+    def masters(self) -> torch.dtype | None:
+        """The dtype of the masters, None without."""
+        return None if self.master_dtype == "none" else getattr(torch, self.master_dtype)

@@ -1,0 +1,358 @@
+"""Where the optimizer's states live, and how a sub-group of them comes to where it is updated.
+
+In CPU memory they lie where they are stepped. On NVMe (ZeRO-Infinity, arXiv 2104.07857) a sub-group is read ahead into
+one of a few buffers, stepped there, and written behind, into the file that the step writes: beside the one that a
+checkpoint names, which is never written to.
+"""
+
+import queue
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from scheduler.sub_groups import MASTER, Region, Span, StateLayout, SubGroup
+from storage.arena import HostBuffer
+from storage.blocks import BlockKey
+from storage.state_file import StateFile
+from storage.transfer import Link, Transfer
+
+_PART_BYTES = 8 << 20
+
+BUFFER_COUNT = 3
+"""Of sub-groups: one being read, one being stepped, one being written."""
+
+Tensors = dict[str, list[torch.Tensor]]
+"""By kind of state, one for each piece; the weights under the empty name."""
+
+
+class Weights(Protocol):
+    """The trained weights, wherever they are."""
+
+    def read(self, group: SubGroup, targets: Sequence[torch.Tensor]) -> None:
+        """Copy the group's present weights to `targets`, in their dtype."""
+
+    def in_place(self, group: SubGroup) -> list[torch.Tensor] | None:
+        """The weights in ordinary memory, flat, a tensor for each piece; None if their home is a file."""
+
+    def changed(self, group: SubGroup) -> bool:
+        """The user wrote to some of them since the last step."""
+
+    def moved(self, block: BlockKey, file: StateFile) -> None:
+        """The block's weights are in `file` now, at the places of the layout."""
+
+
+@dataclass(slots=True)
+class Working:
+    """A sub-group where it is stepped.
+
+    Attributes:
+        tensors: flat; changed in place.
+        buffer: that they lie in, if they came from a file.
+    """
+
+    group: SubGroup
+    tensors: Tensors
+    buffer: HostBuffer | None = None
+
+    @property
+    def targets(self) -> list[torch.Tensor]:
+        """What the optimizer steps."""
+        return self.tensors[MASTER if self.group.owns_master else ""]
+
+
+class States(Protocol):
+    """The states of all sub-groups."""
+
+    layout: StateLayout
+    nbytes: int
+    """In CPU memory."""
+
+    def begin(self) -> None:
+        """A step begins: every group is taken and given back, in the layout's order."""
+
+    def take(self, group: SubGroup) -> Working:
+        """The group, to be stepped."""
+
+    def give_back(self, working: Working) -> None:
+        """The group was stepped: its weights follow from its masters."""
+
+    def end(self) -> None:
+        """All that was given back is in its place."""
+
+    def freeze(self) -> StateFile:
+        """A file with everything as it is now, which no later step writes to; durable."""
+
+    def close(self) -> None:
+        """Give memory and files back."""
+
+
+def views(memory: torch.Tensor, region: Region, at: int) -> Tensors:
+    """The region's spans as flat tensors over `memory` (uint8), in which it begins at `at`."""
+    found: Tensors = {}
+    for span in region.spans:
+        found.setdefault(span.kind, []).append(_view(memory, span, at))
+    return found
+
+
+def _view(memory: torch.Tensor, span: Span, at: int) -> torch.Tensor:
+    start = at + span.offset
+    with torch.inference_mode(False):
+        view: torch.Tensor = memory[start : start + span.nbytes].view(getattr(torch, span.dtype))
+        return view
+
+
+class MemoryStates:
+    """In CPU memory, beside weights that are there too.
+
+    Args:
+        charge: told of the bytes that are held, before they are.
+        new_file: makes a file of the layout's size, for a checkpoint.
+    """
+
+    def __init__(
+        self, layout: StateLayout, weights: Weights, charge: Callable[[int], None], new_file: Callable[[], StateFile]
+    ) -> None:
+        self.layout = layout
+        self.nbytes = layout.state_bytes
+        self._weights = weights
+        self._new_file = new_file
+        charge(self.nbytes)
+        self._memory: dict[SubGroup, torch.Tensor] = {}
+        for group in layout.groups:
+            self._memory[group] = self._allocate(group)
+            if group.owns_master:
+                self._weights.read(group, self._of(group)[MASTER])
+
+    def begin(self) -> None:
+        pass
+
+    def take(self, group: SubGroup) -> Working:
+        weights = self._weights.in_place(group)
+        assert weights is not None
+        working = Working(group, self._of(group) | {"": weights})
+        if group.owns_master and self._weights.changed(group):
+            self._weights.read(group, working.targets)
+        return working
+
+    def give_back(self, working: Working) -> None:
+        if working.group.owns_master:
+            for weight, master in zip(working.tensors[""], working.targets, strict=True):
+                weight.copy_(master)
+
+    def end(self) -> None:
+        pass
+
+    def freeze(self) -> StateFile:
+        file = self._new_file()
+        staging = HostBuffer(self.layout.largest_bytes)
+        for group in self.layout.groups:
+            if not group.owns_master:
+                weights = self._weights.in_place(group)
+                assert weights is not None
+                for target, weight in zip(views(staging.tensor, group.weights, 0)[""], weights, strict=True):
+                    target.copy_(weight)
+                file.write(group.weights.offset, staging.memory[: group.weights.nbytes])
+            staging.tensor[: group.states.nbytes].copy_(self._memory[group])
+            file.write(group.states.offset, staging.memory[: group.states.nbytes])
+        file.sync()
+        return file
+
+    def thaw(self, file: StateFile) -> None:
+        """Take everything from a file that `freeze` made; the weights follow."""
+        staging = HostBuffer(self.layout.largest_bytes)
+        for group in self.layout.groups:
+            file.read(group.states.offset, staging.memory[: group.states.nbytes])
+            self._memory[group].copy_(staging.tensor[: group.states.nbytes])
+            weights = self._weights.in_place(group)
+            assert weights is not None
+            sources = self._of(group).get(MASTER)
+            if sources is None:
+                file.read(group.weights.offset, staging.memory[: group.weights.nbytes])
+                sources = views(staging.tensor, group.weights, 0)[""]
+            for weight, source in zip(weights, sources, strict=True):
+                weight.copy_(source)
+        file.close()
+
+    def close(self) -> None:
+        self._memory.clear()
+
+    def _allocate(self, group: SubGroup) -> torch.Tensor:
+        """Zeros where the group's weights are: adapters, and little else, live on the device with their states."""
+        weights = self._weights.in_place(group)
+        assert weights is not None
+        if weights[0].device.type == "cpu":
+            return HostBuffer(group.states.nbytes).tensor[: group.states.nbytes]
+        return torch.zeros(group.states.nbytes, dtype=torch.uint8, device=weights[0].device)
+
+    def _of(self, group: SubGroup) -> Tensors:
+        return views(self._memory[group], group.states, 0)
+
+
+@dataclass(slots=True)
+class _Ahead:
+    buffer: HostBuffer
+    transfer: Transfer | None
+    fresh: bool
+
+
+@dataclass(slots=True)
+class _Pending:
+    block: BlockKey
+    last: bool
+    transfer: Transfer
+
+
+@dataclass(slots=True)
+class DiskStates:
+    """On NVMe, with the weights that are streamed from there.
+
+    Attributes:
+        reads, writes: the links whose threads move the bytes.
+        new_file: makes a file of the layout's size; asked for at most three.
+    """
+
+    layout: StateLayout
+    weights: Weights
+    reads: Link
+    writes: Link
+    charge: Callable[[int], None]
+    new_file: Callable[[], StateFile]
+    nbytes: int = 0
+    written: dict[BlockKey, StateFile] = field(default_factory=dict)
+    """The file that holds a block; none before its first step: then its weights are where they came from."""
+    _pinned: StateFile | None = None
+    _spare: StateFile | None = None
+    _target: StateFile | None = None
+    _buffers: "queue.SimpleQueue[HostBuffer]" = field(default_factory=queue.SimpleQueue)
+    _ahead: dict[SubGroup, _Ahead] = field(default_factory=dict)
+    _pending: list[_Pending] = field(default_factory=list)
+    _coming: list[SubGroup] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.nbytes = BUFFER_COUNT * self.layout.largest_bytes
+        self.charge(self.nbytes)
+        for _ in range(BUFFER_COUNT):
+            self._buffers.put(HostBuffer(self.layout.largest_bytes))
+        self._target = self.new_file()
+
+    def begin(self) -> None:
+        if self._target is None:
+            self._target, self._spare = self._spare or self.new_file(), None
+        self._coming = list(self.layout.groups)
+        self._read_ahead()
+
+    def take(self, group: SubGroup) -> Working:
+        while group not in self._ahead:
+            self._settle_one()
+            self._read_ahead()
+        ahead = self._ahead.pop(group)
+        if ahead.transfer is not None:
+            ahead.transfer.wait()
+        buffer = ahead.buffer
+        tensors = views(buffer.tensor, group.weights, 0) | views(buffer.tensor, group.states, group.weights.nbytes)
+        if ahead.fresh:
+            # Nothing was written yet: states are zero, and the weights are where they came from.
+            buffer.tensor[group.weights.nbytes : group.weights.nbytes + group.states.nbytes].zero_()
+        working = Working(group, tensors, buffer)
+        if ahead.fresh or self.weights.changed(group):
+            self.weights.read(group, working.targets)
+        return working
+
+    def give_back(self, working: Working) -> None:
+        group, buffer = working.group, working.buffer
+        assert buffer is not None
+        assert self._target is not None
+        if group.owns_master:
+            for weight, master in zip(working.tensors[""], working.targets, strict=True):
+                weight.copy_(master)
+        resident = self.weights.in_place(group)
+        if resident is not None:
+            for target, weight in zip(resident, working.tensors[""], strict=True):
+                target.copy_(weight)
+        parts = [
+            *_parts(self._target.write, group.weights.offset, buffer.memory[: group.weights.nbytes]),
+            *_parts(
+                self._target.write,
+                group.states.offset,
+                buffer.memory[group.weights.nbytes : group.weights.nbytes + group.states.nbytes],
+            ),
+        ]
+        nbytes = group.weights.nbytes + group.states.nbytes
+        transfer = self.writes.submit(nbytes, parts, name=f"{group.block} states")
+        transfer.when_over(lambda: self._buffers.put(buffer))
+        last = not any(other.block == group.block for other in self._coming_after(group))
+        self._pending.append(_Pending(group.block, last, transfer))
+        self._read_ahead()
+
+    def end(self) -> None:
+        while self._pending:
+            self._settle_one()
+
+    def freeze(self) -> StateFile:
+        assert self._target is not None, "nothing was stepped since the last time"
+        self._target.sync()
+        self._spare, self._pinned, self._target = self._pinned, self._target, None
+        return self._pinned
+
+    def thaw(self, file: StateFile) -> None:
+        """Go on from a file that `freeze` made, which is not written to."""
+        if self._target is not None:
+            self._spare, self._target = self._target, None
+        self._pinned = file
+        for group in self.layout.groups:
+            self.written[group.block] = file
+        for block in self.written:
+            self.weights.moved(block, file)
+
+    def close(self) -> None:
+        for ahead in self._ahead.values():
+            if ahead.transfer is not None:
+                ahead.transfer.cancel()
+        for pending in self._pending:
+            pending.transfer.cancel()
+        for file in (self._pinned, self._spare, self._target):
+            if file is not None:
+                file.close()
+
+    def _coming_after(self, group: SubGroup) -> list[SubGroup]:
+        return [*self._ahead, *self._coming]
+
+    def _settle_one(self) -> None:
+        """The oldest write has ended; a block whose last one it was is in its new place."""
+        pending = self._pending.pop(0)
+        pending.transfer.wait()
+        assert self._target is not None
+        changed = any(self.weights.changed(group) for group in self.layout.of(pending.block))
+        if pending.last and (changed or self.written.get(pending.block) is not self._target):
+            self.written[pending.block] = self._target
+            self.weights.moved(pending.block, self._target)
+
+    def _read_ahead(self) -> None:
+        while self._coming:
+            try:
+                buffer = self._buffers.get_nowait()
+            except queue.Empty:
+                return
+            group = self._coming.pop(0)
+            self._ahead[group] = self._start(group, buffer)
+
+    def _start(self, group: SubGroup, buffer: HostBuffer) -> _Ahead:
+        source = self.written.get(group.block)
+        if source is None:
+            return _Ahead(buffer, None, True)
+        split = group.weights.nbytes
+        parts = list(_parts(source.read, group.states.offset, buffer.memory[split : split + group.states.nbytes]))
+        nbytes = group.states.nbytes
+        if not group.owns_master:
+            parts += _parts(source.read, group.weights.offset, buffer.memory[:split])
+            nbytes += split
+        return _Ahead(buffer, self.reads.submit(nbytes, parts, name=f"{group.block} states"), False)
+
+
+def _parts(move: Callable[[int, memoryview], None], offset: int, memory: memoryview) -> list[Callable[[], None]]:
+    def part(start: int) -> Callable[[], None]:
+        return lambda: move(offset + start, memory[start : start + _PART_BYTES])
+
+    return [part(start) for start in range(0, len(memory), _PART_BYTES)]

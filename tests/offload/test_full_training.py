@@ -1,0 +1,287 @@
+"""The session's own optimizer against the oracle, bit by bit."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from offload import BudgetTooSmall, SessionError, Training, TrainingError, offload
+from offload.training.needs import needs_of
+from tests import oracle_loop
+from tests.architectures import VOCAB, make, oracle_of
+from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
+from tests.delayed import DelayedDevice
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+BATCH, LENGTH = 2, 12
+RESERVE = {"batch_size": BATCH, "max_tokens": LENGTH}
+ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "mixtral", "gpt_neox", "opt"]
+FAST = {"learning_rate": 1e-2, "weight_decay": 0.01}
+STEPS = 30
+
+
+def micro_batches(steps, each, length=LENGTH):
+    generator = torch.Generator().manual_seed(7)
+    found = []
+    for step in range(steps):
+        group = []
+        for k in range(each):
+            ids = torch.randint(3, VOCAB, (BATCH, length - (step + k) % 3), generator=generator)
+            group.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+        found.append(group)
+    return found
+
+
+def train(session, steps, seed=0, clip=0.5):
+    """The user's own loop."""
+    model = session.model.train()
+    losses = []
+    for step, group in enumerate(steps, 1):
+        for k, batch in enumerate(group):
+            oracle_loop.seed_everything(seed, step, k)
+            loss = model(**batch).loss / len(group)
+            loss.backward()
+            losses.append(loss.item())
+        session.step(max_grad_norm=clip)
+    return losses
+
+
+def prepared(name, tied=False, dtype=torch.float32, router_loss=False):
+    model = make(name, tied)
+    if router_loss:
+        model.config.output_router_logits = True
+    for value in model.parameters():
+        value.data = value.data.to(dtype)
+    return model, oracle_of(model)
+
+
+def oracle(twin, steps, clip=0.5, **options):
+    settings = {"lr": FAST["learning_rate"], "weight_decay": FAST["weight_decay"]}
+    return oracle_loop.train(twin, steps, clip=clip, **settings, **options)
+
+
+def assert_same_weights(ours, theirs):
+    wanted = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_the_oracle_is_a_naive_loop_where_nothing_is_special():
+    _, model = prepared("llama")
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.01, fused=True)
+    losses = []
+    steps = micro_batches(5, 1)
+    twin.train()
+    for (batch,) in steps:
+        loss = twin(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert oracle(model, steps) == losses
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_weights_in_bf16_with_masters(name, tied):
+    model, twin = prepared(name, tied, torch.bfloat16, router_loss=name == "mixtral")
+    steps = micro_batches(STEPS, 2)
+    budget = budget_for(spec_of(model, **RESERVE), ALL, BATCH, LENGTH) + (16 << 20)
+    with offload(model, device="cpu", cpu_memory=budget, training=Training(**FAST), **RESERVE) as session:
+        assert session.optimizer.param_groups[0]["lr"] == 1e-2
+        losses = train(session, steps)
+    assert losses == oracle(twin, steps)
+    assert len(set(losses)) > STEPS
+    assert_same_weights(model, twin)
+
+
+def on_a_device(monkeypatch):
+    monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice())
+
+
+def device_budget(model):
+    """Of a device with memory of its own: the least that will do."""
+    with offload(model, gpu_memory=1 << 30, cpu_memory=1 << 28, **RESERVE) as session:
+        spec = session._spec
+    return budget_for(spec, NONE, BATCH, LENGTH) + 32_768
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("state_tier", ["cpu", "nvme"])
+def test_two_slots_of_a_device(state_tier, tied, dtype, monkeypatch, tmp_path):
+    model, twin = prepared("llama", tied, dtype)
+    on_a_device(monkeypatch)
+    budget = device_budget(model)
+    steps = micro_batches(6, 2)
+    training = Training(**FAST, state_tier=state_tier, state_dir=str(tmp_path), sub_group_elements=4096)
+    with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=training, **RESERVE) as session:
+        assert session.plan.streamed
+        losses = train(session, steps)
+    assert losses == oracle(twin, steps)
+    assert_same_weights(model, twin)
+
+
+def nvme_budget(model, folder, training, residency):
+    needed = needs_of(model, training).host_bytes
+    everything = needed + budget_for(spec_of(folder, **RESERVE), ALL, BATCH, LENGTH)
+    if residency == ALL:
+        return everything + (4 << 20)
+    with pytest.raises(BudgetTooSmall) as refused:
+        offload(folder, device="cpu", cpu_memory=needed + 1, training=training, **RESERVE).__enter__()
+    least = needed + refused.value.least_bytes
+    return least if residency == NONE else (least + everything) // 2
+
+
+@pytest.mark.parametrize("residency", [NONE, SOME, ALL])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_weights_and_states_on_nvme(name, dtype, residency, tmp_path):
+    model, twin = prepared(name, name == "gpt2", dtype, router_loss=name == "mixtral")
+    checkpoint = tmp_path / "model"
+    model.save_pretrained(checkpoint)
+    training = Training(full=True, **FAST, state_tier="nvme", state_dir=str(tmp_path), sub_group_elements=4096)
+    steps = micro_batches(6, 2)
+    if name == "mixtral":
+        twin.config.output_router_logits = True
+    budget = nvme_budget(model, str(checkpoint), training, residency)
+    with offload(str(checkpoint), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
+        assert bool(session.plan.streamed) == (residency != ALL)
+        if name == "mixtral":
+            session.model.config.output_router_logits = True
+        losses = train(session, steps)
+        ours = session.model
+        during = {key: value.clone() for key, value in ours.state_dict().items()}
+    assert losses == oracle(twin, steps)
+    assert_same_weights(ours, twin)
+    wanted = twin.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in during.items())
+    assert list(tmp_path.glob("states-*")) == []
+
+
+@pytest.mark.parametrize("residency", [NONE, ALL])
+def test_adapters_with_dropout(residency, tmp_path):
+    model, twin = prepared("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    steps = micro_batches(STEPS, 2)
+    adapters = sum(value.numel() for value in lora(copy.deepcopy(twin)).parameters() if value.requires_grad)
+    budget = budget_for(spec_of(str(tmp_path), **RESERVE), residency, BATCH, LENGTH) + 20 * adapters
+    with offload(str(tmp_path), device="cpu", cpu_memory=budget, training=Training(**FAST), **RESERVE) as session:
+        assert bool(session.plan.streamed) == (residency == NONE)
+        adapted = lora(session.model)
+        losses = train(session, steps)
+        trained = {key: value.clone() for key, value in adapted.state_dict().items() if "lora_" in key}
+    adapted_twin = lora(twin)
+    assert losses == oracle(adapted_twin, steps)
+    wanted = adapted_twin.state_dict()
+    assert len(trained) > 10
+    for key, value in trained.items():
+        assert torch.equal(value, wanted[key]), key
+
+
+def lora(model):
+    torch.manual_seed(3)
+    return get_peft_model(
+        model, LoraConfig(r=1, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False)
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd(momentum):
+    model, twin = prepared("llama")
+    steps = micro_batches(5, 1)
+    training = Training(optimizer="sgd", learning_rate=0.1, weight_decay=0.01, momentum=momentum)
+    with offload(model, device="cpu", cpu_memory="64MiB", training=training, **RESERVE) as session:
+        losses = train(session, steps)
+    settings = {"lr": 0.1, "weight_decay": 0.01, "momentum": momentum}
+    assert losses == oracle_loop.train(twin, steps, clip=0.5, optimizer=torch.optim.SGD, **settings)
+    assert_same_weights(model, twin)
+
+
+def test_a_scheduler_a_users_clipping_and_logging():
+    model, twin = prepared("llama")
+    steps = micro_batches(6, 1)
+    norms, rates = [], []
+    with offload(model, device="cpu", cpu_memory="64MiB", training=True, **RESERVE) as session:
+        optimizer = session.optimizer
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=4)
+        session.model.train()
+        for (batch,) in steps:
+            session.model(**batch).loss.backward()
+            assert all(value.grad.device.type == "cpu" for value in model.parameters())
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            rates.append(scheduler.get_last_lr()[0])
+    plain = torch.optim.AdamW(twin.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    scheduler = torch.optim.lr_scheduler.LinearLR(plain, 0.1, 1.0, total_iters=4)
+    twin.train()
+    for (batch,), norm, rate in zip(steps, norms, rates, strict=True):
+        twin(**batch).loss.backward()
+        assert float(torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)) == norm
+        plain.step()
+        scheduler.step()
+        plain.zero_grad()
+        assert scheduler.get_last_lr()[0] == rate
+    assert_same_weights(model, twin)
+
+
+def test_what_was_written_between_steps_counts(tmp_path):
+    """With masters too: they follow the weight."""
+    for tier, dtype in (("nvme", torch.bfloat16), ("cpu", torch.bfloat16), ("nvme", torch.float32)):
+        model, _ = prepared("llama", dtype=dtype)
+        training = Training(learning_rate=1e-9, state_tier=tier, state_dir=str(tmp_path))
+        folder = tmp_path / f"{tier}-{dtype}"
+        model.save_pretrained(folder)
+        with offload(str(folder), device="cpu", cpu_memory="64MiB", training=training, **RESERVE) as session:
+            (batch,), (again,) = micro_batches(2, 1)
+            session.model(**batch).loss.backward()
+            session.step()
+            weight = session.model.model.layers[1].mlp.up_proj.weight
+            with torch.no_grad():
+                weight.fill_(0.5)
+            session.model(**again).loss.backward()
+            session.step()
+            assert torch.allclose(weight, torch.full_like(weight, 0.5))
+
+
+def test_what_cannot_be():
+    model, _ = prepared("llama")
+    (batch,) = micro_batches(1, 1)[0]
+    with (
+        offload(model, device="cpu", cpu_memory="64MiB", **RESERVE) as session,
+        pytest.raises(SessionError, match="training=True"),
+    ):
+        session.step()
+    with offload(model, device="cpu", cpu_memory="64MiB", training=True, **RESERVE) as session:
+        session.model(**batch).loss.backward()
+        with pytest.raises(SessionError, match="before the first backward"):
+            session.step()
+        session.model.zero_grad()
+        session.model.requires_grad_(False)
+        with pytest.raises(SessionError, match="no parameter requires"):
+            session.step()
+    model.requires_grad_(True)
+    with offload(model, device="cpu", cpu_memory="64MiB", training=Training(), **RESERVE) as session:
+        session.model(**batch).loss.backward()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        model.model.norm.weight.grad.fill_(torch.nan)
+        with pytest.raises(TrainingError, match="is nan"):
+            session.step(1.0)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        session.optimizer.zero_grad()
+        session.model(**batch).loss.backward()
+        session.step()
+        with pytest.raises(SessionError, match="state_dict"):
+            session.optimizer.state_dict()
+        model.model.norm.weight.requires_grad_(False)
+        with pytest.raises(SessionError, match="other parameters"):
+            session.step()
+    with pytest.raises(BudgetTooSmall, match="gradients"):
+        offload(model, device="cpu", cpu_memory="256KiB", training=Training(full=True), **RESERVE).__enter__()
