@@ -347,7 +347,10 @@ class Session:
             candidates=candidates,
         )
         needs.check(decision.plan, training, self._budgets, sum(value.nbytes for value in model.parameters()))
-        return decision
+        if not self._device.host_memory:
+            return decision
+        pinned_bytes = decision.spec.pinned_bytes + needs.host_bytes
+        return replace(decision, spec=replace(decision.spec, pinned_bytes=pinned_bytes))
 
     def _count_temporaries(self, model: nn.Module) -> None:
         self._temporaries = count_temporaries(model, self._workload(model)) if takes_tokens(model) else None
@@ -504,9 +507,16 @@ class Session:
                     self._meters.disk_ledger,
                     not self._device.host_memory,
                     training.state_dir or self._disk_dir or spill_folder(),
+                    self._make_room_for_training,
                 )
                 self._gradients = self._managed.gradients
         return self._managed
+
+    def _make_room_for_training(self, nbytes: int) -> None:
+        """Where it was not known beforehand what would be trained."""
+        if self._device.host_memory and nbytes > (self._ledger.free_bytes or 0):
+            self._spec = replace(self._spec, pinned_bytes=self._spec.pinned_bytes + nbytes)
+            self._make_room(nbytes)
 
     def _gather_gradients(self) -> None:
         """Before gradients are made: on a device with memory of its own, those of streamed weights go to CPU memory."""
@@ -542,8 +552,8 @@ class Session:
             self._grow(self._reserve.workload)
         except BudgetTooSmall as error:
             raise BudgetExceeded(
-                f"{gib(added_bytes)} of parameters were added to the model, and with every block given up that can be, "
-                f"{gib(error.least_bytes)} would do; the budget is {gib(self._budgets.device_bytes)}. Give a larger one."
+                f"{gib(added_bytes)} are needed for what is trained or was added to the model, and with every block given up "
+                f"that can be, {gib(error.least_bytes)} would do; the budget is {gib(self._budgets.device_bytes)}. Give a larger one."
             ) from error
 
     def _grow(self, workload: Workload) -> None:

@@ -21,7 +21,7 @@ from offload.training.gradients import HostGradients, TiedUse, gradient_bytes
 from offload.training.needs import layout_of, trained
 from offload.training.options import CPU, Training
 from offload.training.rules import Rule, rule_of
-from offload.training.states import DiskStates, MemoryStates, States
+from offload.training.states import BUFFER_COUNT, DiskStates, MemoryStates, States
 from scheduler.sub_groups import SubGroup
 from storage.arena import HostBuffer
 from storage.blocks import BlockKey, FileRange
@@ -74,7 +74,10 @@ class ManagedTraining:
     Args:
         structure: of the model; says which block a parameter belongs to.
         ties: places where a parameter is used once more.
-        device_ledger, host_ledger: charged for what is held.
+        host_ledger, disk_ledger: charged for what is held.
+        apart: the device has memory of its own.
+        folder: where files of states are made.
+        make_room: told how much CPU memory will be held, before it is.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class ManagedTraining:
         disk_ledger: MemoryLedger,
         apart: bool,
         folder: str,
+        make_room: Callable[[int], None],
     ) -> None:
         self.parameters = [value for value in model.parameters() if value.requires_grad]
         if not self.parameters:
@@ -119,6 +123,7 @@ class ManagedTraining:
         )
         self.optimizer = StreamedOptimizer(self.parameters, self._rule.defaults, self._update)
         executor.settle()
+        make_room(self._host_bytes())
         if training.state_tier == CPU:
             self._leave_files()
         self.gradients = self._take_gradients(blocks, ties, apart)
@@ -239,6 +244,13 @@ class ManagedTraining:
             return self._placement.tables[key].on_disk
         block = self._placement.streamed.get(key)
         return block is not None and not isinstance(block.source, HostSource)
+
+    def _host_bytes(self) -> int:
+        """That gradients and states will hold."""
+        states = self.layout.state_bytes
+        if self.training.state_tier != CPU:
+            states = BUFFER_COUNT * self.layout.largest_bytes
+        return states + gradient_bytes(self.parameters, self.training.masters)
 
     def _take_gradients(
         self, blocks: dict[BlockKey, list[ParameterHome]], ties: Iterable[TiedUse], apart: bool

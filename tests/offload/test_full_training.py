@@ -170,7 +170,7 @@ def test_adapters_with_dropout(residency, tmp_path):
     model.save_pretrained(tmp_path)
     steps = micro_batches(STEPS, 2)
     adapters = sum(value.numel() for value in lora(copy.deepcopy(twin)).parameters() if value.requires_grad)
-    budget = budget_for(spec_of(str(tmp_path), **RESERVE), residency, BATCH, LENGTH) + 20 * adapters
+    budget = budget_for(spec_of(str(tmp_path), **RESERVE), residency, BATCH, LENGTH) + 40 * adapters
     with offload(str(tmp_path), device="cpu", cpu_memory=budget, training=Training(**FAST), **RESERVE) as session:
         assert bool(session.plan.streamed) == (residency == NONE)
         adapted = lora(session.model)
