@@ -1,7 +1,7 @@
 """The context manager. It owns the lifetime of everything that a session takes."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,6 +40,7 @@ from offload.training.managed import ManagedTraining
 from offload.training.needs import needs_of
 from offload.training.options import NVME, Training
 from offload.training.recompute import Backward
+from offload.training.rounds import Rounds
 from offload.training.windows import TrainingWindow
 from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import Workload
@@ -408,10 +409,12 @@ class Session:
         self._watch = RegistrationWatch()
         stack.callback(self._watch.close)
         chunk = self.plan.prefill_chunk
-        root = ModelPass(self._device, self._executor, self._clock, self._reserve, self._before_pass, self._meters.look, chunk)
+        self._root = ModelPass(
+            self._device, self._executor, self._clock, self._reserve, self._before_pass, self._meters.look, chunk
+        )
         if chunk:
             stack.callback(PrefillChunks(self.model, chunk).undo)
-        stack.callback(ForwardWrap(self.model, root.wrap).undo)
+        stack.callback(ForwardWrap(self.model, self._root.wrap).undo)
         if self._request.training is not None:
             stack.callback(self._stop_training)
             self._ties = tied_uses(self.model)
@@ -470,6 +473,44 @@ class Session:
             BudgetExceeded: if there is no room for gradients and states.
         """
         return self._managed_training().optimizer
+
+    def backward(self, losses: Sequence[Callable[[], torch.Tensor]], layer_major: bool = True) -> list[float]:
+        """Forward and backward of several micro-batches, whose gradients add up.
+
+        Args:
+            losses: each computes the loss of one micro-batch with `session.model`, scaled as it is to count, when it is called.
+            layer_major: every block is brought once for all of them, not once for each. Nothing else changes, not a bit; what
+                layers pass on is held for all of them at once. Random numbers are each micro-batch's own: seed them in the
+                call if they are to be the same in either order.
+
+        Returns:
+            The losses.
+        """
+        if self._backward is None or not self._inside:
+            raise SessionError("the session does not train: give offload(..., training=True), and enter it")
+        with self._executor.lock:
+            if not layer_major or len(losses) == 1:
+                return [self._backward_of(compute) for compute in losses]
+            rounds = Rounds(self._executor, self._clock)
+            with torch.enable_grad():
+                with self._root.as_one(len(losses), 1):
+                    values = rounds.run(losses)
+                self._backward.begin()
+                try:
+                    rounds.run([partial(self._backward_in_turn, value) for value in values])
+                finally:
+                    self._backward.end()
+            return [value.item() for value in values]
+
+    def _backward_of(self, compute: Callable[[], torch.Tensor]) -> float:
+        loss = compute()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    def _backward_in_turn(self, loss: torch.Tensor) -> None:
+        assert self._backward is not None
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._backward.release()
 
     def step(self, max_grad_norm: float | None = None) -> float:
         """Clip the gradients, update what is trained, and forget the gradients.
@@ -552,8 +593,8 @@ class Session:
             self._grow(self._reserve.workload)
         except BudgetTooSmall as error:
             raise BudgetExceeded(
-                f"{gib(added_bytes)} are needed for what is trained or was added to the model, and with every block given up "
-                f"that can be, {gib(error.least_bytes)} would do; the budget is {gib(self._budgets.device_bytes)}. Give a larger one."
+                f"{gib(added_bytes)} are needed for what is trained or was added to the model. With every block given up that "
+                f"can be, {gib(error.least_bytes)} would do; the budget is {gib(self._budgets.device_bytes)}. Give a larger one."
             ) from error
 
     def _grow(self, workload: Workload) -> None:

@@ -141,6 +141,17 @@ class PassClock:
         self._settle(time.perf_counter())
         self._inside.pop()
 
+    def set_aside(self) -> list[tuple[str, str]]:
+        """The one whose time it is stops in the middle; another goes on with something else."""
+        self._settle(time.perf_counter())
+        inside, self._inside = self._inside, []
+        return inside
+
+    def take_up(self, inside: list[tuple[str, str]]) -> None:
+        """It goes on where it stopped."""
+        self._settle(time.perf_counter())
+        self._inside = inside
+
     def pause(self) -> None:
         """Nobody's time until `resume`: somebody waits, and says afterwards for what."""
         self._settle(time.perf_counter())

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -13,6 +13,29 @@ from scheduler.trace import OWN
 from storage.blocks import BlockKey
 from storage.device import Device, DeviceBuffer, Event
 from storage.errors import SessionError
+
+
+class SharedLock:
+    """A re-entrant lock that whoever holds it may share with threads that run in its place, one at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._admitted: frozenset[str] = frozenset()
+
+    def admit(self, names: Iterable[str]) -> None:
+        """Threads of these names hold it as long as the holder does."""
+        self._admitted = frozenset(names)
+
+    def dismiss(self) -> None:
+        self._admitted = frozenset()
+
+    def __enter__(self) -> None:
+        if threading.current_thread().name not in self._admitted:
+            self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        if threading.current_thread().name not in self._admitted:
+            self._lock.release()
 
 
 class LayerExecutor:
@@ -27,7 +50,9 @@ class LayerExecutor:
     """
 
     def __init__(self, device: Device, clock: PassClock) -> None:
-        self.lock = threading.RLock()
+        self.lock = SharedLock()
+        self.turns: Callable[[Sequence[BlockKey]], None] | None = None
+        """Told which blocks are about to be opened; returns when it is the caller's turn."""
         self.blocks: dict[BlockKey, StreamedBlock] = {}
         self.slot_bytes = 0
         self.slot_count = 0
@@ -88,6 +113,8 @@ class LayerExecutor:
         held = [key for key in keys if key in self.blocks]
         if not held:
             return
+        if self.turns is not None:
+            self.turns(held)
         nested = {key for key in held if self._schedule.is_open(key)}
         phase = self._clock.phase
         self._clock.enter(OWN, held[0])

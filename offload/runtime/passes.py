@@ -1,6 +1,7 @@
 """One call of the whole model: what is checked before it, and what is counted around it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,11 +46,32 @@ class ModelPass:
         self._last_tokens = 0
         """Of the prompt's last chunk; 0 once it is decoding."""
         self._running = False
+        self._together = False
+
+    @contextmanager
+    def as_one(self, sequences: int, tokens: int) -> Iterator[None]:
+        """Several calls of the model count as one pass.
+
+        Args:
+            sequences: of all of them.
+            tokens: of the longest sequence.
+        """
+        self._before()
+        self._clock.begin_pass(PREFILL, tokens, sequences, 0)
+        self._together = True
+        try:
+            yield
+        finally:
+            self._together = False
+            self._clock.end_pass()
+            self._after()
 
     def wrap(self, forward: Forward) -> Forward:
         def passed(*args: Any, **kwargs: Any) -> Any:
             # A second thread waits here until the first one's pass is over.
             with self._executor.lock:
+                if self._together:
+                    return forward(*moved(args, self._device.torch_device), **moved(kwargs, self._device.torch_device))
                 if self._running:
                     return forward(*args, **kwargs)
                 self._running = True

@@ -43,6 +43,11 @@ class Backward:
         self._held: Frame | None = None
         self.recomputing = False
 
+    def begin(self) -> None:
+        """Several backward passes count as one, until `end`."""
+        self._clock.begin_backward()
+        self._began()
+
     def hold(self, frame: "Frame") -> None:
         """Have the frame's block in its slots, and the tensors that its forward saves."""
         if frame is self._held:

@@ -285,3 +285,42 @@ def test_what_cannot_be():
             session.step()
     with pytest.raises(BudgetTooSmall, match="gradients"):
         offload(model, device="cpu", cpu_memory="256KiB", training=Training(full=True), **RESERVE).__enter__()
+
+
+def train_layer_major(session, steps, seed=0, clip=0.5):
+    model = session.model.train()
+    losses = []
+    for step, group in enumerate(steps, 1):
+
+        def loss_of(k, batch, step=step, group=group):
+            def compute():
+                oracle_loop.seed_everything(seed, step, k)
+                return model(**batch).loss / len(group)
+
+            return compute
+
+        losses += session.backward([loss_of(k, batch) for k, batch in enumerate(group)])
+        session.step(max_grad_norm=clip)
+    return losses
+
+
+@pytest.mark.parametrize("residency", [NONE, SOME, ALL])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_layer_major(name, residency, tmp_path):
+    model, twin = prepared(name, True, torch.bfloat16, router_loss=name == "mixtral")
+    checkpoint = tmp_path / "model"
+    model.save_pretrained(checkpoint)
+    training = Training(full=True, **FAST, state_tier="nvme", state_dir=str(tmp_path), sub_group_elements=4096)
+    steps = micro_batches(6, 4)
+    budget = nvme_budget(model, str(checkpoint), training, residency)
+    with offload(str(checkpoint), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
+        session.model.config.output_router_logits = name == "mixtral"
+        losses = train_layer_major(session, steps)
+        moved = session.report().links["disk"].bytes
+        ours = session.model
+    assert losses == oracle(twin, steps)
+    assert_same_weights(ours, twin)
+    if residency == NONE:
+        with offload(str(checkpoint), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
+            train(session, steps)
+            assert moved < 0.6 * session.report().links["disk"].bytes
