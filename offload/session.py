@@ -1,10 +1,11 @@
 """The context manager. It owns the lifetime of everything that a session takes."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +36,7 @@ from offload.runtime.kv_reserve import KvReserve
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
 from offload.runtime.recorder import Recorder, tracing_use
+from offload.training.checkpoint import Checkpoints, identity_of
 from offload.training.gradients import HostGradients, TiedUse, tied_uses
 from offload.training.managed import ManagedTraining
 from offload.training.needs import needs_of
@@ -112,6 +114,8 @@ class Session:
         self._managed: ManagedTraining | None = None
         self._gradients = HostGradients(apart=not request.device.host_memory)
         self._ties: list[TiedUse] = []
+        self._checkpoints: Checkpoints | None = None
+        self._sources: frozenset[str] = frozenset()
 
     def __enter__(self) -> "Session":
         if self._stack is not None:
@@ -273,6 +277,7 @@ class Session:
             return LoadedModel(self._target, {})
         self._held_bytes = 0
         self._budgets = self._resolve_budgets(0)
+        self._sources = frozenset(item.range.path for item in loader.stored.values())
         self._sample = max((item.range.path for item in loader.stored.values()), key=os.path.getsize, default=None)
         outline = loader.outline()
         if outline is not None:
@@ -502,6 +507,40 @@ class Session:
                     self._backward.end()
             return [value.item() for value in values]
 
+    def save(self, folder: str | Path, progress: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint of what is trained, to resume from, in place of the folder's last one.
+
+        States in CPU memory are written while training goes on; `step` waits for what it is about to change. A checkpoint is
+        whole, or the last one stays.
+
+        Args:
+            progress: what `resume` gives back, in JSON's terms.
+
+        Raises:
+            DiskFull: if there is no room.
+        """
+        self._checkpoints_in(folder).save(progress or {})
+
+    def resume(self, folder: str | Path) -> dict[str, Any] | None:
+        """Take training up where a checkpoint left it, before the first step.
+
+        Returns:
+            The progress that it was saved with; None if the folder has no checkpoint.
+
+        Raises:
+            CorruptCheckpoint: if it is not whole.
+            ConfigError: if it is of another model or optimizer.
+        """
+        return self._checkpoints_in(folder).resume()
+
+    def _checkpoints_in(self, folder: str | Path) -> Checkpoints:
+        managed = self._managed_training()
+        if self._checkpoints is None or self._checkpoints.folder != Path(folder):
+            if self._checkpoints is not None:
+                self._checkpoints.close()
+            self._checkpoints = Checkpoints(folder, managed, identity_of(self.model, self._sources))
+        return self._checkpoints
+
     def _backward_of(self, compute: Callable[[], torch.Tensor]) -> float:
         loss = compute()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -579,6 +618,13 @@ class Session:
         self._placement.expect_changes()
 
     def _stop_training(self) -> None:
+        try:
+            if self._checkpoints is not None:
+                self._checkpoints.close()
+        finally:
+            self._leave_training()
+
+    def _leave_training(self) -> None:
         if self._managed is not None:
             self._managed.close()
             for category in ("gradients", "optimizer states"):
@@ -593,8 +639,8 @@ class Session:
             self._grow(self._reserve.workload)
         except BudgetTooSmall as error:
             raise BudgetExceeded(
-                f"{gib(added_bytes)} are needed for what is trained or was added to the model. With every block given up that "
-                f"can be, {gib(error.least_bytes)} would do; the budget is {gib(self._budgets.device_bytes)}. Give a larger one."
+                f"{gib(added_bytes)} are needed for what is trained or was added to the model. With every block given up "
+                f"that can be, {gib(error.least_bytes)} would do, and the budget is {gib(self._budgets.device_bytes)}"
             ) from error
 
     def _grow(self, workload: Workload) -> None:

@@ -1,6 +1,7 @@
 """A file that this process writes again and again: optimizer states, trained weights, what layers were given."""
 
 import errno
+import fcntl
 import os
 
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
@@ -11,7 +12,8 @@ from storage.errors import DiskFolderError, DiskFull, ReadError, gib
 class StateFile:
     """A file of fixed size, read and written in whole pages at any place, by several threads at once.
 
-    O_DIRECT where the filesystem takes it; else through the page cache, and dropped from it.
+    O_DIRECT where the filesystem takes it; else through the page cache, and dropped from it. A lock tells other processes
+    that it is in use, and goes with this one.
 
     Args:
         path: made if it is not there, with room for all of it set aside; bytes never written read as zero.
@@ -19,7 +21,7 @@ class StateFile:
 
     Raises:
         DiskFull: if there is no room for it; nothing is left behind then.
-        DiskFolderError: if it cannot be opened.
+        DiskFolderError: if it cannot be opened, or another process uses it.
     """
 
     def __init__(self, path: str, nbytes: int) -> None:
@@ -38,6 +40,11 @@ class StateFile:
             self.direct = False
         if not self.direct:
             self._descriptor = _open(path, 0)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise DiskFolderError(f"{path} is in use by another process") from error
         try:
             if self.nbytes:
                 os.posix_fallocate(self._descriptor, 0, self.nbytes)

@@ -5,8 +5,9 @@ backward -> gradients (host) -> norm, clip -> for each sub-group: states in -> s
 
 import math
 import os
+import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from offload.training.gradients import HostGradients, TiedUse, gradient_bytes
 from offload.training.needs import layout_of, trained
 from offload.training.options import CPU, Training
 from offload.training.rules import Rule, rule_of
-from offload.training.states import BUFFER_COUNT, DiskStates, MemoryStates, States
+from offload.training.states import BUFFER_COUNT, DiskStates, Frozen, MemoryStates, States
 from scheduler.sub_groups import SubGroup
 from storage.arena import HostBuffer
 from storage.blocks import BlockKey, FileRange
@@ -111,6 +112,8 @@ class ManagedTraining:
         self._reader = reader
         self._host_ledger, self._disk_ledger = host_ledger, disk_ledger
         self._folder = folder
+        self.run = secrets.token_hex(4)
+        """Tells the files of this training from others'."""
         self._files: list[str] = []
         self._rule: Rule = rule_of(training)
         self._steps_of: dict[str, int] = {}
@@ -270,16 +273,47 @@ class ManagedTraining:
             self._host_ledger.charge("optimizer states", nbytes)
 
         if self.training.state_tier == CPU:
-            return MemoryStates(self.layout, self, charge, self._new_file)
+            return MemoryStates(self.layout, self, writes, charge, self._new_file)
         return DiskStates(self.layout, self, reads, writes, charge, self._new_file)
 
     def _new_file(self) -> StateFile:
-        descriptor, path = tempfile.mkstemp(prefix="states-", suffix=".partial", dir=self._folder)
-        os.close(descriptor)
-        self._files.append(path)
-        file = StateFile(path, self.layout.nbytes)
+        file = StateFile(self.new_name(), self.layout.nbytes)
         self._disk_ledger.charge("optimizer states", self.layout.nbytes)
         return file
+
+    def new_name(self) -> str:
+        """A file of states that goes when training ends."""
+        descriptor, path = tempfile.mkstemp(prefix=f"states-{self.run}-", suffix=".bin", dir=self._folder)
+        os.close(descriptor)
+        self._files.append(path)
+        return path
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must remember of the optimizer; `kind` is what another one must not differ in."""
+        group = self.optimizer.param_groups[0]
+        return {
+            "kind": {
+                "optimizer": self.training.optimizer,
+                "master_dtype": self.training.master_dtype,
+                "sub_group_elements": self.training.sub_group_elements,
+                "momentum": bool(self.training.momentum),
+            },
+            "group": {name: value for name, value in group.items() if name != "params"},
+            "steps": self.optimizer.steps,
+            "steps_of": self._steps_of,
+        }
+
+    def resume(self, file: StateFile, settings: Mapping[str, Any]) -> Frozen:
+        """Go on from a file of states; the weights follow."""
+        with self._executor.lock, torch.no_grad():
+            self._executor.settle()
+            frozen = self.states.thaw(file)
+        self._steps_of = dict(settings["steps_of"])
+        self.optimizer.steps = settings["steps"]
+        self.optimizer.param_groups[0].update(settings["group"])
+        for home in self._homes.values():
+            home.accept_changes()
+        return frozen
 
     # The weights, as the states see them.
 

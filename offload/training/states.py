@@ -8,6 +8,7 @@ checkpoint names, which is never written to.
 import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from scheduler.sub_groups import MASTER, Region, Span, StateLayout, SubGroup
 from storage.arena import HostBuffer
 from storage.blocks import BlockKey
+from storage.errors import SessionError
 from storage.state_file import StateFile
 from storage.transfer import Link, Transfer
 
@@ -81,11 +83,31 @@ class States(Protocol):
     def end(self) -> None:
         """All that was given back is in its place."""
 
-    def freeze(self) -> StateFile:
-        """A file with everything as it is now, which no later step writes to; durable."""
+    def freeze(self) -> "Frozen":
+        """A file with everything as it is now, which no later step writes to."""
+
+    def thaw(self, file: StateFile) -> "Frozen":
+        """Go on from a file that was frozen, which is not written to; the weights follow."""
 
     def close(self) -> None:
         """Give memory and files back."""
+
+
+class Frozen(Protocol):
+    """Everything as it was at one moment, on its way to a file."""
+
+    file: StateFile
+    written: bool
+    """All of it is in the file, if not durable yet."""
+
+    def wait(self) -> None:
+        """Return when it is durable. Raises what went wrong on the way."""
+
+    def release(self) -> None:
+        """Nothing needs it any more: its file may be written to."""
+
+    def leave(self) -> None:
+        """The file is left as it is, for others."""
 
 
 def views(memory: torch.Tensor, region: Region, at: int) -> Tensors:
@@ -107,19 +129,28 @@ class MemoryStates:
     """In CPU memory, beside weights that are there too.
 
     Args:
+        writes: the link whose threads write checkpoints.
         charge: told of the bytes that are held, before they are.
         new_file: makes a file of the layout's size, for a checkpoint.
     """
 
     def __init__(
-        self, layout: StateLayout, weights: Weights, charge: Callable[[int], None], new_file: Callable[[], StateFile]
+        self,
+        layout: StateLayout,
+        weights: Weights,
+        writes: Link,
+        charge: Callable[[int], None],
+        new_file: Callable[[], StateFile],
     ) -> None:
         self.layout = layout
         self.nbytes = layout.state_bytes
         self._weights = weights
+        self._writes = writes
         self._new_file = new_file
         charge(self.nbytes)
         self._memory: dict[SubGroup, torch.Tensor] = {}
+        self._being_saved: dict[SubGroup, Transfer] = {}
+        """Not to be stepped before they are written."""
         for group in layout.groups:
             self._memory[group] = self._allocate(group)
             if group.owns_master:
@@ -129,6 +160,8 @@ class MemoryStates:
         pass
 
     def take(self, group: SubGroup) -> Working:
+        if group in self._being_saved:
+            self._being_saved.pop(group).wait()
         weights = self._weights.in_place(group)
         assert weights is not None
         working = Working(group, self._of(group) | {"": weights})
@@ -144,38 +177,35 @@ class MemoryStates:
     def end(self) -> None:
         pass
 
-    def freeze(self) -> StateFile:
+    def freeze(self) -> Frozen:
         file = self._new_file()
-        staging = HostBuffer(self.layout.largest_bytes)
         for group in self.layout.groups:
-            if not group.owns_master:
-                weights = self._weights.in_place(group)
-                assert weights is not None
-                for target, weight in zip(views(staging.tensor, group.weights, 0)[""], weights, strict=True):
-                    target.copy_(weight)
-                file.write(group.weights.offset, staging.memory[: group.weights.nbytes])
-            staging.tensor[: group.states.nbytes].copy_(self._memory[group])
-            file.write(group.states.offset, staging.memory[: group.states.nbytes])
-        file.sync()
-        return file
+            nbytes = group.weights.nbytes + group.states.nbytes
+            self._being_saved[group] = self._writes.submit(nbytes, [partial(self._write, file, group)], name=group.block)
+        return _BeingSaved(file, list(self._being_saved.values()))
 
-    def thaw(self, file: StateFile) -> None:
-        """Take everything from a file that `freeze` made; the weights follow."""
+    def _write(self, file: StateFile, group: SubGroup) -> None:
+        """In a thread of the link: nothing steps the group meanwhile."""
+        weights = self._weights.in_place(group)
+        assert weights is not None
+        staging = HostBuffer(max(group.weights.nbytes, group.states.nbytes))
+        for target, weight in zip(views(staging.tensor, group.weights, 0)[""], weights, strict=True):
+            target.copy_(weight)
+        file.write(group.weights.offset, staging.memory[: group.weights.nbytes])
+        staging.tensor[: group.states.nbytes].copy_(self._memory[group])
+        file.write(group.states.offset, staging.memory[: group.states.nbytes])
+
+    def thaw(self, file: StateFile) -> Frozen:
         staging = HostBuffer(self.layout.largest_bytes)
         for group in self.layout.groups:
             file.read(group.states.offset, staging.memory[: group.states.nbytes])
             self._memory[group].copy_(staging.tensor[: group.states.nbytes])
-            weights = self._weights.in_place(group)
-            assert weights is not None
-            sources = self._of(group).get(MASTER)
-            if sources is None:
-                file.read(group.weights.offset, staging.memory[: group.weights.nbytes])
-                sources = views(staging.tensor, group.weights, 0)[""]
-            for weight, source in zip(weights, sources, strict=True):
-                weight.copy_(source)
-        file.close()
+            _read_weights(file, group, staging, self._weights)
+        return _BeingSaved(file, [])
 
     def close(self) -> None:
+        for transfer in self._being_saved.values():
+            transfer.cancel()
         self._memory.clear()
 
     def _allocate(self, group: SubGroup) -> torch.Tensor:
@@ -188,6 +218,33 @@ class MemoryStates:
 
     def _of(self, group: SubGroup) -> Tensors:
         return views(self._memory[group], group.states, 0)
+
+
+@dataclass(slots=True)
+class _BeingSaved:
+    file: StateFile
+    transfers: list[Transfer]
+    written: bool = False
+
+    def wait(self) -> None:
+        for transfer in self.transfers:
+            transfer.wait()
+        self.file.sync()
+
+    def release(self) -> None:
+        self.file.close()
+
+    def leave(self) -> None:
+        self.file.close()
+
+
+def _read_weights(file: StateFile, group: SubGroup, staging: HostBuffer, weights: Weights) -> None:
+    """The group's weights that are in memory, from a file."""
+    targets = weights.in_place(group)
+    if targets is not None:
+        file.read(group.weights.offset, staging.memory[: group.weights.nbytes])
+        for target, source in zip(targets, views(staging.tensor, group.weights, 0)[""], strict=True):
+            target.copy_(source)
 
 
 @dataclass(slots=True)
@@ -210,7 +267,7 @@ class DiskStates:
 
     Attributes:
         reads, writes: the links whose threads move the bytes.
-        new_file: makes a file of the layout's size; asked for at most three.
+        new_file: makes a file of the layout's size.
     """
 
     layout: StateLayout
@@ -222,7 +279,7 @@ class DiskStates:
     nbytes: int = 0
     written: dict[BlockKey, StateFile] = field(default_factory=dict)
     """The file that holds a block; none before its first step: then its weights are where they came from."""
-    _pinned: StateFile | None = None
+    _frozen: list[StateFile] = field(default_factory=list)
     _spare: StateFile | None = None
     _target: StateFile | None = None
     _buffers: "queue.SimpleQueue[HostBuffer]" = field(default_factory=queue.SimpleQueue)
@@ -290,21 +347,34 @@ class DiskStates:
         while self._pending:
             self._settle_one()
 
-    def freeze(self) -> StateFile:
-        assert self._target is not None, "nothing was stepped since the last time"
-        self._target.sync()
-        self._spare, self._pinned, self._target = self._pinned, self._target, None
-        return self._pinned
+    def freeze(self) -> Frozen:
+        """The file that the last step wrote; the next one writes beside it."""
+        if self._target is None or self.written.get(self.layout.groups[0].block) is not self._target:
+            raise SessionError("nothing was trained since the last checkpoint, which is still there")
+        self._frozen.append(self._target)
+        file, self._target = self._target, None
+        return _Written(file, self)
 
-    def thaw(self, file: StateFile) -> None:
-        """Go on from a file that `freeze` made, which is not written to."""
+    def release(self, file: StateFile) -> None:
+        """No checkpoint needs the file any more."""
+        self._frozen.remove(file)
+        if self._spare is None:
+            self._spare = file
+        else:
+            file.close()
+
+    def thaw(self, file: StateFile) -> Frozen:
         if self._target is not None:
             self._spare, self._target = self._target, None
-        self._pinned = file
+        self._frozen.append(file)
+        staging = self._buffers.get()
         for group in self.layout.groups:
+            _read_weights(file, group, staging, self.weights)
             self.written[group.block] = file
+        self._buffers.put(staging)
         for block in self.written:
             self.weights.moved(block, file)
+        return _Written(file, self)
 
     def close(self) -> None:
         for ahead in self._ahead.values():
@@ -312,7 +382,7 @@ class DiskStates:
                 ahead.transfer.cancel()
         for pending in self._pending:
             pending.transfer.cancel()
-        for file in (self._pinned, self._spare, self._target):
+        for file in (*self._frozen, self._spare, self._target):
             if file is not None:
                 file.close()
 
@@ -349,6 +419,23 @@ class DiskStates:
             parts += _parts(source.read, group.weights.offset, buffer.memory[:split])
             nbytes += split
         return _Ahead(buffer, self.reads.submit(nbytes, parts, name=f"{group.block} states"), False)
+
+
+@dataclass(slots=True)
+class _Written:
+    file: StateFile
+    states: DiskStates
+    written: bool = True
+
+    def wait(self) -> None:
+        self.file.sync()
+
+    def release(self) -> None:
+        self.states.release(self.file)
+
+    def leave(self) -> None:
+        # The present weights and states are still in it: it is closed with the others.
+        pass
 
 
 def _parts(move: Callable[[int, memoryview], None], offset: int, memory: memoryview) -> list[Callable[[], None]]:

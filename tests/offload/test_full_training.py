@@ -1,12 +1,13 @@
 """The session's own optimizer against the oracle, bit by bit."""
 
 import copy
+import os
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from offload import BudgetTooSmall, SessionError, Training, TrainingError, offload
+from offload import BudgetTooSmall, ConfigError, CorruptCheckpoint, SessionError, Training, TrainingError, offload
 from offload.training.needs import needs_of
 from tests import oracle_loop
 from tests.architectures import VOCAB, make, oracle_of
@@ -324,3 +325,62 @@ def test_layer_major(name, residency, tmp_path):
         with offload(str(checkpoint), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
             train(session, steps)
             assert moved < 0.6 * session.report().links["disk"].bytes
+
+
+@pytest.mark.parametrize("kind", ["cpu", "nvme", "adapters"])
+def test_resumed_as_if_never_stopped(kind, tmp_path):
+    model, twin = prepared("llama", True, torch.bfloat16)
+    checkpoint = tmp_path / "model"
+    model.save_pretrained(checkpoint)
+    steps = micro_batches(8, 2)
+    states = tmp_path / "states"
+    states.mkdir()
+    training = Training(**FAST, state_tier="nvme" if kind == "nvme" else "cpu", state_dir=str(states), sub_group_elements=4096)
+
+    def entered():
+        return offload(str(checkpoint), device="cpu", cpu_memory="64MiB", training=training, **RESERVE)
+
+    def adapted(model):
+        return lora(model) if kind == "adapters" else model
+
+    losses = []
+    done = 0
+    for until in (3, 4, 8):
+        with entered() as session:
+            trained = adapted(session.model)
+            session.model.train()
+            found = session.resume(tmp_path / "run")
+            assert (found or {"step": 0})["step"] == done
+            for number in range(done, until):
+                for k, batch in enumerate(steps[number]):
+                    oracle_loop.seed_everything(0, number + 1, k)
+                    loss = session.model(**batch).loss / 2
+                    loss.backward()
+                    losses.append(loss.item())
+                session.step(0.5)
+                if number != 1:
+                    session.save(tmp_path / "run", {"step": number + 1})
+        done = until
+    twin = adapted(twin)
+    assert losses == oracle(twin, steps)
+    assert_same_weights(trained, twin)
+    assert len(list(states.iterdir())) == 1
+    if kind == "cpu":
+        refuse_what_does_not_fit(entered, tmp_path, states)
+
+
+def refuse_what_does_not_fit(entered, tmp_path, states):
+    other, _ = prepared("llama", True, torch.bfloat16)
+    with offload(other, device="cpu", cpu_memory="64MiB", training=Training(), **RESERVE) as session:
+        with pytest.raises(ConfigError, match="another model"):
+            session.resume(tmp_path / "run")
+        assert session.resume(tmp_path / "empty") is None
+        with pytest.raises(ConfigError, match="is a file"):
+            session.resume(next(states.iterdir()))
+    (file,) = states.iterdir()
+    os.truncate(file, 4096)
+    with entered() as session, pytest.raises(CorruptCheckpoint, match="cut short"):
+        session.resume(tmp_path / "run")
+    (tmp_path / "run" / "training.json").write_text("{")
+    with entered() as session, pytest.raises(CorruptCheckpoint, match="no manifest"):
+        session.resume(tmp_path / "run")
