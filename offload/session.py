@@ -22,12 +22,13 @@ from offload.model.parts import PrefillChunks, check_parts
 from offload.model.sizing import count_temporaries, longest_sequence, takes_tokens
 from offload.probe import kept_profile, suits
 from offload.report.comparison import Comparison, compare
+from offload.report.learning import Outlook
 from offload.report.live import Snapshot
 from offload.report.meters import Meters
 from offload.report.report import Peak, Report, phase_uses
 from offload.runtime.buffers import DeviceBuffers
 from offload.runtime.changes import RegistrationWatch
-from offload.runtime.clock import PassClock
+from offload.runtime.clock import BACKWARD, PassClock
 from offload.runtime.decision import Decision, decide, given_plan
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.forecast import Forecast, Order
@@ -39,8 +40,9 @@ from offload.runtime.recorder import Recorder, tracing_use
 from offload.training.checkpoint import Checkpoints, identity_of
 from offload.training.gradients import HostGradients, TiedUse, tied_uses
 from offload.training.managed import ManagedTraining
-from offload.training.needs import needs_of
+from offload.training.needs import TrainingNeeds, needs_of
 from offload.training.options import NVME, Training
+from offload.training.outlook import outlook
 from offload.training.recompute import Backward
 from offload.training.rounds import Rounds
 from offload.training.windows import TrainingWindow
@@ -116,6 +118,7 @@ class Session:
         self._ties: list[TiedUse] = []
         self._checkpoints: Checkpoints | None = None
         self._sources: frozenset[str] = frozenset()
+        self._needs = TrainingNeeds()
 
     def __enter__(self) -> "Session":
         if self._stack is not None:
@@ -202,7 +205,7 @@ class Session:
         Args:
             given: bytes a second that the links gave.
         """
-        if self._forecast is None:
+        if self._forecast is None or self._clock.phases[BACKWARD].passes:
             return None
         return compare(self._forecast, self.plan, self._spec, self._clock.phases, self._order(), given)
 
@@ -234,7 +237,10 @@ class Session:
         ]
 
     def _peak(self) -> Peak:
-        return self._meters.peak(self.plan, self._process_bytes - self._held_bytes)
+        extra_bytes = 0
+        if self._device.host_memory:
+            extra_bytes = self._needs.kept_bytes + (0 if self._managed is None else self._managed.peak_bytes)
+        return self._meters.peak(self.plan, self._process_bytes - self._held_bytes, extra_bytes)
 
     def _look(self) -> CheckpointLoader | None:
         """The checkpoint, downloaded if need be; None for a model that the user holds."""
@@ -250,8 +256,6 @@ class Session:
         self._fallbacks += loaded.fallbacks
         if not takes_tokens(self.model):
             self._fallbacks.append("the model takes no tokens: its temporaries are not known beforehand and not in the budget")
-        if self._request.training:
-            self._fallbacks.append("training: gradients, the optimizer's state and what layers pass on are not in the budget")
         self._open_storage(stack, loaded)
         decision = self._decide()
         if takes_tokens(self.model) and self._temporaries is None:
@@ -264,6 +268,7 @@ class Session:
         self._placement.apply(decision.structure, self.plan)
         self._ledger.charge("KV cache", self.plan.kv_bytes)
         self._ledger.charge("temporaries", self.plan.activation_bytes)
+        self._ledger.charge("layers' inputs", self._needs.kept_bytes)
         stack.callback(self._release_slots)
         self._take_slots()
         self._open_windows(stack)
@@ -339,7 +344,8 @@ class Session:
         return self._decided_to_train(model, slot_bytes, self._request.training)
 
     def _decided_to_train(self, model: nn.Module, slot_bytes: Callable[[Unit], int], training: Training) -> Decision:
-        needs = needs_of(model, training)
+        workload = self._workload(model)
+        self._needs = needs = needs_of(model, training, workload.batch_size * workload.total_tokens)
         in_files = training.full and training.state_tier == NVME
         # Nothing that is trained stays on a device whose memory the states do not share.
         candidates = frozenset[str]() if training.full and not self._device.host_memory else None
@@ -355,7 +361,7 @@ class Session:
         needs.check(decision.plan, training, self._budgets, sum(value.nbytes for value in model.parameters()))
         if not self._device.host_memory:
             return decision
-        pinned_bytes = decision.spec.pinned_bytes + needs.host_bytes
+        pinned_bytes = decision.spec.pinned_bytes + needs.host_bytes + needs.kept_bytes
         return replace(decision, spec=replace(decision.spec, pinned_bytes=pinned_bytes))
 
     def _count_temporaries(self, model: nn.Module) -> None:
@@ -407,7 +413,7 @@ class Session:
             self._backward.end()
         self._executor.close_all()
         self._executor.free()
-        for category in ("slots", "KV cache", "temporaries"):
+        for category in ("slots", "KV cache", "temporaries", "layers' inputs"):
             self._ledger.release(category, self._ledger.held_bytes(category))
 
     def _open_windows(self, stack: ExitStack) -> None:
@@ -506,6 +512,16 @@ class Session:
                 finally:
                     self._backward.end()
             return [value.item() for value in values]
+
+    def outlook(self, micro_batches: int = 1, layer_major: bool = True) -> Outlook:
+        """Where everything that is trained lives, what a step writes to disk, and how long it is predicted to take.
+
+        Args:
+            micro_batches: whose gradients a step adds up.
+        """
+        managed = self._managed_training()
+        workload = self._workload(self.model)
+        return outlook(managed, self.model, self.plan, self._spec, workload, self._forecast, micro_batches, layer_major)
 
     def save(self, folder: str | Path, progress: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint of what is trained, to resume from, in place of the folder's last one.

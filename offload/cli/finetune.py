@@ -1,9 +1,11 @@
-"""`offload finetune`: adapters for a model that does not fit."""
+"""`offload finetune`: adapters, or all weights, of a model that does not fit."""
 
 import argparse
-import time
+import statistics
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,37 +15,74 @@ from offload.api import offload
 from offload.cli.terminal import check_writable, progress_bar, say
 from offload.generate import load_tokenizer
 from offload.model.loading import find_folder
+from offload.report.learning import Learning, Outlook
 from offload.report.record import Record, write_record
-from offload.training.data import Batches, read_examples
-from offload.training.finetune import Recipe, Step, save_adapters, train, with_adapters
-from storage.errors import ConfigError, gib
+from offload.training.adapters import save_adapters, save_model, with_adapters
+from offload.training.checkpoint import read_manifest
+from offload.training.data import Batches, check_packing, packed, read_examples
+from offload.training.finetune import Step, train
+from offload.training.options import (
+    ACTIVATION_TIERS,
+    ADAMW,
+    CPU,
+    MASTER_DTYPES,
+    OPTIMIZERS,
+    RECOMPUTE,
+    STATE_TIERS,
+    Training,
+)
+from offload.training.recipe import FULL, LORA, METHODS, Recipe
+from storage.errors import ConfigError
 
-SUMMARY = "Fine-tune a model with LoRA adapters while its weights are streamed. Writes a PEFT adapter folder."
+CHECKPOINT = "checkpoint"
+"""The folder inside of --output that training is resumed from."""
+
+SUMMARY = "Fine-tune a model while its weights are streamed: LoRA adapters (a PEFT folder), or all weights (a model's folder)."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder with a safetensors checkpoint, a hub id, or `demo`")
-    add("--data", required=True, metavar="FILE.jsonl", help='lines of {"text"}, {"prompt", "completion"} or {"messages"}')
-    add("--output", required=True, metavar="DIR", help="where the adapter is written")
-    add("--method", default="lora", choices=("lora",), help="(default: lora)")
+    add(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help='FILE.jsonl of {"text"}, {"prompt", "completion"} or {"messages"}; a folder of .jsonl and .txt; a hub id',
+    )
+    add("--output", required=True, metavar="DIR", help="where the adapter or the model is written, and checkpoints")
+    add("--method", default=LORA, choices=METHODS, help="adapters, or all weights (default: lora)")
+    add("--eval-data", metavar="DATA", help="its loss is told, and not learned from")
+    add("--eval-every", type=int, default=0, metavar="N", help="steps from one evaluation to the next (default: at the end)")
     add("--rank", type=int, default=16, metavar="N", help="of the adapters (default: 16)")
     add("--alpha", type=float, default=32.0, metavar="A", help="their scale is A / rank (default: 32)")
     add("--dropout", type=float, default=0.0, metavar="P", help="before the adapters (default: 0)")
     add("--target-modules", default="all-linear", metavar="NAMES", help="with commas between (default: all-linear)")
-    add("--learning-rate", type=float, default=2e-4, metavar="R", help="(default: 2e-4)")
+    add("--optimizer", default=ADAMW, choices=OPTIMIZERS, help="(default: adamw)")
+    add("--learning-rate", type=float, metavar="R", help="(default: 2e-4 for adapters, 1e-5 for all weights)")
+    add("--weight-decay", type=float, default=0.0, metavar="W", help="(default: 0)")
+    add("--master-dtype", default="float32", choices=MASTER_DTYPES, help="of a finer copy of 16-bit weights (default: float32)")
+    add("--state-tier", default=CPU, choices=STATE_TIERS, help="where the optimizer's states live (default: cpu)")
+    add("--activation-tier", default=RECOMPUTE, choices=ACTIVATION_TIERS, help="where layers' inputs wait (default: recompute)")
     add("--epochs", type=int, default=1, metavar="N", help="passes over the data (default: 1)")
     add("--max-steps", type=int, default=0, metavar="N", help="stop after N steps (default: all)")
     add("--sequence-length", type=int, default=512, metavar="N", help="most tokens of one example (default: 512)")
-    add("--batch-size", type=int, default=1, metavar="N", help="examples that share each pass over the weights (default: 1)")
+    add("--packing", action="store_true", help="several examples in a sequence, which do not see each other")
+    add("--batch-size", type=int, default=1, metavar="N", help="examples that are computed together (default: 1)")
     add("--gradient-accumulation", type=int, default=1, metavar="N", help="batches that one step adds up (default: 1)")
+    add(
+        "--batch-major",
+        action="store_true",
+        help="bring the weights once for each batch of a step, not once for all: slower, and less memory; same result",
+    )
     add("--max-grad-norm", type=float, default=1.0, metavar="X", help="gradients are scaled down to this (default: 1)")
     add("--warmup", type=int, default=0, metavar="N", help="steps in which the learning rate rises (default: 0)")
+    add("--save-every", type=int, default=0, metavar="N", help="steps from one checkpoint to the next (default: none)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --output, if there is one")
     add("--seed", type=int, default=0, metavar="N", help="of order, dropout and the adapters' start (default: 0)")
     add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu (default: auto)")
     add("--gpu-memory", metavar="SIZE", help="budget on the GPU, like 8GiB (default: what is free, less 10%%)")
     add("--cpu-memory", metavar="SIZE", help="budget of CPU memory, like 24GiB (default: what is free, less a margin)")
-    add("--disk", metavar="DIR", help="keeps weights that must be converted")
+    add("--disk", metavar="DIR", help="keeps weights that must be converted, and states on NVMe (default for these: --output)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
     add("--report", metavar="FILE", help="write the report there: .html for a page, else JSON")
@@ -51,32 +90,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(request: argparse.Namespace) -> None:
-    recipe = Recipe(
-        request.rank,
-        request.alpha,
-        request.dropout,
-        request.target_modules,
-        request.learning_rate,
-        request.epochs,
-        request.max_steps,
-        request.gradient_accumulation,
-        request.max_grad_norm,
-        request.warmup,
-        request.seed,
-    )
+    recipe, training = _recipe(request), _training(request)
     if request.batch_size < 1 or request.sequence_length < 2:
         raise ConfigError("--batch-size must be at least 1 and --sequence-length at least 2")
     check_writable(request.report)
     output = Path(request.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output} exists already; name a new folder")
+    _check_output(output, request.resume)
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     folder = find_folder(request.model)
     tokenizer = load_tokenizer(folder, request.trust_remote_code)
-    examples = read_examples(request.data, tokenizer, request.sequence_length)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    batches = Batches(examples, request.batch_size, recipe.seed, padding)
-    longest = max(len(example.ids) for example in examples)
+    batches = _batches(request, request.data, tokenizer)
+    evaluation = _batches(request, request.eval_data, tokenizer) if request.eval_data else None
+    checkpoints = output / CHECKPOINT
+    checkpoints.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         with progress_bar() as show:
             session = stack.enter_context(
@@ -87,49 +114,135 @@ def run(request: argparse.Namespace) -> None:
                     cpu_memory=request.cpu_memory,
                     disk_dir=request.disk,
                     batch_size=request.batch_size,
-                    max_tokens=longest,
-                    training=True,
+                    max_tokens=max(item.longest for item in (batches, evaluation) if item is not None),
+                    training=training,
                     progress=show,
                     dtype=request.dtype,
                     trust_remote_code=request.trust_remote_code,
                 )
             )
-        adapted = with_adapters(session.model, recipe)
-        trained = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
+        model = with_adapters(session.model, recipe) if recipe.method == LORA else session.model
+        if request.packing:
+            check_packing(model, batches)
+        outlook = session.outlook(recipe.gradient_accumulation, recipe.layer_major)
         if not request.quiet:
-            say(
-                f"{len(examples)} examples, {recipe.steps(batches)} steps; {trained:,} of {session.report().parameters:,} "
-                f"parameters are trained; {gib(session.plan.streamed_bytes)} streamed in each direction of a pass"
-            )
-        _train(adapted, batches, recipe, request.quiet)
-        save_adapters(adapted, output)
-        report = session.report()
-        if not request.quiet:
-            say(f"\n{report}\nthe adapter is in {output}; `offload generate {request.model} --adapter {output}` uses it")
-        if request.report:
-            write_record(Record.of(report, session.trace()), request.report)
+            blocks = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in session.report().blocks.items() if count)
+            say(f"{len(batches)} batches, {recipe.steps(batches)} steps\n{outlook}\nblocks: {blocks}")
+        watch = _Watch(recipe, outlook, recipe.steps(batches), request.quiet)
+        with watch:
+            train(session, model, batches, recipe, watch.on_step, evaluation, checkpoints, request.resume)
+        if recipe.method == LORA:
+            save_adapters(model, output)
+        else:
+            save_model(model, tokenizer, output)
+        report = replace(session.report(), training=watch.learning())
+        trace = session.trace()
+    if not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    if not request.quiet:
+        say(f"\n{report}\n{_said(recipe, request.model, output)}")
+    if request.report:
+        write_record(Record.of(report, trace), request.report)
 
 
-def _train(adapted: object, batches: Batches, recipe: Recipe, quiet: bool) -> None:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
+def _recipe(request: argparse.Namespace) -> Recipe:
+    default = 2e-4 if request.method == LORA else 1e-5
+    return Recipe(
+        method=request.method,
+        rank=request.rank,
+        alpha=request.alpha,
+        dropout=request.dropout,
+        target_modules=request.target_modules,
+        learning_rate=default if request.learning_rate is None else request.learning_rate,
+        epochs=request.epochs,
+        max_steps=request.max_steps,
+        gradient_accumulation=request.gradient_accumulation,
+        layer_major=not request.batch_major,
+        max_grad_norm=request.max_grad_norm,
+        warmup=request.warmup,
+        seed=request.seed,
+        save_every=request.save_every,
+        evaluate_every=request.eval_every,
     )
-    begun = time.perf_counter()
-    tokens = 0
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("training", total=recipe.steps(batches))
 
-        def on_step(step: Step) -> None:
-            nonlocal tokens
-            tokens += step.tokens
-            speed = tokens / (time.perf_counter() - begun)
-            line = f"step {step.number}: loss {step.loss:.4f}, gradient norm {step.gradient_norm:.3f}, {speed:.0f} tokens/s"
-            bar.update(task, advance=1, description=line)
-            if not quiet and not console.is_terminal:
-                say(line)
 
-        train(adapted, batches, recipe, on_step)
+def _training(request: argparse.Namespace) -> Training:
+    return Training(
+        full=request.method == FULL,
+        optimizer=request.optimizer,
+        weight_decay=request.weight_decay,
+        master_dtype=request.master_dtype,
+        state_tier=request.state_tier,
+        activation_tier=request.activation_tier,
+        micro_batches=1 if request.batch_major else request.gradient_accumulation,
+        state_dir=request.disk or str(Path(request.output) / CHECKPOINT),
+    )
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file; name a folder")
+    held = {item.name for item in output.iterdir()} if output.is_dir() else set()
+    if held - {CHECKPOINT} or (held and not resume):
+        more = ", or --resume to go on from its checkpoint" if read_manifest(output / CHECKPOINT) else ""
+        raise ConfigError(f"--output {output} exists already; name a new folder{more}")
+
+
+def _batches(request: argparse.Namespace, source: str, tokenizer: Any) -> Batches:
+    examples = read_examples(source, tokenizer, request.sequence_length)
+    if request.packing:
+        examples = packed(examples, request.sequence_length)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return Batches(examples, request.batch_size, request.seed, padding)
+
+
+def _said(recipe: Recipe, model: str, output: Path) -> str:
+    if recipe.method == LORA:
+        return f"the adapter is in {output}; `offload generate {model} --adapter {output}` uses it"
+    return f"the model is in {output}; `offload generate {output}` uses it"
+
+
+class _Watch:
+    """Shows the steps while they are done, and remembers them."""
+
+    def __init__(self, recipe: Recipe, outlook: Outlook, total: int, quiet: bool) -> None:
+        self._console = Console(stderr=True)
+        self._quiet = quiet
+        self._recipe, self._outlook = recipe, outlook
+        self._steps: list[Step] = []
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
+        drawn = not quiet and self._console.is_terminal
+        self._bar = Progress(*columns, console=self._console, transient=True, disable=not drawn)
+        self._task = self._bar.add_task("training", total=total)
+
+    def __enter__(self) -> None:
+        self._bar.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def on_step(self, step: Step) -> None:
+        self._steps.append(step)
+        line = f"step {step.number}: loss {step.loss:.4f}, gradient norm {step.gradient_norm:.3f}, "
+        line += f"{step.tokens / step.seconds:.0f} tokens/s"
+        if step.evaluated is not None:
+            line += f", evaluation {step.evaluated:.4f}"
+        self._bar.update(self._task, completed=step.number, description=line)
+        if not self._quiet and not self._console.is_terminal:
+            say(line)
+
+    def learning(self) -> Learning:
+        return Learning(
+            method=self._recipe.method,
+            outlook=self._outlook,
+            losses=[[step.number, step.loss] for step in self._steps],
+            evaluated=[[step.number, step.evaluated] for step in self._steps if step.evaluated is not None],
+            tokens=sum(step.tokens for step in self._steps),
+            seconds=sum(step.seconds for step in self._steps),
+            step_seconds=statistics.median(step.seconds for step in self._steps) if self._steps else 0.0,
+        )

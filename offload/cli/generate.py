@@ -18,7 +18,7 @@ from offload.report.live import LiveView
 from offload.report.perfetto import as_perfetto
 from offload.report.record import Record, write_record
 from offload.session import Session
-from offload.training.finetune import load_adapters
+from offload.training.adapters import load_adapters
 from storage.errors import ConfigError
 
 SUMMARY = "Generate text. Tokens go to stdout as they are made, the report to stderr."

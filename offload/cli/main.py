@@ -6,12 +6,13 @@ import sys
 import warnings
 
 from offload import __version__
-from offload.cli import finetune, generate, plan, probe, report, synth
+from offload.cli import finetune, generate, merge, plan, probe, report, synth
 from storage.errors import OffloadError
 
 _COMMANDS = {
     "generate": generate,
     "finetune": finetune,
+    "merge": merge,
     "plan": plan,
     "probe": probe,
     "report": report,

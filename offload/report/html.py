@@ -4,6 +4,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from offload.report.learning import Learning
 from offload.report.record import Record
 from scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
 from storage.errors import duration, gib
@@ -64,6 +65,7 @@ def as_page(record: Record) -> str:
             f"exactness {_text(report['exactness'])}</p>",
             _cards(report),
             _times(report),
+            _learning(report.get("training")),
             _timeline(record.trace, report["tracing"]),
             _links(report),
             _memory(record),
@@ -104,7 +106,7 @@ def _cards(report: dict[str, Any]) -> str:
 
 def _times(report: dict[str, Any]) -> str:
     rows = []
-    for name in ("prefill", "decode"):
+    for name in ("prefill", "decode", "backward"):
         use = report[name]
         if not use["seconds"]:
             continue
@@ -119,6 +121,33 @@ def _times(report: dict[str, Any]) -> str:
         )
         rows.append(_bar(parts, use["seconds"]))
     return f"<section><h2>Where the time went</h2>{''.join(rows)}</section>" if rows else ""
+
+
+def _learning(training: dict[str, Any] | None) -> str:
+    """The loss of each step, and of the evaluation data."""
+    if not training or len(training["losses"]) < 2:
+        return ""
+    losses, evaluated = training["losses"], training["evaluated"]
+    first, last = losses[0][0], losses[-1][0]
+    values = [loss for _, loss in (*losses, *evaluated)]
+    low, high = min(values), max(values)
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        return 1000 * (step - first) / max(1, last - first), 145 - 140 * (loss - low) / ((high - low) or 1)
+
+    curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*item) for item in losses))
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*item) for item in evaluated))
+    keys = "<span><i style='background:var(--blue)'></i>loss of the step</span>"
+    if evaluated:
+        keys += f"<span><i style='background:var(--red)'></i>evaluation data, at last {evaluated[-1][1]:.4f}</span>"
+    style = "fill='none' stroke-width='2' vector-effect='non-scaling-stroke'"
+    return (
+        f"<section class=memory><h2>What was learned</h2><p class=faint>{_text(Learning.from_dict(training))}</p>"
+        f"<div class=keys>{keys}<span class=faint>{high:.3f} at the top, {low:.3f} at the bottom</span></div>"
+        f"<svg class=tall viewBox='0 0 1000 150' preserveAspectRatio='none'><polyline points='{curve}' stroke='var(--blue)' "
+        f"{style}/><polyline points='{line}' stroke='var(--red)' {style}/></svg>"
+        f"<div class=axis><span>step {first}</span><span>step {last}</span></div></section>"
+    )
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -17,7 +17,7 @@ _PROBE_SHARE = 0.05
 """The report's own measurement reads at most this part of what the session streamed."""
 
 
-_SET_ASIDE = ("KV cache", "temporaries")
+_SET_ASIDE = ("layers' inputs", "KV cache", "temporaries")
 
 _BESIDE_BYTES = 14 << 20
 """On the CPU: stacks of threads, caches of kernels, Python's objects of a session."""
@@ -63,18 +63,19 @@ class Meters:
         if self._device.host_memory:
             self._process_peak_bytes = max(self._process_peak_bytes, process_bytes())
 
-    def peak(self, plan: Plan, before_bytes: int) -> Peak:
+    def peak(self, plan: Plan, before_bytes: int, extra_bytes: int = 0) -> Peak:
         """Of the device that computes.
 
         Args:
             before_bytes: what the process held before the session, without weights that the session moves.
+            extra_bytes: what training holds beside the plan.
         """
         host_memory = self._device.host_memory
         on_card = self._device.peak_bytes()
         measured = None if on_card is None else on_card - self._on_card_before
         if host_memory:
             measured = self._process_peak_bytes - before_bytes if self._process_peak_bytes else None
-        return Peak(predicted_peak_bytes(plan, host_memory), measured)
+        return Peak(predicted_peak_bytes(plan, host_memory) + extra_bytes, measured)
 
     def collect(self) -> None:
         """Note the copies that have ended."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offload.report.comparison import Comparison
+from offload.report.learning import Learning
 from offload.runtime.clock import BACKWARD, DECODE, OUTSIDE, PREFILL, PhaseTimes
 from offload.runtime.forecast import WhatIf
 from storage.ledger import MemoryLedger
@@ -114,6 +115,7 @@ class Report:
             in a pass; 0 where not.
         peak: of the memory of the device that computes: predicted, and measured.
         tracing: `spans` noted, the `seconds` that took, and how many were `dropped` because the record was full.
+        training: what was learned; None where nothing was trained by a loop of offload's.
         fallbacks: a sentence for everything that was slower than it could be, and why.
     """
 
@@ -140,6 +142,7 @@ class Report:
     process_bytes: int
     peak_device_bytes: int | None
     fallbacks: list[str]
+    training: Learning | None = None
     peak_rss_bytes: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,6 +160,8 @@ class Report:
         for phase in (PREFILL, DECODE, BACKWARD, OUTSIDE):
             values[phase] = PhaseUse(**values[phase])
         values["peak"] = Peak(**values["peak"])
+        if values.get("training") is not None:
+            values["training"] = Learning.from_dict(values["training"])
         if values["prediction"] is not None:
             what_if = [WhatIf(**item) for item in values["prediction"]["what_if"]]
             values["prediction"] = Comparison(**(values["prediction"] | {"what_if": what_if}))

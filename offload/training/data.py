@@ -1,6 +1,7 @@
 """Text to learn from: lines of JSON to token ids, with the loss on what the model should say."""
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from storage.errors import ConfigError
 IGNORED = -100
 """The label of a token that the loss does not count; transformers' own."""
 
+_OPEN_ROWS = 64
+"""Sequences that a short example may still be packed into."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -22,42 +26,85 @@ class Example:
         ids: tokens.
         labels: the same, with IGNORED where nothing is to be learned.
         line: of the file that it comes from.
+        positions: of each token in its own text, where several are packed into one sequence.
     """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     line: int
+    positions: tuple[int, ...] = ()
 
 
-def read_examples(path: str | Path, tokenizer: Any, sequence_length: int) -> list[Example]:
-    """The examples of a file of JSON lines: `{"text"}`, `{"prompt", "completion"}` or `{"messages": [...]}`.
+def read_examples(source: str | Path, tokenizer: Any, sequence_length: int) -> list[Example]:
+    """The examples of a file of JSON lines, of a folder of such files and of plain text, or of a dataset of the hub.
 
-    Text that is longer than a sequence is cut into several. Of a prompt with its completion the loss counts the completion, of
-    messages what the assistant says.
+    An item is `{"text"}`, `{"prompt", "completion"}` or `{"messages": [...]}`. Text that is longer than a sequence is cut into
+    several. Of a prompt with its completion the loss counts the completion, of messages what the assistant says.
 
     Raises:
         ConfigError: names the line, and what is wrong with it.
     """
+    examples: list[Example] = []
+    for where, number, item in _items(str(source)):
+        examples += _read_item(where, number, item, tokenizer, sequence_length)
+    if not examples:
+        raise ConfigError(f'--data {source} holds no example; write one a line, like {{"text": "..."}}')
+    return examples
+
+
+Item = tuple[str, int, Any]
+"""Where it stands, in which line, and what."""
+
+
+def _items(source: str) -> Iterator[Item]:
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(item for item in path.iterdir() if item.suffix in (".jsonl", ".txt"))
+        if not files:
+            raise ConfigError(f"--data {source} is a folder without .jsonl and .txt files")
+        for file in files:
+            yield from _lines(file) if file.suffix == ".jsonl" else [(str(file), 1, {"text": _read(file)})]
+    elif path.exists() or path.suffix or source.count("/") != 1:
+        yield from _lines(path)
+    else:
+        yield from _of_the_hub(source)
+
+
+def _read(path: Path) -> str:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--data {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--data {path} is not UTF-8 text (byte {error.start:,})") from error
-    examples: list[Example] = []
-    for number, line in enumerate(lines, 1):
+
+
+def _lines(path: Path) -> Iterator[Item]:
+    for number, line in enumerate(_read(path).splitlines(), 1):
         if line.strip():
-            examples += _read_line(f"{path}, line {number}", number, line, tokenizer, sequence_length)
-    if not examples:
-        raise ConfigError(f'--data {path} holds no example; write one a line, like {{"text": "..."}}')
-    return examples
+            where = f"{path}, line {number}"
+            try:
+                yield where, number, json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{where} is not JSON ({error})") from error
 
 
-def _read_line(where: str, number: int, line: str, tokenizer: Any, sequence_length: int) -> Iterator[Example]:
+def _of_the_hub(name: str) -> Iterator[Item]:
     try:
-        item = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where} is not JSON ({error})") from error
+        from datasets import load_dataset  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError as error:
+        raise ConfigError(
+            f"--data {name} is no file; as a dataset of the hub it needs the package datasets: pip install datasets"
+        ) from error
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:  # whatever the hub, the network or the dataset's own code raise
+        raise ConfigError(f"--data {name}: {str(error).splitlines()[0]}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{name}, row {number}", number, row
+
+
+def _read_item(where: str, number: int, item: Any, tokenizer: Any, sequence_length: int) -> Iterator[Example]:
     if not isinstance(item, dict):
         raise ConfigError(f'{where} is not an object like {{"text": "..."}}')
     if isinstance(item.get("text"), str):
@@ -129,11 +176,31 @@ class Batches:
         size: examples in one batch; the last one of an epoch may have fewer.
     """
 
-    def __init__(self, examples: Sequence[Example], size: int, seed: int, padding_id: int) -> None:
+    def __init__(self, examples: Sequence[Example], size: int, seed: int = 0, padding_id: int = 0) -> None:
         self._examples = list(examples)
         self._size = size
         self._seed = seed
         self._padding_id = padding_id
+
+    @property
+    def identity(self) -> int:
+        """A checksum of the examples and of how they come together."""
+        content = [(example.ids, example.labels, example.positions) for example in self._examples]
+        return zlib.crc32(repr((content, self._size)).encode())
+
+    def in_order(self) -> Iterator[dict[str, torch.Tensor]]:
+        """All of them once, as they were given."""
+        for begin in range(0, len(self._examples), self._size):
+            yield self._padded(self._examples[begin : begin + self._size])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(len(example.ids) for example in self._examples)
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        return self._examples
 
     def __len__(self) -> int:
         """Batches in one epoch."""
@@ -151,8 +218,57 @@ class Batches:
         def rows(values: Sequence[tuple[int, ...]], filler: int) -> torch.Tensor:
             return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in values])
 
-        return {
+        batch = {
             "input_ids": rows([example.ids for example in examples], self._padding_id),
-            "attention_mask": rows([(1,) * len(example.ids) for example in examples], 0),
             "labels": rows([example.labels for example in examples], IGNORED),
         }
+        if any(example.positions for example in examples):
+            # Positions that begin anew tell the texts apart. What pads the end is seen by nothing before it.
+            return batch | {"position_ids": rows([example.positions for example in examples], 0)}
+        return batch | {"attention_mask": rows([(1,) * len(example.ids) for example in examples], 0)}
+
+
+def packed(examples: Sequence[Example], sequence_length: int) -> list[Example]:
+    """Several examples in each sequence, in order, none cut: each where it first fits."""
+    rows: list[list[Example]] = []
+    for example in examples:
+        fitting = (
+            row for row in rows[-_OPEN_ROWS:] if sum(len(item.ids) for item in row) + len(example.ids) <= sequence_length
+        )
+        row = next(fitting, None)
+        if row is None:
+            rows.append([example])
+        else:
+            row.append(example)
+    return [_joined_row(row) for row in rows]
+
+
+def _joined_row(row: Sequence[Example]) -> Example:
+    ids, labels, positions = [], [], []
+    for example in row:
+        ids += example.ids
+        # The first token of a text is nothing that the one before could tell.
+        labels += (IGNORED, *example.labels[1:])
+        positions += range(len(example.ids))
+    return Example(tuple(ids), tuple(labels), row[0].line, tuple(positions))
+
+
+def check_packing(model: Any, batches: Batches) -> None:
+    """See that the texts of one sequence do not see each other, on the first two of a packed one.
+
+    Raises:
+        ConfigError: if the model mixes them.
+    """
+    row = next((row for row in batches.examples if row.positions.count(0) > 1), None)
+    if row is None:
+        return
+    begins = [index for index, position in enumerate(row.positions) if position == 0][1:3]
+    first, end = begins[0], (*begins, len(row.ids))[1]
+    ids = torch.tensor([row.ids[:end]])
+    with torch.no_grad():
+        model.eval()
+        together = model(input_ids=ids, position_ids=torch.tensor([row.positions[:end]]), use_cache=False).logits[0, first:]
+        alone = model(input_ids=ids[:, first:], use_cache=False).logits[0]
+        model.train()
+    if not torch.allclose(together.float(), alone.float(), rtol=0.02, atol=0.02 * float(alone.abs().max())):
+        raise ConfigError("this model mixes the texts that are packed into one sequence; leave out --packing")

@@ -1,131 +1,169 @@
-"""Adapters (LoRA, arXiv 2106.09685) trained on a model whose weights are streamed."""
+"""The loop of `offload finetune`."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy
 import torch
 from torch import nn
 
-from offload.training.data import Batches
+from offload.training.checkpoint import compare
+from offload.training.data import IGNORED, Batches
+from offload.training.recipe import Recipe
 from storage.errors import ConfigError, TrainingError
 
+Batch = dict[str, torch.Tensor]
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How to train.
+_FREE = ("epochs", "max_steps", "save_every", "evaluate_every", "layer_major")
+"""Of the recipe, what may be another when training is resumed: it changes no step."""
 
-    Attributes:
-        rank, alpha, dropout, target_modules: of the adapters, as peft takes them.
-        warmup: steps in which the learning rate rises to what was given; it stays there.
-        gradient_accumulation: batches whose gradients one step adds up.
-        max_steps: 0 for as many as the epochs have.
-    """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-    learning_rate: float = 2e-4
-    epochs: int = 1
-    max_steps: int = 0
-    gradient_accumulation: int = 1
-    max_grad_norm: float = 1.0
-    warmup: int = 0
-    seed: int = 0
+class Trainable(Protocol):
+    """What the loop needs of a session."""
 
-    def __post_init__(self) -> None:
-        for name in ("rank", "epochs", "gradient_accumulation"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("alpha", "learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}={getattr(self, name)} must be a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if min(self.max_steps, self.warmup, self.seed) < 0:
-            raise ConfigError("max_steps, warmup and seed must be at least 0")
+    optimizer: torch.optim.Optimizer
 
-    def steps(self, batches: Batches) -> int:
-        """Of the optimizer, in all."""
-        whole = self.epochs * -(-len(batches) // self.gradient_accumulation)
-        return min(whole, self.max_steps) if self.max_steps else whole
+    def backward(self, losses: list[Callable[[], torch.Tensor]], layer_major: bool = True) -> list[float]: ...
+
+    def step(self, max_grad_norm: float | None = None) -> float: ...
+
+    def save(self, folder: str | Path, progress: dict[str, Any] | None = None) -> None: ...
+
+    def resume(self, folder: str | Path) -> dict[str, Any] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step of the optimizer found."""
+    """What one step of the optimizer found.
+
+    Attributes:
+        evaluated: the mean loss of a token of the evaluation data, where it was computed after this step.
+    """
 
     number: int
     loss: float
     gradient_norm: float
     tokens: int
+    seconds: float
+    evaluated: float | None = None
 
 
-def with_adapters(model: nn.Module, recipe: Recipe) -> Any:
-    """The model as peft wraps it, with new adapters, which alone are trained.
-
-    Raises:
-        ConfigError: if peft finds nothing to adapt.
-    """
-    peft = _peft()
-    modules = recipe.target_modules
-    config = peft.LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules=modules if modules == "all-linear" else modules.split(","),
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(recipe.seed)
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(f"target_modules={modules} cannot be adapted: {str(error).splitlines()[0]}") from error
+def seed_everything(seed: int, step: int, micro_batch: int) -> None:
+    """What a micro-batch draws depends on these alone, whatever came before."""
+    torch.manual_seed(int(numpy.random.SeedSequence((seed, step, micro_batch)).generate_state(1, numpy.uint64)[0] >> 1))
 
 
-def train(model: nn.Module, batches: Batches, recipe: Recipe, on_step: Callable[[Step], None]) -> None:
+def train(
+    session: Trainable,
+    model: nn.Module,
+    batches: Batches,
+    recipe: Recipe,
+    on_step: Callable[[Step], None] = lambda step: None,
+    evaluation: Batches | None = None,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+) -> int:
     """Train what requires a gradient.
 
+    Args:
+        model: the session's, or that with adapters.
+        evaluation: told the loss of now and then; nothing is learned from it.
+        checkpoints: where they are written, and resumed from.
+        resume: go on from a checkpoint, if there is one.
+
+    Returns:
+        The steps done, those before a checkpoint included.
+
     Raises:
-        TrainingError: if the loss or a gradient is no number; the weights are those of the last good step.
+        TrainingError: if the loss or a gradient is no number; the weights are those of the last good step, and in a checkpoint.
+        ConfigError: if a checkpoint was made with other settings or data.
     """
-    parameters = [value for value in model.parameters() if value.requires_grad]
-    if not parameters:
+    if not any(value.requires_grad for value in model.parameters()):
         raise ConfigError("nothing is to be trained: no parameter requires a gradient")
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, fused=True)
     model.train()
-    last = recipe.steps(batches)
+    settings = {name: value for name, value in asdict(recipe).items() if name not in _FREE} | {"data": batches.identity}
+    done = _resumed(session, checkpoints, settings) if resume and checkpoints is not None else 0
+    saved, last = done, recipe.steps(batches)
     for number, group in enumerate(_groups(batches, recipe), 1):
-        losses, tokens = [], 0
-        for index, batch in enumerate(group):
-            # Each forward draws what it draws, whatever came before.
-            torch.manual_seed(hash((recipe.seed, number, index)) & 0x7FFFFFFF)
-            loss = model(**batch).loss / len(group)
-            loss.backward()
-            losses.append(loss.item())
-            tokens += int(batch["attention_mask"].sum())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
-        if not math.isfinite(sum(losses)) or not math.isfinite(norm):
-            raise TrainingError(
-                f"step {number}: the loss is {sum(losses)} and the norm of the gradients {norm}. The weights are those of the "
-                "step before; give a smaller learning_rate, or look at the data"
-            )
-        for settings in optimizer.param_groups:
-            settings["lr"] = recipe.learning_rate * min(1.0, number / max(1, recipe.warmup))
-        optimizer.step()
-        optimizer.zero_grad()
-        on_step(Step(number, sum(losses), norm, tokens))
-        if number == last:
-            return
+        if number > last:
+            break
+        if number <= done:
+            continue
+        begun = time.perf_counter()
+        try:
+            step = _step(session, model, group, recipe, number)
+        except TrainingError:
+            if checkpoints is not None and saved < number - 1:
+                session.save(checkpoints, {"step": number - 1, "settings": settings})
+            raise
+        if recipe.save_every and checkpoints is not None and number % recipe.save_every == 0:
+            session.save(checkpoints, {"step": number, "settings": settings})
+            saved = number
+        evaluated = None
+        if evaluation is not None and (number == last or (recipe.evaluate_every and number % recipe.evaluate_every == 0)):
+            evaluated = evaluate(model, evaluation)
+        on_step(Step(number, *step, time.perf_counter() - begun, evaluated))
+    return last
 
 
-def _groups(batches: Batches, recipe: Recipe) -> Iterator[list[dict[str, torch.Tensor]]]:
+def evaluate(model: nn.Module, batches: Batches) -> float:
+    """The mean loss of a token."""
+    total, counted = 0.0, 0
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches.in_order():
+                tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+                total += float(model(**batch, use_cache=False).loss) * tokens
+                counted += tokens
+    finally:
+        model.train()
+    return total / max(1, counted)
+
+
+def _resumed(session: Trainable, folder: Path, settings: dict[str, Any]) -> int:
+    progress = session.resume(folder)
+    if progress is None:
+        return 0
+    compare("settings or data", progress["settings"], settings)
+    return int(progress["step"])
+
+
+def _step(session: Trainable, model: nn.Module, group: list[Batch], recipe: Recipe, number: int) -> tuple[float, float, int]:
+    session.optimizer.param_groups[0]["lr"] = recipe.rate(number)
+    losses = session.backward(
+        [partial(_loss, model, batch, recipe.seed, number, index, len(group)) for index, batch in enumerate(group)],
+        recipe.layer_major,
+    )
+    loss = sum(losses)
+    if not math.isfinite(loss):
+        session.optimizer.zero_grad()
+        raise TrainingError(
+            f"step {number}: the loss is {loss}. The weights are those of the step before; give a smaller learning rate, or "
+            "look at the data"
+        )
+    try:
+        norm = session.step(recipe.max_grad_norm)
+    except TrainingError as error:
+        raise TrainingError(f"step {number}: the loss is {loss}, and {error}") from error
+    return loss, norm, sum(int(batch["labels"].numel()) for batch in group)
+
+
+def _loss(model: nn.Module, batch: Batch, seed: int, step: int, micro_batch: int, count: int) -> torch.Tensor:
+    seed_everything(seed, step, micro_batch)
+    loss: torch.Tensor = model(**batch, use_cache=False).loss / count
+    return loss
+
+
+def _groups(batches: Batches, recipe: Recipe) -> Iterator[list[Batch]]:
     """The batches of each step; the last group of an epoch may have fewer."""
     for epoch in range(recipe.epochs):
-        group: list[dict[str, torch.Tensor]] = []
+        group: list[Batch] = []
         for batch in batches.epoch(epoch):
             group.append(batch)
             if len(group) == recipe.gradient_accumulation:
@@ -133,39 +171,3 @@ def _groups(batches: Batches, recipe: Recipe) -> Iterator[list[dict[str, torch.T
                 group = []
         if group:
             yield group
-
-
-def save_adapters(adapted: Any, folder: str | Path) -> None:
-    """As peft does, beside the place and then in it: a folder is whole, or not there."""
-    folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
-    adapted.save_pretrained(str(partial), save_embedding_layers=False)
-    if folder.exists():
-        for file in partial.iterdir():
-            file.rename(folder / file.name)
-        partial.rmdir()
-    else:
-        partial.rename(folder)
-
-
-def load_adapters(model: nn.Module, folder: str) -> Any:
-    """The model with the adapters of a folder.
-
-    Raises:
-        ConfigError: if it holds none, or those of another model.
-    """
-    peft = _peft()
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise ConfigError(f"{folder} holds no adapter: no adapter_config.json; `offload finetune --output DIR` writes one")
-    try:
-        return peft.PeftModel.from_pretrained(model, folder).eval()
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ConfigError(f"the adapter {folder} does not fit the model: {str(error).splitlines()[0]}") from error
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError('adapters need the package peft: pip install "offload[lora]"') from error
-    return peft

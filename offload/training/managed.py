@@ -248,12 +248,25 @@ class ManagedTraining:
         block = self._placement.streamed.get(key)
         return block is not None and not isinstance(block.source, HostSource)
 
+    @property
+    def gradient_bytes(self) -> int:
+        return gradient_bytes(self.parameters, self.training.masters)
+
+    @property
+    def peak_bytes(self) -> int:
+        """That gradients and states hold at most: one gradient more while it is added."""
+        return self._host_bytes() + max(value.nbytes for value in self.parameters)
+
+    def trains_most_of(self, weight_bytes: int) -> bool:
+        """Of a model's weights."""
+        return 2 * sum(value.nbytes for value in self.parameters) > weight_bytes
+
     def _host_bytes(self) -> int:
         """That gradients and states will hold."""
         states = self.layout.state_bytes
         if self.training.state_tier != CPU:
             states = BUFFER_COUNT * self.layout.largest_bytes
-        return states + gradient_bytes(self.parameters, self.training.masters)
+        return states + self.gradient_bytes
 
     def _take_gradients(
         self, blocks: dict[BlockKey, list[ParameterHome]], ties: Iterable[TiedUse], apart: bool
@@ -262,8 +275,7 @@ class ManagedTraining:
             key: [(home.name, home.parameter) for home in homes if home.parameter.data.device.type == "cpu"]
             for key, homes in blocks.items()
         }
-        every = [home.parameter for homes in blocks.values() for home in homes]
-        self._host_ledger.charge("gradients", gradient_bytes(every, self.training.masters))
+        self._host_ledger.charge("gradients", self.gradient_bytes)
         gradients = HostGradients(apart, self.training.masters)
         gradients.add(on_host, ties)
         return gradients

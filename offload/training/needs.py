@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from offload.config import Budgets
 from offload.model.blocks import find_structure
 from offload.training.gradients import gradient_bytes
-from offload.training.options import CPU, Training
+from offload.training.options import CPU, NVME, Training
 from offload.training.rules import rule_of
 from offload.training.states import BUFFER_COUNT
+from scheduler.model_spec import BlockRole
 from scheduler.plan import Plan
 from scheduler.sub_groups import StateLayout, Trained, lay_out
 from storage.errors import BudgetTooSmall, gib
@@ -22,12 +24,14 @@ class TrainingNeeds:
     Attributes:
         gradient_bytes: of all that is trained.
         state_bytes: in CPU memory: all of them, or what passes through buffers.
+        kept_bytes: of what layers keep for backward, on the device.
         disk_bytes: of one version of the states and weights on NVMe.
         written_bytes: to disk, in each step.
     """
 
     gradient_bytes: int = 0
     state_bytes: int = 0
+    kept_bytes: int = 0
     disk_bytes: int = 0
     written_bytes: int = 0
 
@@ -41,6 +45,7 @@ class TrainingNeeds:
         Raises:
             BudgetTooSmall: if nothing is.
         """
+        budgets = replace(budgets, device_bytes=max(1, budgets.device_bytes - self.kept_bytes))
         budget = budgets.device_bytes if budgets.host_bytes is None else budgets.host_bytes
         if budget <= self.host_bytes:
             raise BudgetTooSmall(
@@ -70,18 +75,33 @@ class TrainingNeeds:
             )
 
 
-def needs_of(model: nn.Module, training: Training) -> TrainingNeeds:
-    """Of training all weights; nothing is set aside for others beforehand."""
+def needs_of(model: nn.Module, training: Training, tokens: int = 0) -> TrainingNeeds:
+    """Of training all weights; of others, only what layers keep is set aside beforehand.
+
+    Args:
+        tokens: of a micro-batch, in all sequences.
+    """
+    kept_bytes = 0 if training.activation_tier in (CPU, NVME) else training.micro_batches * inputs_bytes(model, tokens)
     if not training.full:
-        return TrainingNeeds()
+        return TrainingNeeds(kept_bytes=kept_bytes)
     layout = full_layout(model, training)
     on_nvme = training.state_tier != CPU
     return TrainingNeeds(
         gradient_bytes(model.parameters(), training.masters),
         BUFFER_COUNT * layout.largest_bytes if on_nvme else layout.state_bytes,
+        kept_bytes,
         layout.nbytes if on_nvme else 0,
         layout.written_bytes if on_nvme else 0,
     )
+
+
+def inputs_bytes(model: nn.Module, tokens: int) -> int:
+    """Of what all layers are given, in a pass of `tokens`: a hidden state each."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers = [unit for unit in find_structure(model).units if unit.role is BlockRole.LAYER]
+    dtype = next((value.dtype for value in model.parameters()), torch.float32)
+    return len(layers) * tokens * int(getattr(text, "hidden_size", 0) or 0) * dtype.itemsize
 
 
 def full_layout(model: nn.Module, training: Training) -> StateLayout:

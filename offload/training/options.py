@@ -32,6 +32,7 @@ class Training:
         activation_tier: where what backward needs of a layer waits. `recompute`: its inputs stay on the device, the rest
             is computed again. `cpu`, `nvme`: the inputs wait there. `gpu`: all of it stays, and nothing is computed again.
         state_dir: where state files are written; by default the session's disk folder.
+        micro_batches: whose layers' inputs are held at once (`session.backward`), for what is set aside.
         sub_group_elements: of the parameters that are updated at once.
     """
 
@@ -47,6 +48,7 @@ class Training:
     activation_tier: str = RECOMPUTE
     state_dir: str | None = None
     sub_group_elements: int = _SUB_GROUP_ELEMENTS
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -63,8 +65,10 @@ class Training:
             raise ConfigError(f"betas={self.betas} and momentum={self.momentum} must be at least 0 and below 1")
         if not 0 < self.eps < math.inf or not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"eps={self.eps} must be positive, and weight_decay={self.weight_decay} at least 0")
-        if self.sub_group_elements < 1:
-            raise ConfigError(f"sub_group_elements={self.sub_group_elements} must be at least 1")
+        if self.sub_group_elements < 1 or self.micro_batches < 1:
+            raise ConfigError(
+                f"sub_group_elements={self.sub_group_elements} and micro_batches={self.micro_batches} must be at least 1"
+            )
 
     @property
     def masters(self) -> torch.dtype | None:

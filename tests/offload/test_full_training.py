@@ -129,7 +129,8 @@ def test_two_slots_of_a_device(state_tier, tied, dtype, monkeypatch, tmp_path):
 
 
 def nvme_budget(model, folder, training, residency):
-    needed = needs_of(model, training).host_bytes
+    needs = needs_of(model, training, BATCH * LENGTH)
+    needed = needs.host_bytes + needs.kept_bytes
     everything = needed + budget_for(spec_of(folder, **RESERVE), ALL, BATCH, LENGTH)
     if residency == ALL:
         return everything + (4 << 20)

@@ -1,0 +1,117 @@
+"""Adapters (LoRA, arXiv 2106.09685), by peft: added, kept in a folder, folded into the weights."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.training.recipe import Recipe
+from storage.block_file import BlockFileWriter, spill_folder
+from storage.errors import ConfigError
+
+
+def with_adapters(model: nn.Module, recipe: Recipe) -> Any:
+    """The model as peft wraps it, with new adapters, which alone are trained.
+
+    Raises:
+        ConfigError: if peft finds nothing to adapt.
+    """
+    peft = _peft()
+    modules = recipe.target_modules
+    config = peft.LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=modules if modules == "all-linear" else modules.split(","),
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(recipe.seed)
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"target_modules={modules} cannot be adapted: {str(error).splitlines()[0]}") from error
+
+
+def save_adapters(adapted: Any, folder: str | Path) -> None:
+    """As peft does, beside the place and then in it: a folder is whole, or not there."""
+    folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    adapted.save_pretrained(str(partial), save_embedding_layers=False)
+    _into_place(partial, folder)
+
+
+def load_adapters(model: nn.Module, folder: str) -> Any:
+    """The model with the adapters of a folder.
+
+    Raises:
+        ConfigError: if it holds none, or those of another model.
+    """
+    peft = _peft()
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ConfigError(f"{folder} holds no adapter: no adapter_config.json; `offload finetune --output DIR` writes one")
+    try:
+        return peft.PeftModel.from_pretrained(model, folder).eval()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"the adapter {folder} does not fit the model: {str(error).splitlines()[0]}") from error
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError('adapters need the package peft: pip install "offload[lora]"') from error
+    return peft
+
+
+def merge(adapted: Any, folder: str | None = None) -> Any:
+    """Fold the adapters into the weights, on disk: a weight at a time is in memory.
+
+    Args:
+        adapted: as `load_adapters` gives it, of a model that nobody offloads now.
+        folder: where the weights that changed are written until they are saved; by default a temporary one.
+
+    Returns:
+        The model, without adapters.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    writer = BlockFileWriter(folder or spill_folder())
+    changed: dict[str, torch.nn.Parameter] = {}
+    try:
+        for name, module in adapted.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                base = module.get_base_layer()
+                original = base.weight.data
+                base.weight.data = original.clone()
+                module.merge(safe_merge=True)
+                writer.add(name, base.weight.data)
+                changed[name] = base.weight
+                base.weight.data = original
+        file = writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+    model = adapted.unload()
+    for name, weight in changed.items():
+        weight.data = file.view(name)
+    return model
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """A folder that `from_pretrained` loads: whole, or not there."""
+    folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    model.save_pretrained(str(partial))
+    tokenizer.save_pretrained(str(partial))
+    _into_place(partial, folder)
+
+
+def _into_place(partial: Path, folder: Path) -> None:
+    if folder.exists():
+        for file in partial.iterdir():
+            os.replace(file, folder / file.name)
+        partial.rmdir()
+    else:
+        partial.rename(folder)
