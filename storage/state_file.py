@@ -113,3 +113,18 @@ def _full(path: str, nbytes: int, error: OSError) -> Exception:
         f"{path} takes {gib(nbytes)}, and {gib(status.f_bavail * status.f_frsize)} is free there; free some space, or name "
         "another folder with --disk (disk_dir=)"
     )
+
+
+def remove_unlocked(path: str) -> None:
+    """Delete a state file, unless a process uses it."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

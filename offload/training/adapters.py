@@ -85,7 +85,7 @@ def merge(adapted: Any, folder: str | None = None) -> Any:
                 base = module.get_base_layer()
                 original = base.weight.data
                 base.weight.data = original.clone()
-                module.merge(safe_merge=True)
+                module.merge()
                 writer.add(name, base.weight.data)
                 changed[name] = base.weight
                 base.weight.data = original
@@ -96,6 +96,7 @@ def merge(adapted: Any, folder: str | None = None) -> Any:
     model = adapted.unload()
     for name, weight in changed.items():
         weight.data = file.view(name)
+    file.close()
     return model
 
 

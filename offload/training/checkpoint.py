@@ -9,7 +9,6 @@ forward and backward run, each sub-group before its next update (DataStates, arX
 """
 
 import base64
-import fcntl
 import json
 import os
 import threading
@@ -24,7 +23,7 @@ from torch import nn
 from offload.training.managed import ManagedTraining
 from offload.training.states import Frozen
 from storage.errors import ConfigError, CorruptCheckpoint
-from storage.state_file import StateFile
+from storage.state_file import StateFile, remove_unlocked
 
 MANIFEST = "training.json"
 _VERSION = 1
@@ -117,9 +116,9 @@ class Checkpoints:
         if not os.path.isfile(path) or os.path.getsize(path) < manifest["bytes"]:
             raise CorruptCheckpoint(f"{path}, which {self.folder / MANIFEST} names, is gone or cut short")
         self._managed.run = _run_of(path)
-        _remove_others(path)
         self._last = self._managed.resume(self._adopted(path, manifest["bytes"]), manifest["optimizer"])
         self._last_path = path
+        _remove_others(path)
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(manifest["random"])), dtype=torch.uint8))
         return dict(manifest["progress"])
 
@@ -218,28 +217,14 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _remove_others(path: str) -> None:
-    """Files of processes that were killed: nobody holds their lock, and the manifest does not name them."""
+    """Checkpoints of the same training that were not named any more, or not yet, when it was killed."""
     folder = os.path.dirname(path)
     for name in os.listdir(folder):
         found = os.path.join(folder, name)
-        if found != path and name.endswith(".bin") and _run_of(found) == _run_of(path):
-            _remove_unlocked(found)
+        if found != path and name.startswith("checkpoint-") and _run_of(found) == _run_of(path):
+            remove_unlocked(found)
 
 
 def _run_of(path: str) -> str:
     """Which training a file of states belongs to."""
     return "".join(os.path.basename(path).split("-")[1:2])
-
-
-def _remove_unlocked(path: str) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

@@ -25,11 +25,12 @@ from offload.training.rules import Rule, rule_of
 from offload.training.states import BUFFER_COUNT, DiskStates, Frozen, MemoryStates, States
 from scheduler.sub_groups import SubGroup
 from storage.arena import HostBuffer
+from storage.block_file import check_folder
 from storage.blocks import BlockKey, FileRange
-from storage.errors import SessionError, TrainingError
+from storage.errors import DiskFull, SessionError, TrainingError, gib
 from storage.ledger import MemoryLedger
 from storage.reader import DiskReader
-from storage.state_file import StateFile
+from storage.state_file import StateFile, remove_unlocked
 from storage.transfer import Link
 
 OUTSIDE = "(no block)"
@@ -127,6 +128,7 @@ class ManagedTraining:
         self.optimizer = StreamedOptimizer(self.parameters, self._rule.defaults, self._update)
         executor.settle()
         make_room(self._host_bytes())
+        self._look_at_the_disk()
         if training.state_tier == CPU:
             self._leave_files()
         self.gradients = self._take_gradients(blocks, ties, apart)
@@ -230,6 +232,20 @@ class ManagedTraining:
                 blocks.setdefault(OUTSIDE, []).append(home)
         self._homes = {home.name: home for homes in blocks.values() for home in homes}
         return blocks
+
+    def _look_at_the_disk(self) -> None:
+        """Remove what processes left that were killed, and see that there is room."""
+        check_folder(self._folder)
+        for name in os.listdir(self._folder):
+            if name.startswith("states-") and name.endswith(".bin"):
+                remove_unlocked(os.path.join(self._folder, name))
+        status = os.statvfs(self._folder)
+        free = status.f_bavail * status.f_frsize
+        if self.training.state_tier != CPU and free < self.layout.nbytes:
+            raise DiskFull(
+                f"weights and states take {gib(self.layout.nbytes)} of {self._folder}, where {gib(free)} is free; name another "
+                "folder with --disk (disk_dir=)"
+            )
 
     def _leave_files(self) -> None:
         """Weights that are stepped in CPU memory live there."""

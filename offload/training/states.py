@@ -292,7 +292,6 @@ class DiskStates:
         self.charge(self.nbytes)
         for _ in range(BUFFER_COUNT):
             self._buffers.put(HostBuffer(self.layout.largest_bytes))
-        self._target = self.new_file()
 
     def begin(self) -> None:
         if self._target is None:
@@ -364,8 +363,6 @@ class DiskStates:
             file.close()
 
     def thaw(self, file: StateFile) -> Frozen:
-        if self._target is not None:
-            self._spare, self._target = self._target, None
         self._frozen.append(file)
         staging = self._buffers.get()
         for group in self.layout.groups:

@@ -1,6 +1,10 @@
 """The `finetune` command, and the data that it reads."""
 
+import errno
 import json
+import os
+import sys
+import types
 
 import pytest
 import torch
@@ -147,3 +151,156 @@ def test_a_loss_that_is_no_number_stops_before_the_step():
         assert torch.equal(weight, before)
         with pytest.raises(ConfigError, match="nothing is to be trained"):
             train(session, session.model.requires_grad_(False), batches, Recipe())
+
+
+def test_all_weights_are_trained_saved_and_merged(capsys, tmp_path):
+    data = written(tmp_path, *[{"prompt": "And the king", "completion": SENTENCE.removeprefix("And the king")}] * 4)
+    common = ["--data", data, "--device", "cpu", "--epochs", "6", "--gradient-accumulation", "2", "--eval-data", data]
+    full = ["--method", "full", "--state-tier", "nvme", "--cpu-memory", "80MiB", "--learning-rate", "1e-3", "--eval-every", "4"]
+    page = tmp_path / "run.html"
+    status, _, err = run(capsys, "finetune", "demo", *common, *full, "--output", str(tmp_path / "full"), "--report", str(page))
+    assert status == 0, err
+    assert "written to the SSD in each step: 76" in err
+    assert err.count("evaluation") >= 3
+    assert "What was learned" in page.read_text()
+    assert not (tmp_path / "full" / "checkpoint").exists()
+    generate = ["--prompt", "And the king", "--max-new-tokens", "12", "--device", "cpu", "--quiet"]
+    said = run(capsys, "generate", str(tmp_path / "full"), *generate)[1]
+    assert "of the sea said unto the whale" in said
+    adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    assert run(capsys, "finetune", "demo", *common, "--learning-rate", "5e-3", "--quiet", "--output", adapter)[0] == 0
+    assert run(capsys, "merge", "demo", "--adapter", adapter, "--output", merged)[0] == 0
+    assert "of the sea said unto the whale" in run(capsys, "generate", merged, *generate)[1]
+    assert run(capsys, "merge", "demo", "--adapter", adapter, "--output", merged)[0] == 1
+
+
+def test_a_merged_model_is_pefts_own(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from offload.training.adapters import merge
+
+    def adapted():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_pretrained(find_folder("demo"))
+        return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+    ours, theirs = merge(adapted(), str(tmp_path)), adapted().merge_and_unload()
+    wanted = theirs.state_dict()
+    assert ours.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[key]) for key, value in ours.state_dict().items())
+
+
+def test_packed_texts_do_not_see_each_other(tokenizer, tmp_path):
+    lines = [{"text": f"{SENTENCE} {number}"} for number in range(5)]
+    examples = read_examples(written(tmp_path, *lines), tokenizer, 64)
+    rows = packed(examples, 64)
+    assert len(rows) < len(examples)
+    assert max(len(row.ids) for row in rows) <= 64
+    assert sorted(token for row in rows for token in row.ids) == sorted(token for example in examples for token in example.ids)
+    batches = Batches(rows, 1, 0, 0)
+    with offload("demo", device="cpu", cpu_memory="64MiB", max_tokens=64) as session:
+        check_packing(session.model, batches)
+        total, counted = 0.0, 0
+        with torch.no_grad():
+            for batch in batches.in_order():
+                tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+                total += float(session.model(**batch, use_cache=False).loss) * tokens
+                counted += tokens
+            alone = sum(
+                float(session.model(**batch, use_cache=False).loss) * (len(batch["labels"][0]) - 1)
+                for batch in Batches(examples, 1).in_order()
+            )
+        assert counted == sum(len(example.ids) - 1 for example in examples)
+        assert total == pytest.approx(alone, rel=1e-3)
+
+
+class Mixes(torch.nn.Module):
+    """Looks at all that came before, whatever its position."""
+
+    def forward(self, input_ids, position_ids=None, use_cache=None):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(logits=input_ids.cumsum(1)[..., None].float())
+
+
+def test_a_model_that_mixes_packed_texts_is_refused():
+    row = Example(tuple(range(3, 13)), tuple(range(3, 13)), 1, (0, 1, 2, 3, 4, 0, 1, 2, 3, 4))
+    with pytest.raises(ConfigError, match="mixes the texts"):
+        check_packing(Mixes(), Batches([row], 1))
+
+
+def test_a_folder_and_the_hub(tokenizer, tmp_path, monkeypatch):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"without \.jsonl"):
+        read_examples(folder, tokenizer, 64)
+    (folder / "a.txt").write_text(SENTENCE)
+    (folder / "b.jsonl").write_text(json.dumps({"text": SENTENCE}) + "\n\n" + json.dumps({"text": "x y"}))
+    found = read_examples(folder, tokenizer, 64)
+    assert [example.line for example in found] == [1, 1, 3]
+    assert found[0].ids == found[1].ids
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match="pip install datasets"):
+        read_examples("someone/something", tokenizer, 64)
+    rows = types.SimpleNamespace(load_dataset=lambda name, split: [{"text": SENTENCE}, {"colour": 1}])
+    monkeypatch.setitem(sys.modules, "datasets", rows)
+    with pytest.raises(ConfigError, match="someone/something, row 2 has neither"):
+        read_examples("someone/something", tokenizer, 64)
+
+
+def test_training_is_resumed_and_other_settings_are_refused(capsys, tmp_path):
+    data = written(tmp_path, *[{"text": f"{SENTENCE} {number}"} for number in range(6)])
+    folder = tmp_path / "out"
+    arguments = ["finetune", "demo", "--data", data, "--device", "cpu", "--output", str(folder), "--save-every", "2", "--quiet"]
+    assert run(capsys, *arguments, "--max-steps", "3")[0] == 0
+    # The adapter is written: what is left to be resumed is its checkpoint.
+    for file in folder.iterdir():
+        if file.is_file():
+            file.unlink()
+    assert "--resume" in run(capsys, *arguments)[2]
+    status, _, err = run(capsys, *arguments, "--resume", "--alpha", "3")
+    assert status == 1
+    assert "alpha was 32.0 and is 3.0" in err
+    other = written(tmp_path, {"text": SENTENCE})
+    assert "settings or data" in run(capsys, *arguments, "--resume", "--data", other)[2]
+    assert run(capsys, *arguments, "--resume")[0] == 1
+    data = written(tmp_path, *[{"text": f"{SENTENCE} {number}"} for number in range(6)])
+    assert run(capsys, *arguments, "--resume", "--max-steps", "5")[0] == 0
+    whole = tmp_path / "whole"
+    arguments[arguments.index(str(folder))] = str(whole)
+    assert run(capsys, *arguments, "--max-steps", "5")[0] == 0
+    assert (folder / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(capsys, tmp_path, monkeypatch):
+    data = written(tmp_path, *[{"text": f"{SENTENCE} {number}"} for number in range(6)])
+    folder = tmp_path / "out"
+    real, calls = os.posix_fallocate, []
+
+    def full(descriptor, offset, nbytes):
+        calls.append(nbytes)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor, offset, nbytes)
+
+    arguments = ["finetune", "demo", "--data", data, "--device", "cpu", "--output", str(folder), "--save-every", "2", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert "free some space" in err
+    manifest = json.loads((folder / "checkpoint" / "training.json").read_text())
+    assert manifest["progress"]["step"] == 2
+    assert run(capsys, *arguments, "--resume")[0] == 0
+
+
+def test_what_cannot_be_learned_from_stops_with_the_last_good_state(capsys, tmp_path):
+    data = written(tmp_path, *[{"text": f"{SENTENCE} {number}"} for number in range(6)])
+    folder = tmp_path / "out"
+    arguments = ["finetune", "demo", "--data", data, "--device", "cpu", "--output", str(folder), "--quiet", "--method", "full"]
+    status, _, err = run(capsys, *arguments, "--learning-rate", "1e38", "--optimizer", "sgd", "--epochs", "9")
+    assert status == 1
+    assert "smaller learning rate" in err
+    manifest = json.loads((folder / "checkpoint" / "training.json").read_text())
+    assert manifest["progress"]["step"] >= 1
