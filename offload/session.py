@@ -1,6 +1,7 @@
 """The context manager. It owns the lifetime of everything that a session takes."""
 
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -37,11 +38,12 @@ from offload.runtime.kv_reserve import KvReserve
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
 from offload.runtime.recorder import Recorder, tracing_use
+from offload.training.activations import DiskInputs, HostInputs, InputStore
 from offload.training.checkpoint import Checkpoints, identity_of
 from offload.training.gradients import HostGradients, TiedUse, tied_uses
 from offload.training.managed import ManagedTraining
 from offload.training.needs import TrainingNeeds, needs_of
-from offload.training.options import NVME, Training
+from offload.training.options import CPU, NVME, Training
 from offload.training.outlook import outlook
 from offload.training.recompute import Backward
 from offload.training.rounds import Rounds
@@ -119,6 +121,7 @@ class Session:
         self._checkpoints: Checkpoints | None = None
         self._sources: frozenset[str] = frozenset()
         self._needs = TrainingNeeds()
+        self._inputs: InputStore | None = None
 
     def __enter__(self) -> "Session":
         if self._stack is not None:
@@ -345,7 +348,12 @@ class Session:
 
     def _decided_to_train(self, model: nn.Module, slot_bytes: Callable[[Unit], int], training: Training) -> Decision:
         workload = self._workload(model)
-        self._needs = needs = needs_of(model, training, workload.batch_size * workload.total_tokens)
+        self._needs = needs = needs_of(model, training, workload.batch_size * workload.total_tokens, self._token_bytes)
+        if training.activation_tier == CPU and self._device.host_memory:
+            self._tell("activation_tier='cpu' is what 'recompute' does where the CPU computes")
+        if training.activation_tier == CPU and not self._device.host_memory:
+            # They wait in CPU memory, which is charged as they come.
+            self._needs = needs = replace(needs, kept_bytes=0)
         in_files = training.full and training.state_tier == NVME
         # Nothing that is trained stays on a device whose memory the states do not share.
         candidates = frozenset[str]() if training.full and not self._device.host_memory else None
@@ -363,6 +371,10 @@ class Session:
             return decision
         pinned_bytes = decision.spec.pinned_bytes + needs.host_bytes + needs.kept_bytes
         return replace(decision, spec=replace(decision.spec, pinned_bytes=pinned_bytes))
+
+    @property
+    def _token_bytes(self) -> int:
+        return 0 if self._temporaries is None else self._temporaries.token_bytes
 
     def _count_temporaries(self, model: nn.Module) -> None:
         self._temporaries = count_temporaries(model, self._workload(model)) if takes_tokens(model) else None
@@ -429,6 +441,7 @@ class Session:
         if self._request.training is not None:
             stack.callback(self._stop_training)
             self._ties = tied_uses(self.model)
+            self._inputs = self._open_inputs(self._request.training)
         self._windows = self._windows_of(self._structure.units)
         stack.callback(lambda: self._windows.undo())
 
@@ -445,7 +458,26 @@ class Session:
     def _on_device(self, unit: Unit) -> UnitWindow:
         if self._backward is None:
             return UnitWindow(unit, self._executor, self._clock, self._placement.tables)
-        return TrainingWindow(unit, self._executor, self._clock, self._placement.tables, self._backward)
+        assert self._request.training is not None
+        tier, tables = self._request.training.activation_tier, self._placement.tables
+        return TrainingWindow(unit, self._executor, self._clock, tables, self._backward, tier, self._inputs)
+
+    def _open_inputs(self, training: Training) -> InputStore | None:
+        """Where what layers were given waits for backward; None for the device itself."""
+
+        def charge(nbytes: int) -> None:
+            ledger = self._meters.host_ledger
+            ledger.charge("layers' inputs", nbytes) if nbytes >= 0 else ledger.release("layers' inputs", -nbytes)
+
+        if training.activation_tier == NVME:
+            path = os.path.join(self._state_folder(training), f"inputs-{secrets.token_hex(8)}.bin")
+            return DiskInputs(self._device, path, self._link, self._written, charge)
+        if training.activation_tier == CPU and not self._device.host_memory:
+            return HostInputs(self._device, charge)
+        return None
+
+    def _state_folder(self, training: Training) -> str:
+        return training.state_dir or self._disk_dir or spill_folder()
 
     def _before_pass(self) -> None:
         self._engine.check_unchanged()
@@ -602,7 +634,7 @@ class Session:
                     self._meters.host_ledger,
                     self._meters.disk_ledger,
                     not self._device.host_memory,
-                    training.state_dir or self._disk_dir or spill_folder(),
+                    self._state_folder(training),
                     self._make_room_for_training,
                 )
                 self._gradients = self._managed.gradients
@@ -649,6 +681,8 @@ class Session:
             self._gradients.close()
         for tie in self._ties:
             tie.undo()
+        if self._inputs is not None:
+            self._inputs.close()
 
     def _make_room(self, added_bytes: int) -> None:
         try:

@@ -36,6 +36,7 @@ class CudaDevice:
         self.name = str(self.torch_device)
         self.hardware_name = torch.cuda.get_device_name(self.torch_device)
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._copies_out = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         self._pending_copies: deque[tuple[str, torch.cuda.Event, torch.cuda.Event, int]] = deque()
         self._ended_copies: list[Copy] = []
         self._pending_stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -82,6 +83,16 @@ class CudaDevice:
             target.copy_(source, non_blocking=True)
             ended.record(self._copies)
         self._pending_copies.append((name, begun, ended, source.nbytes))
+        return ended
+
+    def copy_out(self, target: torch.Tensor, source: torch.Tensor, name: str = "") -> Event:
+        computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        computed.record(torch.cuda.current_stream(self.torch_device))
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._copies_out):
+            self._copies_out.wait_event(computed)
+            target.copy_(source, non_blocking=True)
+            ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ended.record(self._copies_out)
         return ended
 
     def ended_copies(self) -> list[Copy]:

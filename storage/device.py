@@ -66,6 +66,12 @@ class Device(Protocol):
             name: of the block, for the trace.
         """
 
+    def copy_out(self, target: torch.Tensor, source: torch.Tensor, name: str = "") -> Event:
+        """Start copying from the device to host memory, once what was submitted so far is done.
+
+        `source` must stay as it is until the event is passed; so must `target`, which holds the values then.
+        """
+
     def ended_copies(self) -> list[Copy]:
         """The copies that have ended since the last call, in order."""
 

@@ -54,6 +54,20 @@ class StateFile:
                 os.unlink(path)
             raise _full(path, self.nbytes, error) from error
 
+    def reserve(self, nbytes: int) -> None:
+        """Make it at least so large.
+
+        Raises:
+            DiskFull: if there is no room.
+        """
+        nbytes = align_up(nbytes, BLOCK_ALIGNMENT_BYTES)
+        if nbytes > self.nbytes:
+            try:
+                os.posix_fallocate(self._descriptor, self.nbytes, nbytes - self.nbytes)
+            except OSError as error:
+                raise _full(self.path, nbytes, error) from error
+            self.nbytes = nbytes
+
     def read(self, offset: int, memory: memoryview) -> None:
         """Fill `memory`. Offsets, sizes and addresses are multiples of 4 KiB.
 

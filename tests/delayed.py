@@ -73,6 +73,9 @@ class DelayedDevice:
         threading.Thread(target=copy, name="delayed-copy", daemon=True).start()
         return event
 
+    def copy_out(self, target, source, name=""):
+        return self.copy_in(target, source.detach(), None, name)
+
     def ended_copies(self):
         ended, self.ended = self.ended, []
         return ended

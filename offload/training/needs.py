@@ -8,7 +8,7 @@ from torch import nn
 from offload.config import Budgets
 from offload.model.blocks import find_structure
 from offload.training.gradients import gradient_bytes
-from offload.training.options import CPU, NVME, Training
+from offload.training.options import CPU, GPU, NVME, Training
 from offload.training.rules import rule_of
 from offload.training.states import BUFFER_COUNT
 from scheduler.model_spec import BlockRole
@@ -75,13 +75,14 @@ class TrainingNeeds:
             )
 
 
-def needs_of(model: nn.Module, training: Training, tokens: int = 0) -> TrainingNeeds:
+def needs_of(model: nn.Module, training: Training, tokens: int = 0, token_bytes: int = 0) -> TrainingNeeds:
     """Of training all weights; of others, only what layers keep is set aside beforehand.
 
     Args:
         tokens: of a micro-batch, in all sequences.
+        token_bytes: that a layer holds for each of them, in forward.
     """
-    kept_bytes = 0 if training.activation_tier in (CPU, NVME) else training.micro_batches * inputs_bytes(model, tokens)
+    kept_bytes = _kept_bytes(model, training, tokens, token_bytes)
     if not training.full:
         return TrainingNeeds(kept_bytes=kept_bytes)
     layout = full_layout(model, training)
@@ -93,6 +94,17 @@ def needs_of(model: nn.Module, training: Training, tokens: int = 0) -> TrainingN
         layout.nbytes if on_nvme else 0,
         layout.written_bytes if on_nvme else 0,
     )
+
+
+def _kept_bytes(model: nn.Module, training: Training, tokens: int, token_bytes: int) -> int:
+    """On the device."""
+    if training.activation_tier == NVME:
+        return 0
+    inputs = training.micro_batches * inputs_bytes(model, tokens)
+    if training.activation_tier != GPU:
+        return inputs
+    layers = sum(unit.role is BlockRole.LAYER for unit in find_structure(model).units)
+    return inputs + training.micro_batches * layers * tokens * token_bytes
 
 
 def inputs_bytes(model: nn.Module, tokens: int) -> int:

@@ -8,17 +8,21 @@ used: it lets go of the weights when the recomputation ends, and the slot would 
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import Cache
 
-from offload.model.nested import tensors
+from offload.model.nested import leaves, tensors
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
+from offload.training.activations import InputStore, Kept
+from offload.training.surroundings import Autocasts, Randomness
 from scheduler.trace import COMPUTE
 from storage.blocks import BlockKey
 from storage.errors import SessionError, StaleSlot
@@ -40,7 +44,9 @@ class Backward:
         self._clock = clock
         self._began = began
         self._ended = ended
-        self._held: Frame | None = None
+        self._held: Held | None = None
+        self._frames: deque[weakref.ref[Held]] = deque()
+        """In the order of forward."""
         self.recomputing = False
 
     def begin(self) -> None:
@@ -48,7 +54,21 @@ class Backward:
         self._clock.begin_backward()
         self._began()
 
-    def hold(self, frame: "Frame") -> None:
+    def note(self, frame: "Held") -> None:
+        """A block was computed; backward will come to it."""
+        self._frames.append(weakref.ref(frame))
+
+    def _fetch_next(self, frame: "Held") -> None:
+        """What the next block was given: that of the last one in forward that backward was not at yet."""
+        while self._frames and (last := self._frames.pop()()) is not frame:
+            if last is not None:
+                self._frames.append(weakref.ref(last))
+                break
+        following = next((found for item in reversed(self._frames) if (found := item()) is not None), None)
+        if following is not None:
+            following.prefetch()
+
+    def hold(self, frame: "Held") -> None:
         """Have the frame's block in its slots, and the tensors that its forward saves."""
         if frame is self._held:
             return
@@ -66,6 +86,7 @@ class Backward:
         finally:
             self.recomputing = False
             self._clock.leave()
+        self._fetch_next(frame)
 
     def release(self) -> None:
         """Backward is through with the block that is held."""
@@ -89,9 +110,28 @@ class Backward:
     def device(self) -> torch.device:
         return self._executor.device
 
+    def in_slots(self, tensor: torch.Tensor) -> bool:
+        return self._executor.in_slots(tensor)
+
     def _generation(self, tensor: torch.Tensor) -> int | None:
         """Of the slot that a tensor lies in; None if it lies in none."""
         return self._executor.generation_at(tensor) if self._executor.in_slots(tensor) else None
+
+
+class Held(Protocol):
+    """One call of a block, as backward needs it."""
+
+    key: BlockKey
+    uses: tuple[BlockKey, ...]
+
+    def recompute(self, generation_of: Callable[[torch.Tensor], int | None]) -> None:
+        """Its weights are there: have what its forward saves."""
+
+    def forget(self) -> None:
+        """Its weights are about to go."""
+
+    def prefetch(self) -> None:
+        """It is next."""
 
 
 class Frame:
@@ -119,7 +159,7 @@ class Frame:
         self._forward = forward
         self._args, self._kwargs = _before_growth(args), _before_growth(kwargs)
         self._versions = self._seen_versions()
-        self._randomness = _Randomness(backward.device)
+        self._randomness, self._autocasts = Randomness(backward.device), Autocasts(backward.device)
         self._count = 0
         self._tensors: list[tuple[torch.Tensor, int | None]] = []
 
@@ -147,8 +187,14 @@ class Frame:
         def collect(tensor: torch.Tensor) -> None:
             saved.append((tensor.detach(), generation_of(tensor)))
 
-        with torch.enable_grad(), self._randomness.again(), torch.autograd.graph.saved_tensors_hooks(collect, _never):
-            self._forward(*self._args, **self._kwargs)
+        args, kwargs = _brought_back((self._args, self._kwargs))
+        with (
+            torch.enable_grad(),
+            self._randomness.again(),
+            self._autocasts.again(),
+            torch.autograd.graph.saved_tensors_hooks(collect, _never),
+        ):
+            self._forward(*args, **kwargs)
         if len(saved) != self._count:
             raise SessionError(
                 f"{self.key} saved {self._count} tensors for backward, and {len(saved)} when it was computed again: its "
@@ -163,37 +209,48 @@ class Frame:
     def forget(self) -> None:
         self._tensors = []
 
+    def put_by(self, store: InputStore) -> None:
+        """What the block was given waits in the store."""
+        self._args, self._kwargs = _put_by((self._args, self._kwargs), store)
+        self._versions = self._seen_versions()
+
+    def prefetch(self) -> None:
+        """It will be needed soon."""
+        for item in leaves((self._args, self._kwargs)):
+            if isinstance(item, _PutBy):
+                item.kept.prefetch()
+
+
+@dataclass(frozen=True, slots=True)
+class _PutBy:
+    """Instead of a tensor among the arguments."""
+
+    kept: Kept
+    requires_grad: bool
+
+
+def _put_by(value: Any, store: InputStore) -> Any:
+    if store.takes(value):
+        return _PutBy(store.keep(value), value.requires_grad)
+    if type(value) in (tuple, list):
+        return type(value)(_put_by(item, store) for item in value)
+    if type(value) is dict:
+        return {name: _put_by(item, store) for name, item in value.items()}
+    return value
+
+
+def _brought_back(value: Any) -> Any:
+    if isinstance(value, _PutBy):
+        return value.kept.tensor().detach().requires_grad_(value.requires_grad)
+    if type(value) in (tuple, list):
+        return type(value)(_brought_back(item) for item in value)
+    if type(value) is dict:
+        return {name: _brought_back(item) for name, item in value.items()}
+    return value
+
 
 def _never(packed: Any) -> torch.Tensor:
     raise AssertionError("nothing is differentiated while a block is computed again")
-
-
-class _Randomness:
-    """The generators' states and the autocast that a forward ran under.
-
-    Args:
-        device: that computes, beside the CPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._device = device if device.type != "cpu" else None
-        self._state = None if self._device is None else torch.get_device_module(device).get_rng_state(device)
-        kinds = dict.fromkeys(("cpu", device.type))
-        self._autocasts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            if self._device is None:
-                stack.enter_context(torch.random.fork_rng([]))
-            else:
-                stack.enter_context(torch.random.fork_rng([self._device.index or 0], device_type=self._device.type))
-                torch.get_device_module(self._device).set_rng_state(self._state, self._device)
-            torch.set_rng_state(self._cpu)
-            for kind, dtype, enabled in self._autocasts:
-                stack.enter_context(torch.autocast(kind, dtype, enabled))
-            yield
 
 
 def _before_growth(value: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
+from offload.training.surroundings import Autocasts, Randomness
 from storage.blocks import BlockKey
 
 Task = Callable[[], Any]
@@ -46,7 +47,7 @@ class Rounds:
         """
         seeds = torch.randint(1 << 62, (len(tasks),)).tolist()
         everyone = [_Participant(self, task, seed) for task, seed in zip(tasks, seeds, strict=True)]
-        outer = _Randomness(self._executor.device)
+        outer = Randomness(self._executor.device)
         self._executor.turns = self.wait_for
         self._executor.lock.admit(participant.name for participant in everyone)
         try:
@@ -94,7 +95,7 @@ class _Participant:
         self._seed = seed
         self._error: BaseException | None = None
         self._given_up = False
-        self._randomness: _Randomness | None = None
+        self._randomness: Randomness | None = None
         self._turn = threading.Semaphore(0)
         self._pause = threading.Semaphore(0)
         self._surroundings = _Surroundings(rounds._executor.device)
@@ -111,7 +112,7 @@ class _Participant:
     def wait(self, keys: tuple[BlockKey, ...]) -> None:
         """In its own thread: until it is its turn again, with these blocks open."""
         self.wants = keys
-        self._randomness = _Randomness(self._rounds._executor.device)
+        self._randomness = Randomness(self._rounds._executor.device)
         self._pause.release()
         self._turn.acquire()
         if self._given_up:
@@ -142,31 +143,15 @@ class _Participant:
             self._pause.release()
 
 
-class _Randomness:
-    """The generators' states, to be taken up again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._device = device if device.type != "cpu" else None
-        self._state = None if self._device is None else torch.get_device_module(device).get_rng_state(device)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._device is not None:
-            torch.get_device_module(self._device).set_rng_state(self._state, self._device)
-
-
 class _Surroundings:
     """What torch keeps for each thread, as it is in the thread that makes this one."""
 
     def __init__(self, device: torch.device) -> None:
-        kinds = dict.fromkeys(("cpu", device.type))
-        self._autocasts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
+        self._autocasts = Autocasts(device)
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
-        for kind, dtype, enabled in self._autocasts:
-            self._stack.enter_context(torch.autocast(kind, dtype, enabled))
+        self._stack.enter_context(self._autocasts.again())
         self._stack.enter_context(torch.enable_grad())
         # A backward pass stays in its thread, on a card too: there it would share one with all others, and wait in it.
         self._stack.enter_context(torch.autograd.set_multithreading_enabled(False))

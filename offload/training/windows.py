@@ -10,14 +10,22 @@ from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.hooks import Forward, UnitWindow
 from offload.runtime.weights import GatheredTable
+from offload.training.activations import InputStore
+from offload.training.options import GPU
 from offload.training.recompute import Backward, Frame
+from offload.training.saved import SavedFrame
 from scheduler.model_spec import BlockRole
 from storage.blocks import BlockKey
 
 
 class TrainingWindow(UnitWindow):
     """Keeps nothing of a layer's forward but its inputs; backward computes it again. What stays on the device and is no
-    layer is differentiated as ever."""
+    layer is differentiated as ever.
+
+    Args:
+        activation_tier: where what backward needs waits; `gpu` keeps all of it on the device.
+        store: where the inputs wait; None for the device.
+    """
 
     trains = True
 
@@ -28,15 +36,32 @@ class TrainingWindow(UnitWindow):
         clock: PassClock,
         tables: Mapping[BlockKey, GatheredTable],
         backward: Backward,
+        activation_tier: str,
+        store: InputStore | None,
     ) -> None:
         super().__init__(unit, executor, clock, tables)
         self._backward = backward
+        self._keeps_all = activation_tier == GPU
+        self._store = store
 
     def _compute(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         streamed = any(key in self._executor.blocks for key in self._unit.uses)
-        recomputed = streamed or self._unit.role is BlockRole.LAYER
-        if not torch.is_grad_enabled() or self._backward.recomputing or not recomputed:
+        framed = streamed or (self._unit.role is BlockRole.LAYER and not self._keeps_all)
+        if not torch.is_grad_enabled() or self._backward.recomputing or not framed:
             return forward(*args, **kwargs)
+        if self._keeps_all:
+            return self._saving(forward, args, kwargs)
         frame = Frame(self._backward, self._unit.key, self._unit.uses, self._unit.module, forward, args, kwargs)
+        self._backward.note(frame)
+        with torch.autograd.graph.saved_tensors_hooks(frame.pack, frame.unpack):
+            output = forward(*args, **kwargs)
+        if self._store is not None:
+            frame.put_by(self._store)
+        return output
+
+    def _saving(self, forward: Forward, args: Any, kwargs: Any) -> Any:
+        blocks = self._executor.blocks
+        homes = [home for key in self._unit.uses if key in blocks for home in blocks[key].homes]
+        frame = SavedFrame(self._backward, self._unit.key, self._unit.uses, homes, self._unit.module)
         with torch.autograd.graph.saved_tensors_hooks(frame.pack, frame.unpack):
             return forward(*args, **kwargs)

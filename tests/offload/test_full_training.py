@@ -385,3 +385,57 @@ def refuse_what_does_not_fit(entered, tmp_path, states):
     (tmp_path / "run" / "training.json").write_text("{")
     with entered() as session, pytest.raises(CorruptCheckpoint, match="no manifest"):
         session.resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("major", ["batch", "layer"])
+@pytest.mark.parametrize("tier", ["recompute", "gpu", "cpu", "nvme"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_where_layers_inputs_wait(name, tier, major, monkeypatch, tmp_path):
+    model, twin = prepared(name, True, torch.bfloat16, router_loss=name == "mixtral")
+    on_a_device(monkeypatch)
+    monkeypatch.setattr("offload.training.activations._LEAST_BYTES", 64)
+    budget = device_budget(model) + (1 << 20)
+    steps = micro_batches(4, 3)
+    training = Training(**FAST, activation_tier=tier, state_dir=str(tmp_path), sub_group_elements=4096)
+    with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=training, **RESERVE) as session:
+        assert not session.plan.streamed
+    budget = device_budget(model) + 65_536
+    training = Training(full=True, **FAST, activation_tier=tier, state_dir=str(tmp_path), sub_group_elements=4096)
+    with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=training, **RESERVE) as session:
+        assert session.plan.streamed
+        losses = (train if major == "batch" else train_layer_major)(session, steps)
+        written = session._written.bytes_moved
+    assert losses == oracle(twin, steps)
+    assert_same_weights(model, twin)
+    assert bool(written) == (tier == "nvme")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tier", ["recompute", "gpu", "cpu", "nvme"])
+@pytest.mark.parametrize("residency", [NONE, ALL])
+def test_adapters_and_where_inputs_wait(tier, residency, monkeypatch, tmp_path):
+    model, twin = prepared("qwen3", False, torch.float32)
+    checkpoint = tmp_path / "model"
+    model.save_pretrained(checkpoint)
+    states = tmp_path / "states"
+    states.mkdir()
+    monkeypatch.setattr("offload.training.activations._LEAST_BYTES", 64)
+    budget = budget_for(spec_of(str(checkpoint), **RESERVE), residency, BATCH, LENGTH)
+    with offload(
+        str(checkpoint), device="cpu", cpu_memory="64MiB", training=Training(activation_tier=tier), **RESERVE
+    ) as session:
+        # What adapters, their optimizer and layers' inputs take comes on top.
+        budget += (1 << 16) + session._needs.kept_bytes
+    steps = micro_batches(6, 2)
+    training = Training(**FAST, activation_tier=tier, state_dir=str(states))
+    with offload(str(checkpoint), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
+        adapted = lora(session.model)
+        losses = train_layer_major(session, steps)
+        trained = {key: value.clone() for key, value in adapted.state_dict().items() if "lora_" in key}
+        said = any("activation_tier" in sentence for sentence in session.report().fallbacks)
+    adapted_twin = lora(twin)
+    assert losses == oracle(adapted_twin, steps)
+    wanted = adapted_twin.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in trained.items())
+    assert said == (tier == "cpu")
+    assert not list(states.iterdir())

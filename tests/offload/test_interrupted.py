@@ -48,7 +48,7 @@ def test_killed_at_random_moments(method, processes, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"{SENTENCE} {number}"}) for number in range(12)))
     arguments = ["finetune", "demo", "--data", str(data), "--device", "cpu", "--cpu-memory", "96MiB", "--method", method]
-    arguments += ["--dropout", "0.1", "--epochs", "32", "--batch-size", "2", "--gradient-accumulation", "2", "--seed", "3"]
+    arguments += ["--dropout", "0.1", "--epochs", "12", "--batch-size", "2", "--gradient-accumulation", "2", "--seed", "3"]
     arguments += ["--state-tier", "nvme" if method == "full" else "cpu", "--learning-rate", "1e-3"]
     name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     log = tmp_path / "log"
