@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,7 @@ from storage.engines.posix import PosixEngine
 from storage.errors import ProfileError
 from storage.probe import copy_bytes_per_second
 from storage.reader import DiskReader
+from storage.state_file import StateFile
 from storage.transfer import Link
 
 _ROWS = (1, 8, 64, 512)
@@ -44,8 +46,9 @@ _MEMORY_BYTES = 192 << 20
 _COPY_BYTES = 64 << 20
 _DISK_BYTES = 512 << 20
 _READ_THREADS = 4
+_WRITE_THREADS = 2
 _SMALL_READS = 64
-_WRITE_BYTES = 16 << 20
+_WRITE_BYTES = 8 << 20
 _POINT_SECONDS = 0.2
 _WRITE_SECONDS = 1.5
 _SMALL_WIDTH = 128
@@ -53,7 +56,7 @@ _STEPS = 8
 _WINDOWS = 16
 _LAYER_PARAMETERS = 9
 
-_REVISION = 2
+_REVISION = 3
 """Of what is measured, and how: a profile that was measured otherwise is not found any more."""
 
 
@@ -177,7 +180,7 @@ def _disk(folder: str, sample: str | None) -> tuple[LinkRate, LinkRate]:
     if size < _WRITE_BYTES * _READ_THREADS:
         raise ProfileError(f"{folder} has {room >> 20} MiB free, too little to measure the disk; name another with --disk")
     with tempfile.NamedTemporaryFile(dir=folder, prefix="probe") as file:
-        write = _write_rate(file.fileno(), size)
+        write = _write_rate(file.name, size)
         engine = PosixEngine()
         link = Link("disk", _READ_THREADS)
         try:
@@ -191,17 +194,23 @@ def _disk(folder: str, sample: str | None) -> tuple[LinkRate, LinkRate]:
     return LinkRate(rate, latency), write
 
 
-def _write_rate(descriptor: int, size: int) -> LinkRate:
-    """Fill the file as far as the time for it goes; it is read afterwards."""
-    content = memoryview(os.urandom(_WRITE_BYTES))
+def _write_rate(path: str, size: int) -> LinkRate:
+    """Fill the file as far as the time for it goes, as states are written; it is read afterwards."""
+    content = HostBuffer(_WRITE_BYTES)
+    content.tensor.random_(0, 256)
+    file, link = StateFile(path, 0), Link("probe", _WRITE_THREADS)
     begun, written = time.perf_counter(), 0
-    while written < size and (time.perf_counter() - begun < _WRITE_SECONDS or written < _READ_THREADS * _WRITE_BYTES):
-        os.pwrite(descriptor, content, written)
-        os.fdatasync(descriptor)
-        written += _WRITE_BYTES
-    seconds = time.perf_counter() - begun
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    return LinkRate(written / seconds)
+    try:
+        while written < size and (time.perf_counter() - begun < _WRITE_SECONDS or written < _READ_THREADS * _WRITE_BYTES):
+            file.reserve(written + _WRITE_THREADS * _WRITE_BYTES)
+            offsets = [written + index * _WRITE_BYTES for index in range(_WRITE_THREADS)]
+            parts = [partial(file.write, offset, content.memory) for offset in offsets]
+            link.submit(len(parts) * _WRITE_BYTES, parts).wait()
+            written += len(parts) * _WRITE_BYTES
+        return LinkRate(written / (time.perf_counter() - begun))
+    finally:
+        link.close()
+        file.close()
 
 
 def _read_latency(engine: PosixEngine, path: str) -> float:
