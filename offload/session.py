@@ -40,6 +40,7 @@ from offload.runtime.placement import Placement
 from offload.runtime.recorder import Recorder, tracing_use
 from offload.training.activations import DiskInputs, HostInputs, InputStore
 from offload.training.checkpoint import Checkpoints, identity_of
+from offload.training.chunked_loss import ChunkedLoss
 from offload.training.gradients import HostGradients, TiedUse, tied_uses
 from offload.training.managed import ManagedTraining
 from offload.training.needs import TrainingNeeds, needs_of
@@ -156,7 +157,7 @@ class Session:
             model=self._target if isinstance(self._target, str) else type(self.model).__name__,
             device=self._device.name,
             engine=self._engine.name,
-            exactness=ROUNDING if self.plan.rounds else IDENTICAL,
+            exactness=ROUNDING if self.plan.rounds or self._chunks_loss else IDENTICAL,
             parameters=self._parameters,
             weight_bytes=self._weight_bytes,
             blocks={
@@ -186,6 +187,10 @@ class Session:
             peak_device_bytes=self._device.peak_bytes(),
             fallbacks=self._all_fallbacks(),
         )
+
+    @property
+    def _chunks_loss(self) -> bool:
+        return self._request.training is not None and self._request.training.loss_chunk > 0
 
     def snapshot(self) -> Snapshot:
         """Where it stands: cheap, and from any thread while the model runs. What it takes to measure is in `report`."""
@@ -271,7 +276,7 @@ class Session:
         self._placement.apply(decision.structure, self.plan)
         self._ledger.charge("KV cache", self.plan.kv_bytes)
         self._ledger.charge("temporaries", self.plan.activation_bytes)
-        self._ledger.charge("layers' inputs", self._needs.kept_bytes)
+        self._ledger.charge("layers' inputs", self._needs.set_aside_bytes)
         stack.callback(self._release_slots)
         self._take_slots()
         self._open_windows(stack)
@@ -353,7 +358,7 @@ class Session:
             self._tell("activation_tier='cpu' is what 'recompute' does where the CPU computes")
         if training.activation_tier == CPU and not self._device.host_memory:
             # They wait in CPU memory, which is charged as they come.
-            self._needs = needs = replace(needs, kept_bytes=0)
+            self._needs = needs = replace(needs, kept_bytes=0, set_aside_bytes=0)
         in_files = training.full and training.state_tier == NVME
         # Nothing that is trained stays on a device whose memory the states do not share.
         candidates = frozenset[str]() if training.full and not self._device.host_memory else None
@@ -440,6 +445,10 @@ class Session:
         stack.callback(ForwardWrap(self.model, self._root.wrap).undo)
         if self._request.training is not None:
             stack.callback(self._stop_training)
+            if self._request.training.loss_chunk:
+                # Inside of all windows.
+                stack.callback(ChunkedLoss(self.model, self._request.training.loss_chunk).undo)
+                self._fallbacks.append("loss_chunk: sums of the loss are in another order; exactness is rounding")
             self._ties = tied_uses(self.model)
             self._inputs = self._open_inputs(self._request.training)
         self._windows = self._windows_of(self._structure.units)
@@ -460,7 +469,13 @@ class Session:
             return UnitWindow(unit, self._executor, self._clock, self._placement.tables)
         assert self._request.training is not None
         tier, tables = self._request.training.activation_tier, self._placement.tables
-        return TrainingWindow(unit, self._executor, self._clock, tables, self._backward, tier, self._inputs)
+        return TrainingWindow(
+            unit, self._executor, self._clock, tables, self._backward, tier, self._inputs, self._ensure_updated
+        )
+
+    def _ensure_updated(self, keys: Sequence[str]) -> None:
+        if self._managed is not None:
+            self._managed.ensure(keys)
 
     def _open_inputs(self, training: Training) -> InputStore | None:
         """Where what layers were given waits for backward; None for the device itself."""
@@ -567,6 +582,7 @@ class Session:
         Raises:
             DiskFull: if there is no room.
         """
+        self.finish()
         self._checkpoints_in(folder).save(progress or {})
 
     def resume(self, folder: str | Path) -> dict[str, Any] | None:
@@ -599,11 +615,14 @@ class Session:
         loss.backward()  # type: ignore[no-untyped-call]
         self._backward.release()
 
-    def step(self, max_grad_norm: float | None = None) -> float:
+    def step(self, max_grad_norm: float | None = None, overlap: bool = False) -> float:
         """Clip the gradients, update what is trained, and forget the gradients.
 
         Args:
             max_grad_norm: of all gradients together; None to leave them as they are.
+            overlap: return at once; a block is updated when the next forward comes to it, and states are read and written
+                meanwhile. The same values, but the model's weights are not to be looked at before the next forward, `save`,
+                or `finish`.
 
         Returns:
             The norm before.
@@ -611,7 +630,11 @@ class Session:
         Raises:
             TrainingError: if it is no number; nothing was changed.
         """
-        return self._managed_training().step(max_grad_norm)
+        return self._managed_training().step(max_grad_norm, overlap)
+
+    def finish(self) -> None:
+        """Update what `step(overlap=True)` left to be updated."""
+        self._managed_training().finish()
 
     def _managed_training(self) -> ManagedTraining:
         training = self._request.training
@@ -638,6 +661,7 @@ class Session:
                     self._make_room_for_training,
                 )
                 self._gradients = self._managed.gradients
+                self._executor.before_load = self._managed.ensure
         return self._managed
 
     def _make_room_for_training(self, nbytes: int) -> None:
@@ -659,6 +683,9 @@ class Session:
             )
 
     def _begin_gradients(self) -> None:
+        if self._managed is not None:
+            # Gradients of what no forward came to are still to be used.
+            self._managed.finish()
         self._gradients.begin()
 
     def _end_gradients(self) -> None:

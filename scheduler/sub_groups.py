@@ -35,22 +35,38 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Moment:
+    """A state of an optimizer.
+
+    Attributes:
+        dtype: torch's name; None for that of what is stepped.
+        each: elements of the parameter that share one of the state.
+    """
+
+    name: str
+    dtype: str | None = None
+    each: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Span:
     """Where one tensor lies in a region.
 
     Attributes:
         kind: of a state, like `exp_avg`; empty for the weight itself.
         offset: in the region, in bytes.
+        each: elements of the piece that share one of the tensor.
     """
 
     kind: str
     piece: Piece
     dtype: str
     offset: int
+    each: int = 1
 
     @property
     def nbytes(self) -> int:
-        return DTYPE_BYTES[self.dtype] * (self.piece.stop - self.piece.start)
+        return DTYPE_BYTES[self.dtype] * -(-(self.piece.stop - self.piece.start) // self.each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +132,17 @@ class StateLayout:
 
 
 def lay_out(
-    blocks: Sequence[tuple[BlockKey, Sequence[Trained]]], moments: Sequence[str], master_dtype: str | None, most_elements: int
+    blocks: Sequence[tuple[BlockKey, Sequence[Trained]]],
+    moments: Sequence[Moment],
+    master_dtype: str | None,
+    most_elements: int,
 ) -> StateLayout:
     """Cut the blocks' parameters into sub-groups of at most `most_elements`, and give each its place.
 
     A block's weights lie one after another, as they are streamed; then its states, a region for each sub-group.
 
     Args:
-        moments: the names of the optimizer's states, each as large as the parameter.
+        moments: the optimizer's states.
         master_dtype: of a copy that is stepped instead of a weight of fewer bytes; None to step the weights.
     """
     placed: list[SubGroup] = []
@@ -132,15 +151,15 @@ def lay_out(
         groups = [SubGroup(block, pieces) for pieces in _cut(parameters, align_pieces(most_elements))]
         with_weights = []
         for group in groups:
-            spans, size = _spans(group.pieces, [("", group.pieces[0].parameter.dtype)])
+            spans, size = _spans(group.pieces, [Moment("", group.pieces[0].parameter.dtype)], "")
             with_weights.append((group, Region(end, size, spans)))
             end += size
         for group, weights in with_weights:
             own = group.pieces[0].parameter.dtype
             finer = master_dtype is not None and DTYPE_BYTES[master_dtype] > DTYPE_BYTES[own]
             stepped = master_dtype if finer and master_dtype is not None else own
-            kinds = [(MASTER, stepped)] if stepped != own else []
-            spans, size = _spans(group.pieces, [*kinds, *((name, stepped) for name in moments)])
+            kinds = [Moment(MASTER)] if stepped != own else []
+            spans, size = _spans(group.pieces, [*kinds, *moments], stepped)
             placed.append(SubGroup(block, group.pieces, weights, Region(end, size, spans)))
             end += size
     return StateLayout(tuple(placed), end)
@@ -167,11 +186,11 @@ def _cut(parameters: Sequence[Trained], most_elements: int) -> Iterator[tuple[Pi
         yield tuple(together)
 
 
-def _spans(pieces: Sequence[Piece], kinds: Sequence[tuple[str, str]]) -> tuple[tuple[Span, ...], int]:
+def _spans(pieces: Sequence[Piece], kinds: Sequence[Moment], stepped: str) -> tuple[tuple[Span, ...], int]:
     spans: list[Span] = []
     end = 0
-    for kind, dtype in kinds:
+    for kind in kinds:
         for piece in pieces:
-            spans.append(Span(kind, piece, dtype, end))
+            spans.append(Span(kind.name, piece, kind.dtype or stepped, end, kind.each))
             end = align_up(end + spans[-1].nbytes)
     return tuple(spans), align_up(end, BLOCK_ALIGNMENT_BYTES)

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--master-dtype", default="float32", choices=MASTER_DTYPES, help="of a finer copy of 16-bit weights (default: float32)")
     add("--state-tier", default=CPU, choices=STATE_TIERS, help="where the optimizer's states live (default: cpu)")
     add("--activation-tier", default=RECOMPUTE, choices=ACTIVATION_TIERS, help="where layers' inputs wait (default: recompute)")
+    add("--loss-chunk", type=int, default=0, metavar="N", help="compute the loss N tokens at a time; rounds (default: all)")
     add("--epochs", type=int, default=1, metavar="N", help="passes over the data (default: 1)")
     add("--max-steps", type=int, default=0, metavar="N", help="stop after N steps (default: all)")
     add("--sequence-length", type=int, default=512, metavar="N", help="most tokens of one example (default: 512)")
@@ -174,6 +175,7 @@ def _training(request: argparse.Namespace) -> Training:
         master_dtype=request.master_dtype,
         state_tier=request.state_tier,
         activation_tier=request.activation_tier,
+        loss_chunk=request.loss_chunk,
         micro_batches=1 if request.batch_major else request.gradient_accumulation,
         state_dir=request.disk or str(Path(request.output) / CHECKPOINT),
     )

@@ -56,6 +56,8 @@ class LayerExecutor:
         self.blocks: dict[BlockKey, StreamedBlock] = {}
         self.slot_bytes = 0
         self.slot_count = 0
+        self.before_load: Callable[[Sequence[BlockKey]], None] | None = None
+        """Told which blocks are about to be brought."""
         self._device = device
         self._clock = clock
         self._schedule = SlotSchedule(0, {})
@@ -196,16 +198,25 @@ class LayerExecutor:
         for instruction in instructions:
             match instruction:
                 case Load(lease):
-                    after = self._after(lease)
-                    self._arrivals[lease.generation] = self.blocks[lease.key].source.start(self._region(lease), after)
+                    self._start(lease)
                 case Evict(lease):
                     # Its load may still be writing: the slots are not free before that is over.
-                    self._arrivals.pop(lease.generation).cancel()
+                    arrival = self._arrivals.pop(lease.generation, None)
+                    if arrival is not None:
+                        arrival.cancel()
+
+    def _start(self, lease: Lease) -> Arrival:
+        if self.before_load is not None:
+            self.before_load((lease.key,))
+        arrival = self.blocks[lease.key].source.start(self._region(lease), self._after(lease))
+        self._arrivals[lease.generation] = arrival
+        return arrival
 
     def _enter(self, key: BlockKey) -> None:
         lease = self._schedule.lease(key)
         block = self.blocks[key]
-        arrival = self._arrivals[lease.generation]
+        # A load that could not even begin is tried again.
+        arrival = self._arrivals.get(lease.generation) or self._start(lease)
         self._clock.pause()
         waits = arrival.wait()
         self._clock.resume()

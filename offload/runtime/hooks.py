@@ -87,12 +87,16 @@ class UnitWindow:
     def wrap(self, forward: Forward) -> Forward:
         def windowed(*args: Any, **kwargs: Any) -> Any:
             with self._executor.lock:
+                self._prepare()
                 table = self._tables.get(self._unit.uses[0]) if self._unit.gathers else None
                 if table is not None:
                     return self._gather(table, forward, args, kwargs)
                 return self._run(forward, args, kwargs)
 
         return windowed
+
+    def _prepare(self) -> None:
+        """The unit is about to compute."""
 
     def _gather(self, table: GatheredTable, forward: Forward, args: Any, kwargs: Any) -> Any:
         table.waited_seconds = 0.0

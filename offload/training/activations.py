@@ -25,6 +25,9 @@ _LEAST_BYTES = 1024
 _IN_FLIGHT = 4
 """Tensors on their way at once; who keeps one more waits."""
 
+INPUT_BUFFERS = 2 * _IN_FLIGHT
+"""In CPU memory, between the device and NVMe: on their way out, and back."""
+
 
 class Kept(Protocol):
     """A tensor that was put by."""
@@ -198,7 +201,7 @@ class DiskInputs(InputStore):
         super().__init__(device)
         self._path = path
         self._reads, self._writes = reads, writes
-        self._buffers = _Buffers(device, charge, 2 * _IN_FLIGHT)
+        self._buffers = _Buffers(device, charge, INPUT_BUFFERS)
         self._file: StateFile | None = None
         self._end = 0
         self._free: dict[int, list[int]] = {}

@@ -30,7 +30,9 @@ class Trainable(Protocol):
 
     def backward(self, losses: list[Callable[[], torch.Tensor]], layer_major: bool = True) -> list[float]: ...
 
-    def step(self, max_grad_norm: float | None = None) -> float: ...
+    def step(self, max_grad_norm: float | None = None, overlap: bool = False) -> float: ...
+
+    def finish(self) -> None: ...
 
     def save(self, folder: str | Path, progress: dict[str, Any] | None = None) -> None: ...
 
@@ -108,6 +110,7 @@ def train(
         if evaluation is not None and (number == last or (recipe.evaluate_every and number % recipe.evaluate_every == 0)):
             evaluated = evaluate(model, evaluation)
         on_step(Step(number, *step, time.perf_counter() - begun, evaluated))
+    session.finish()
     return last
 
 
@@ -148,7 +151,7 @@ def _step(session: Trainable, model: nn.Module, group: list[Batch], recipe: Reci
             "look at the data"
         )
     try:
-        norm = session.step(recipe.max_grad_norm)
+        norm = session.step(recipe.max_grad_norm, overlap=True)
     except TrainingError as error:
         raise TrainingError(f"step {number}: the loss is {loss}, and {error}") from error
     return loss, norm, sum(int(batch["labels"].numel()) for batch in group)

@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -119,6 +120,16 @@ class ManagedTraining:
         self._rule: Rule = rule_of(training)
         self._steps_of: dict[str, int] = {}
         self._changed: set[str] = set()
+        self._failure: BaseException | None = None
+        self._updating = False
+        """A step is not finished."""
+        self._coming: deque[SubGroup] = deque()
+        self._late: set[BlockKey] = set()
+        """Blocks whose last update is not in its place."""
+        self._counted: set[str] = set()
+        self._clears = False
+        """Gradients are forgotten as soon as they are used."""
+        self._overlaps = False
         self._homes: dict[str, ParameterHome] = {}
         self._units: dict[BlockKey, Unit] = {}
         blocks = self._blocks(structure)
@@ -136,11 +147,12 @@ class ManagedTraining:
         for home in self._homes.values():
             home.managed = True
 
-    def step(self, max_grad_norm: float | None = None) -> float:
+    def step(self, max_grad_norm: float | None = None, overlap: bool = False) -> float:
         """Clip the gradients, update what is trained, and forget the gradients.
 
         Args:
             max_grad_norm: of all gradients together; None to leave them as they are.
+            overlap: each block is updated when the next forward comes to it, while those before it are computed.
 
         Returns:
             The norm before.
@@ -157,35 +169,99 @@ class ManagedTraining:
                 f"the norm of the gradients is {norm}: the weights are left as they were. Give a smaller learning rate, or "
                 "look at the data"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.finish()
+        self._clears, self._overlaps = True, overlap
+        try:
+            self.optimizer.step()
+        finally:
+            self._overlaps = False
         return norm
+
+    def ensure(self, keys: Sequence[BlockKey]) -> None:
+        """The blocks are about to be used: their update is over when this returns, and that of the next one is on its way."""
+        self._check_whole()
+        if self._late.isdisjoint(keys):
+            return
+        with self._executor.lock, torch.no_grad():
+            while any(group.block in keys for group in self._coming):
+                self._step_next()
+            for key in keys:
+                self.states.settle(key)
+            self._late -= set(keys)
+            ahead = self._coming[0].block if self._coming else ""
+            while self._coming and self._coming[0].block == ahead and self.states.is_there(self._coming[0]):
+                self._step_next()
+
+    def finish(self) -> None:
+        """Update what is left of the last step."""
+        self._check_whole()
+        if not self._updating:
+            return
+        with self._executor.lock, torch.no_grad():
+            while self._coming:
+                self._step_next()
+            self.states.end()
+            self._late.clear()
+            self._updating = self._clears = False
+            for name in self._counted:
+                self._steps_of[name] = self._steps_of.get(name, 0) + 1
+            for home in self._homes.values():
+                home.accept_changes()
 
     def close(self) -> None:
         """Give memory and files back; the weights stay where they are."""
-        self.gradients.close()
-        self.states.close()
+        try:
+            if self._failure is None:
+                self.finish()
+        finally:
+            self.gradients.close()
+            self.states.close()
+            self._remove_files()
+
+    def _remove_files(self) -> None:
         for path in self._files:
             if os.path.exists(path):
                 os.unlink(path)
 
+    def _check_whole(self) -> None:
+        if self._failure is not None:
+            raise SessionError(
+                f"an update failed half way ({self._failure}): the weights are of two steps. Leave the context, and resume "
+                "from a checkpoint"
+            ) from self._failure
+
     def _update(self) -> None:
+        self._begin_update()
+        if not self._overlaps:
+            self.finish()
+
+    def _begin_update(self) -> None:
+        self.finish()
         self._check_parameters()
         with self._executor.lock, torch.no_grad():
             # What was loaded ahead is stale from now on.
             self._executor.settle()
             self._changed = {name for name, home in self._homes.items() if home.was_changed}
             self.states.begin()
-            counted: set[str] = set()
-            for group in self.layout.groups:
-                working = self.states.take(group)
-                self._step_group(group, working, counted)
-                self.states.give_back(working)
-            self.states.end()
-            for name in counted:
-                self._steps_of[name] = self._steps_of.get(name, 0) + 1
-            for home in self._homes.values():
-                home.accept_changes()
+            self._updating = True
+            self._coming.extend(self.layout.groups)
+            self._late = {group.block for group in self.layout.groups}
+            self._counted.clear()
+        # It has no window that would wait for it.
+        self.ensure((OUTSIDE,))
+
+    def _step_next(self) -> None:
+        group = self._coming.popleft()
+        try:
+            working = self.states.take(group)
+            self._step_group(group, working, self._counted)
+            self.states.give_back(working)
+        except BaseException as error:
+            self._failure = error
+            raise
+        if self._clears and not (self._coming and self._coming[0].block == group.block):
+            for name in {piece.parameter.name for other in self.layout.of(group.block) for piece in other.pieces}:
+                self._homes[name].parameter.grad = None
 
     def _step_group(self, group: SubGroup, working: Any, counted: set[str]) -> None:
         """What has no gradient is left alone, as torch does; pieces that took the same number of steps go together."""
@@ -198,7 +274,7 @@ class ManagedTraining:
         for count, indices in by_count.items():
             targets = [working.targets[index] for index in indices]
             gradients = [self._gradient(group, index, targets[place]) for place, index in enumerate(indices)]
-            moments = {name: [working.tensors[name][index] for index in indices] for name in self._rule.moments}
+            moments = {item.name: [working.tensors[item.name][index] for index in indices] for item in self._rule.moments}
             self._rule.step(targets, gradients, moments, count, self.optimizer.param_groups[0])
 
     def _gradient(self, group: SubGroup, index: int, like: torch.Tensor) -> torch.Tensor:
@@ -216,9 +292,14 @@ class ManagedTraining:
             )
 
     def _blocks(self, structure: Structure) -> dict[BlockKey, list[ParameterHome]]:
-        """What is trained, by block, in the order of computing."""
+        """What is trained, by block, in the order of computing; first what no block holds."""
         left = {id(parameter) for parameter in self.parameters}
         blocks: dict[BlockKey, list[ParameterHome]] = {}
+        units = {id(value) for unit in structure.units for value in unit.parameters.values()}
+        for name, parameter in self._model.named_parameters():
+            if id(parameter) in left - units:
+                home = self._placement.home_of(parameter) or ParameterHome(name, parameter, parameter.data, parameter.data)
+                blocks.setdefault(OUTSIDE, []).append(home)
         for unit in structure.units:
             for parameter in unit.parameters.values():
                 home = self._placement.home_of(parameter) if id(parameter) in left else None
@@ -226,10 +307,6 @@ class ManagedTraining:
                     left.discard(id(parameter))
                     blocks.setdefault(unit.key, []).append(home)
                     self._units[unit.key] = unit
-        for name, parameter in self._model.named_parameters():
-            if id(parameter) in left:
-                home = self._placement.home_of(parameter) or ParameterHome(name, parameter, parameter.data, parameter.data)
-                blocks.setdefault(OUTSIDE, []).append(home)
         self._homes = {home.name: home for homes in blocks.values() for home in homes}
         return blocks
 

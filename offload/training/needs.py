@@ -7,6 +7,7 @@ from torch import nn
 
 from offload.config import Budgets
 from offload.model.blocks import find_structure
+from offload.training.activations import INPUT_BUFFERS
 from offload.training.gradients import gradient_bytes
 from offload.training.options import CPU, GPU, NVME, Training
 from offload.training.rules import rule_of
@@ -14,6 +15,7 @@ from offload.training.states import BUFFER_COUNT
 from scheduler.model_spec import BlockRole
 from scheduler.plan import Plan
 from scheduler.sub_groups import StateLayout, Trained, lay_out
+from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
 from storage.errors import BudgetTooSmall, gib
 
 
@@ -24,7 +26,8 @@ class TrainingNeeds:
     Attributes:
         gradient_bytes: of all that is trained.
         state_bytes: in CPU memory: all of them, or what passes through buffers.
-        kept_bytes: of what layers keep for backward, on the device.
+        kept_bytes: of what layers keep for backward, on the device, or in CPU memory on its way to NVMe.
+        set_aside_bytes: of these, what is not counted when it comes.
         disk_bytes: of one version of the states and weights on NVMe.
         written_bytes: to disk, in each step.
     """
@@ -32,6 +35,7 @@ class TrainingNeeds:
     gradient_bytes: int = 0
     state_bytes: int = 0
     kept_bytes: int = 0
+    set_aside_bytes: int = 0
     disk_bytes: int = 0
     written_bytes: int = 0
 
@@ -83,27 +87,29 @@ def needs_of(model: nn.Module, training: Training, tokens: int = 0, token_bytes:
         token_bytes: that a layer holds for each of them, in forward.
     """
     kept_bytes = _kept_bytes(model, training, tokens, token_bytes)
+    set_aside_bytes = 0 if training.activation_tier == NVME else kept_bytes
     if not training.full:
-        return TrainingNeeds(kept_bytes=kept_bytes)
+        return TrainingNeeds(kept_bytes=kept_bytes, set_aside_bytes=set_aside_bytes)
     layout = full_layout(model, training)
     on_nvme = training.state_tier != CPU
     return TrainingNeeds(
         gradient_bytes(model.parameters(), training.masters),
         BUFFER_COUNT * layout.largest_bytes if on_nvme else layout.state_bytes,
         kept_bytes,
+        set_aside_bytes,
         layout.nbytes if on_nvme else 0,
         layout.written_bytes if on_nvme else 0,
     )
 
 
 def _kept_bytes(model: nn.Module, training: Training, tokens: int, token_bytes: int) -> int:
-    """On the device."""
+    layers = sum(unit.role is BlockRole.LAYER for unit in find_structure(model).units)
     if training.activation_tier == NVME:
-        return 0
+        each = align_up(inputs_bytes(model, tokens) // max(1, layers), BLOCK_ALIGNMENT_BYTES)
+        return each * INPUT_BUFFERS
     inputs = training.micro_batches * inputs_bytes(model, tokens)
     if training.activation_tier != GPU:
         return inputs
-    layers = sum(unit.role is BlockRole.LAYER for unit in find_structure(model).units)
     return inputs + training.micro_batches * layers * tokens * token_bytes
 
 

@@ -7,8 +7,8 @@ import torch
 
 from storage.errors import ConfigError
 
-ADAMW, SGD = "adamw", "sgd"
-OPTIMIZERS = (ADAMW, SGD)
+ADAMW, ADAMW8BIT, SGD = "adamw", "adamw8bit", "sgd"
+OPTIMIZERS = (ADAMW, ADAMW8BIT, SGD)
 
 CPU, NVME, RECOMPUTE, GPU = "cpu", "nvme", "recompute", "gpu"
 STATE_TIERS = (CPU, NVME)
@@ -25,12 +25,13 @@ class Training:
 
     Attributes:
         full: all weights are trained, so that room for their gradients and the optimizer's states is set aside at once.
-        optimizer: `adamw` (torch's fused kernel) or `sgd`.
+        optimizer: `adamw` (torch's fused kernel), `adamw8bit` (its moments in 8 bits, so not the same steps) or `sgd`.
         learning_rate, betas, eps, weight_decay, momentum: of the optimizer.
         master_dtype: `float32` steps a copy of every weight of 16 bits, and adds gradients up in it; `none` steps the weights.
         state_tier: where the optimizer's states live: `cpu` or `nvme`. With `nvme`, streamed weights live there too.
         activation_tier: where what backward needs of a layer waits. `recompute`: its inputs stay on the device, the rest
             is computed again. `cpu`, `nvme`: the inputs wait there. `gpu`: all of it stays, and nothing is computed again.
+        loss_chunk: tokens whose logits are there at once; 0 for all. Of level *rounding*: sums are in another order.
         state_dir: where state files are written; by default the session's disk folder.
         micro_batches: whose layers' inputs are held at once (`session.backward`), for what is set aside.
         sub_group_elements: of the parameters that are updated at once.
@@ -46,6 +47,7 @@ class Training:
     master_dtype: str = "float32"
     state_tier: str = CPU
     activation_tier: str = RECOMPUTE
+    loss_chunk: int = 0
     state_dir: str | None = None
     sub_group_elements: int = _SUB_GROUP_ELEMENTS
     micro_batches: int = 1
@@ -65,6 +67,8 @@ class Training:
             raise ConfigError(f"betas={self.betas} and momentum={self.momentum} must be at least 0 and below 1")
         if not 0 < self.eps < math.inf or not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"eps={self.eps} must be positive, and weight_decay={self.weight_decay} at least 0")
+        if self.loss_chunk < 0:
+            raise ConfigError(f"loss_chunk={self.loss_chunk} must be at least 0")
         if self.sub_group_elements < 1 or self.micro_batches < 1:
             raise ConfigError(
                 f"sub_group_elements={self.sub_group_elements} and micro_batches={self.micro_batches} must be at least 1"

@@ -7,18 +7,22 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from offload.training.options import SGD, Training
+from offload.training.options import ADAMW8BIT, SGD, Training
+from scheduler.sub_groups import Moment
+
+_SHARED = 256
+"""Elements of a moment in 8 bits that share a scale."""
 
 
 class Rule(Protocol):
     """One step of an optimizer.
 
     Attributes:
-        moments: the names of its states.
+        moments: its states.
         defaults: of its settings, as a torch optimizer's `param_groups` hold them.
     """
 
-    moments: tuple[str, ...]
+    moments: tuple[Moment, ...]
     defaults: dict[str, Any]
 
     def step(
@@ -39,7 +43,7 @@ class Rule(Protocol):
 class AdamW:
     """arXiv 1711.05101, by torch's fused kernel."""
 
-    moments = ("exp_avg", "exp_avg_sq")
+    moments: tuple[Moment, ...] = (Moment("exp_avg"), Moment("exp_avg_sq"))
 
     def __init__(self, training: Training) -> None:
         names = ("betas", "eps", "weight_decay")
@@ -72,13 +76,69 @@ class AdamW:
         )
 
 
+class AdamW8bit(AdamW):
+    """AdamW whose moments are kept in 8 bits (after arXiv 2110.02861): blocks of 256 share a scale, and levels lie closer
+    together near zero. Torch's kernel steps what they stand for."""
+
+    moments = (
+        Moment("exp_avg", "int8"),
+        Moment("exp_avg_scale", "float32", _SHARED),
+        Moment("exp_avg_sq", "uint8"),
+        Moment("exp_avg_sq_scale", "float32", _SHARED),
+    )
+
+    def step(
+        self,
+        targets: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor],
+        moments: Mapping[str, Sequence[torch.Tensor]],
+        count: int,
+        settings: Mapping[str, Any],
+    ) -> None:
+        means = [
+            _coarse(levels, scale, 127, 2) for levels, scale in zip(moments["exp_avg"], moments["exp_avg_scale"], strict=True)
+        ]
+        squares = [
+            _coarse(levels, scale, 255, 4)
+            for levels, scale in zip(moments["exp_avg_sq"], moments["exp_avg_sq_scale"], strict=True)
+        ]
+        floats = [gradient.float() for gradient in gradients]
+        wide = [target.float() for target in targets]
+        super().step(wide, floats, {"exp_avg": means, "exp_avg_sq": squares}, count, settings)
+        for index, target in enumerate(targets):
+            if wide[index] is not target:
+                target.copy_(wide[index])
+            _keep(means[index], moments["exp_avg"][index], moments["exp_avg_scale"][index], 127, 2)
+            _keep(squares[index], moments["exp_avg_sq"][index], moments["exp_avg_sq_scale"][index], 255, 4)
+
+
+def _blocks_of(values: torch.Tensor) -> torch.Tensor:
+    """[blocks, 256], filled up with zeros."""
+    return torch.nn.functional.pad(values, (0, -len(values) % _SHARED)).view(-1, _SHARED)
+
+
+def _coarse(levels: torch.Tensor, scale: torch.Tensor, most: int, power: int) -> torch.Tensor:
+    """What the levels stand for: `scale * (level / most) ** power`, with the level's sign."""
+    share = _blocks_of(levels.float()).div_(most)
+    return (share.sign() * share.abs().pow_(power) * scale[:, None]).view(-1)[: len(levels)].contiguous()
+
+
+def _keep(values: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor, most: int, power: int) -> None:
+    """The nearest levels; nothing but zero becomes zero, since second moments are divided by."""
+    blocks = _blocks_of(values)
+    scale.copy_(blocks.abs().amax(1))
+    share = blocks.div(scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
+    found = share.abs().pow_(1 / power).mul_(most).round_().clamp_(1, most).mul_(share.sign())
+    levels.copy_(found.view(-1)[: len(levels)])
+
+
 class Sgd:
     """With or without momentum, by torch's fused kernel."""
 
     def __init__(self, training: Training) -> None:
         self.defaults = {name: getattr(training, name) for name in ("momentum", "weight_decay")}
         self.defaults["lr"] = training.learning_rate
-        self.moments = ("momentum_buffer",) if training.momentum else ()
+        self.moments = (Moment("momentum_buffer"),) if training.momentum else ()
 
     def step(
         self,
@@ -112,4 +172,5 @@ class Sgd:
 
 
 def rule_of(training: Training) -> Rule:
-    return Sgd(training) if training.optimizer == SGD else AdamW(training)
+    kinds: dict[str, type[AdamW] | type[AdamW8bit] | type[Sgd]] = {SGD: Sgd, ADAMW8BIT: AdamW8bit}
+    return kinds.get(training.optimizer, AdamW)(training)

@@ -80,6 +80,12 @@ class States(Protocol):
     def give_back(self, working: Working) -> None:
         """The group was stepped: its weights follow from its masters."""
 
+    def is_there(self, group: SubGroup) -> bool:
+        """To take it means no wait."""
+
+    def settle(self, block: BlockKey) -> None:
+        """What was given back of the block is in its place."""
+
     def end(self) -> None:
         """All that was given back is in its place."""
 
@@ -173,6 +179,12 @@ class MemoryStates:
         if working.group.owns_master:
             for weight, master in zip(working.tensors[""], working.targets, strict=True):
                 weight.copy_(master)
+
+    def is_there(self, group: SubGroup) -> bool:
+        return group not in self._being_saved or self._being_saved[group].over
+
+    def settle(self, block: BlockKey) -> None:
+        pass
 
     def end(self) -> None:
         pass
@@ -301,8 +313,8 @@ class DiskStates:
 
     def take(self, group: SubGroup) -> Working:
         while group not in self._ahead:
-            self._settle_one()
-            self._read_ahead()
+            # One comes back when its write is over.
+            self._start_next(self._buffers.get())
         ahead = self._ahead.pop(group)
         if ahead.transfer is not None:
             ahead.transfer.wait()
@@ -341,6 +353,14 @@ class DiskStates:
         last = not any(other.block == group.block for other in self._coming_after(group))
         self._pending.append(_Pending(group.block, last, transfer))
         self._read_ahead()
+
+    def is_there(self, group: SubGroup) -> bool:
+        ahead = self._ahead.get(group)
+        return ahead is not None and (ahead.transfer is None or ahead.transfer.over)
+
+    def settle(self, block: BlockKey) -> None:
+        while any(pending.block == block for pending in self._pending):
+            self._settle_one()
 
     def end(self) -> None:
         while self._pending:
@@ -402,8 +422,11 @@ class DiskStates:
                 buffer = self._buffers.get_nowait()
             except queue.Empty:
                 return
-            group = self._coming.pop(0)
-            self._ahead[group] = self._start(group, buffer)
+            self._start_next(buffer)
+
+    def _start_next(self, buffer: HostBuffer) -> None:
+        group = self._coming.pop(0)
+        self._ahead[group] = self._start(group, buffer)
 
     def _start(self, group: SubGroup, buffer: HostBuffer) -> _Ahead:
         source = self.written.get(group.block)

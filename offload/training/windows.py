@@ -1,6 +1,6 @@
 """The window of a unit while a model is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class TrainingWindow(UnitWindow):
     Args:
         activation_tier: where what backward needs waits; `gpu` keeps all of it on the device.
         store: where the inputs wait; None for the device.
+        ensure: returns when the blocks have their present values.
     """
 
     trains = True
@@ -38,11 +39,16 @@ class TrainingWindow(UnitWindow):
         backward: Backward,
         activation_tier: str,
         store: InputStore | None,
+        ensure: Callable[[Sequence[BlockKey]], None],
     ) -> None:
         super().__init__(unit, executor, clock, tables)
         self._backward = backward
         self._keeps_all = activation_tier == GPU
         self._store = store
+        self._ensure = ensure
+
+    def _prepare(self) -> None:
+        self._ensure(self._unit.uses)
 
     def _compute(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         streamed = any(key in self._executor.blocks for key in self._unit.uses)
