@@ -4,10 +4,12 @@ import warnings
 
 from transformers import AutoTokenizer
 
-from offload import offload
+from offload import Training, offload
 from offload.model.loading import find_folder
+from offload.training.adapters import with_adapters
 from offload.training.data import Batches, Example
-from offload.training.finetune import Recipe, train, with_adapters
+from offload.training.finetune import train
+from offload.training.recipe import Recipe
 
 warnings.simplefilter("ignore")
 folder = find_folder("demo")
@@ -24,10 +26,10 @@ def says(model):
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-with offload(folder, device="cpu", cpu_memory="7MiB", max_tokens=64, training=True) as session:
+with offload(folder, device="cpu", cpu_memory="10MiB", max_tokens=64, training=Training()) as session:
     print(f"before: {says(session.model)}")
     recipe = Recipe(rank=8, learning_rate=5e-3, epochs=12)
     adapted = with_adapters(session.model, recipe)
-    train(adapted, batches, recipe, lambda step: print(f"step {step.number}: loss {step.loss:.3f}"))
+    train(session, adapted, batches, recipe, lambda step: print(f"step {step.number}: loss {step.loss:.3f}"))
     print(f"after: {says(adapted)}")
     print(session.report())

@@ -1,7 +1,6 @@
 """The context manager. It owns the lifetime of everything that a session takes."""
 
 import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from torch import nn
 
 from offload.config import IDENTICAL, ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
 from offload.interrupts import HeldInterrupts
-from offload.model.blocks import Unit, estimated_slot_bytes, find_structure
+from offload.model.blocks import Unit, find_structure
 from offload.model.guise import Guise
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
@@ -38,24 +37,16 @@ from offload.runtime.kv_reserve import KvReserve
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
 from offload.runtime.recorder import Recorder, tracing_use
-from offload.training.activations import DiskInputs, HostInputs, InputStore
-from offload.training.checkpoint import Checkpoints, identity_of
-from offload.training.chunked_loss import ChunkedLoss
-from offload.training.gradients import HostGradients, TiedUse, tied_uses
-from offload.training.managed import ManagedTraining
-from offload.training.needs import TrainingNeeds, needs_of
-from offload.training.options import CPU, NVME, Training
+from offload.training.needs import TrainingNeeds
+from offload.training.options import Training
 from offload.training.outlook import outlook
-from offload.training.recompute import Backward
-from offload.training.rounds import Rounds
-from offload.training.windows import TrainingWindow
+from offload.training.part import INPUTS, TrainingPart, decide_to_train
 from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
 from scheduler.trace import Trace
 from storage.arena import HostBuffer
-from storage.block_file import spill_folder
 from storage.device import Device
 from storage.engines.gds import choose_engine
 from storage.engines.posix import PosixEngine
@@ -116,13 +107,9 @@ class Session:
         self._stack: ExitStack | None = None
         self._fallbacks: list[str] = []
         self._inside = False
-        self._managed: ManagedTraining | None = None
-        self._gradients = HostGradients(apart=not request.device.host_memory)
-        self._ties: list[TiedUse] = []
-        self._checkpoints: Checkpoints | None = None
-        self._sources: frozenset[str] = frozenset()
+        self._training: TrainingPart | None = None
         self._needs = TrainingNeeds()
-        self._inputs: InputStore | None = None
+        self._sources: frozenset[str] = frozenset()
 
     def __enter__(self) -> "Session":
         if self._stack is not None:
@@ -247,7 +234,7 @@ class Session:
     def _peak(self) -> Peak:
         extra_bytes = 0
         if self._device.host_memory:
-            extra_bytes = self._needs.kept_bytes + (0 if self._managed is None else self._managed.peak_bytes)
+            extra_bytes = self._needs.kept_bytes + (0 if self._training is None else self._training.host_bytes)
         return self._meters.peak(self.plan, self._process_bytes - self._held_bytes, extra_bytes)
 
     def _look(self) -> CheckpointLoader | None:
@@ -276,7 +263,7 @@ class Session:
         self._placement.apply(decision.structure, self.plan)
         self._ledger.charge("KV cache", self.plan.kv_bytes)
         self._ledger.charge("temporaries", self.plan.activation_bytes)
-        self._ledger.charge("layers' inputs", self._needs.set_aside_bytes)
+        self._ledger.charge(INPUTS, self._needs.set_aside_bytes)
         stack.callback(self._release_slots)
         self._take_slots()
         self._open_windows(stack)
@@ -318,9 +305,6 @@ class Session:
         self._ledger = self._meters.ledger
         self._clock = PassClock(self._recorder, asynchronous=self._device.torch_device.type == "cuda")
         self._executor = LayerExecutor(self._device, self._clock)
-        self._backward = None
-        if self._request.training:
-            self._backward = Backward(self._executor, self._clock, self._begin_gradients, self._end_gradients)
         # On the CPU, reads go straight to where they are computed with: nothing to gain from kvikio.
         self._engine = PosixEngine() if self._device.host_memory else choose_engine(self._sample)
         stack.callback(self._engine.close)
@@ -340,6 +324,24 @@ class Session:
             self._progress,
         )
         stack.callback(self._placement.close)
+        if self._request.training is not None:
+            self._training = self._training_part(self._request.training)
+
+    def _training_part(self, training: Training) -> TrainingPart:
+        return TrainingPart(
+            training,
+            self._request.managed,
+            self._device,
+            self._executor,
+            self._clock,
+            self._placement,
+            self._reader,
+            self._written,
+            self._meters,
+            self._disk_dir,
+            self._adopt_if_changed,
+            self._make_room_for_training,
+        )
 
     def _decide(self) -> Decision:
         if not hasattr(self, "_temporaries"):
@@ -349,37 +351,10 @@ class Session:
     def _decided(self, model: nn.Module, slot_bytes: Callable[[Unit], int]) -> Decision:
         if self._request.training is None:
             return decide(model, self._budgets, self._workload(model), slot_bytes, self._temporaries)
-        return self._decided_to_train(model, slot_bytes, self._request.training)
-
-    def _decided_to_train(self, model: nn.Module, slot_bytes: Callable[[Unit], int], training: Training) -> Decision:
         workload = self._workload(model)
-        self._needs = needs = needs_of(model, training, workload.batch_size * workload.total_tokens, self._token_bytes)
-        if training.activation_tier == CPU and self._device.host_memory:
-            self._tell("activation_tier='cpu' is what 'recompute' does where the CPU computes")
-        if training.activation_tier == CPU and not self._device.host_memory:
-            # They wait in CPU memory, which is charged as they come.
-            self._needs = needs = replace(needs, kept_bytes=0, set_aside_bytes=0)
-        in_files = training.full and training.state_tier == NVME
-        # Nothing that is trained stays on a device whose memory the states do not share.
-        candidates = frozenset[str]() if training.full and not self._device.host_memory else None
-        decision = decide(
-            model,
-            needs.left_of(self._budgets),
-            self._workload(model),
-            (lambda unit: max(slot_bytes(unit), estimated_slot_bytes(unit))) if in_files else slot_bytes,
-            self._temporaries,
-            in_parts=False,
-            candidates=candidates,
-        )
-        needs.check(decision.plan, training, self._budgets, sum(value.nbytes for value in model.parameters()))
-        if not self._device.host_memory:
-            return decision
-        pinned_bytes = decision.spec.pinned_bytes + needs.host_bytes + needs.kept_bytes
-        return replace(decision, spec=replace(decision.spec, pinned_bytes=pinned_bytes))
-
-    @property
-    def _token_bytes(self) -> int:
-        return 0 if self._temporaries is None else self._temporaries.token_bytes
+        training, temporaries = self._request.training, self._temporaries
+        decision, self._needs = decide_to_train(model, training, self._budgets, workload, slot_bytes, temporaries)
+        return decision
 
     def _count_temporaries(self, model: nn.Module) -> None:
         self._temporaries = count_temporaries(model, self._workload(model)) if takes_tokens(model) else None
@@ -426,11 +401,11 @@ class Session:
             self._meters.copy_speed = self._placement.measure_copy(self._executor.arena_tensor)
 
     def _release_slots(self) -> None:
-        if self._backward is not None:
-            self._backward.end()
+        if self._training is not None:
+            self._training.backward.end()
         self._executor.close_all()
         self._executor.free()
-        for category in ("slots", "KV cache", "temporaries", "layers' inputs"):
+        for category in ("slots", "KV cache", "temporaries", INPUTS):
             self._ledger.release(category, self._ledger.held_bytes(category))
 
     def _open_windows(self, stack: ExitStack) -> None:
@@ -443,14 +418,8 @@ class Session:
         if chunk:
             stack.callback(PrefillChunks(self.model, chunk).undo)
         stack.callback(ForwardWrap(self.model, self._root.wrap).undo)
-        if self._request.training is not None:
-            stack.callback(self._stop_training)
-            if self._request.training.loss_chunk:
-                # Inside of all windows.
-                stack.callback(ChunkedLoss(self.model, self._request.training.loss_chunk).undo)
-                self._fallbacks.append("loss_chunk: sums of the loss are in another order; exactness is rounding")
-            self._ties = tied_uses(self.model)
-            self._inputs = self._open_inputs(self._request.training)
+        if self._training is not None:
+            self._fallbacks += self._training.install(self.model, self._structure, stack)
         self._windows = self._windows_of(self._structure.units)
         stack.callback(lambda: self._windows.undo())
 
@@ -465,42 +434,17 @@ class Session:
             self._fallbacks.append(sentence)
 
     def _on_device(self, unit: Unit) -> UnitWindow:
-        if self._backward is None:
-            return UnitWindow(unit, self._executor, self._clock, self._placement.tables)
-        assert self._request.training is not None
-        tier, tables = self._request.training.activation_tier, self._placement.tables
-        return TrainingWindow(
-            unit, self._executor, self._clock, tables, self._backward, tier, self._inputs, self._ensure_updated
-        )
-
-    def _ensure_updated(self, keys: Sequence[str]) -> None:
-        if self._managed is not None:
-            self._managed.ensure(keys)
-
-    def _open_inputs(self, training: Training) -> InputStore | None:
-        """Where what layers were given waits for backward; None for the device itself."""
-
-        def charge(nbytes: int) -> None:
-            ledger = self._meters.host_ledger
-            ledger.charge("layers' inputs", nbytes) if nbytes >= 0 else ledger.release("layers' inputs", -nbytes)
-
-        if training.activation_tier == NVME:
-            path = os.path.join(self._state_folder(training), f"inputs-{secrets.token_hex(8)}.bin")
-            return DiskInputs(self._device, path, self._link, self._written, charge)
-        if training.activation_tier == CPU and not self._device.host_memory:
-            return HostInputs(self._device, charge)
-        return None
-
-    def _state_folder(self, training: Training) -> str:
-        return training.state_dir or self._disk_dir or spill_folder()
+        if self._training is not None:
+            return self._training.window(unit)
+        return UnitWindow(unit, self._executor, self._clock, self._placement.tables)
 
     def _before_pass(self) -> None:
         self._engine.check_unchanged()
-        if self._backward is not None:
-            if torch.is_grad_enabled():
-                self._gather_gradients()
-            # A backward pass that failed half way still holds a block.
-            self._backward.end()
+        if self._training is not None:
+            self._training.before_pass()
+        self._adopt_if_changed()
+
+    def _adopt_if_changed(self) -> None:
         if self._watch.take():
             with HeldInterrupts():
                 self._adopt_changes()
@@ -530,7 +474,7 @@ class Session:
             SessionError: in a session without `training`, or if nothing requires a gradient, or some have one already.
             BudgetExceeded: if there is no room for gradients and states.
         """
-        return self._managed_training().optimizer
+        return self._trains().manage().optimizer
 
     def backward(self, losses: Sequence[Callable[[], torch.Tensor]], layer_major: bool = True) -> list[float]:
         """Forward and backward of several micro-batches, whose gradients add up.
@@ -544,21 +488,7 @@ class Session:
         Returns:
             The losses.
         """
-        if self._backward is None or not self._inside:
-            raise SessionError("the session does not train: give offload(..., training=True), and enter it")
-        with self._executor.lock:
-            if not layer_major or len(losses) == 1:
-                return [self._backward_of(compute) for compute in losses]
-            rounds = Rounds(self._executor, self._clock)
-            with torch.enable_grad():
-                with self._root.as_one(len(losses), 1):
-                    values = rounds.run(losses)
-                self._backward.begin()
-                try:
-                    rounds.run([partial(self._backward_in_turn, value) for value in values])
-                finally:
-                    self._backward.end()
-            return [value.item() for value in values]
+        return self._trains().run(losses, layer_major, self._root)
 
     def outlook(self, micro_batches: int = 1, layer_major: bool = True) -> Outlook:
         """Where everything that is trained lives, what a step writes to disk, and how long it is predicted to take.
@@ -566,8 +496,7 @@ class Session:
         Args:
             micro_batches: whose gradients a step adds up.
         """
-        managed = self._managed_training()
-        workload = self._workload(self.model)
+        managed, workload = self._trains().manage(), self._workload(self.model)
         return outlook(managed, self.model, self.plan, self._spec, workload, self._forecast, micro_batches, layer_major)
 
     def save(self, folder: str | Path, progress: Mapping[str, Any] | None = None) -> None:
@@ -582,8 +511,7 @@ class Session:
         Raises:
             DiskFull: if there is no room.
         """
-        self.finish()
-        self._checkpoints_in(folder).save(progress or {})
+        self._trains().save(folder, progress or {}, self._sources)
 
     def resume(self, folder: str | Path) -> dict[str, Any] | None:
         """Take training up where a checkpoint left it, before the first step.
@@ -595,25 +523,7 @@ class Session:
             CorruptCheckpoint: if it is not whole.
             ConfigError: if it is of another model or optimizer.
         """
-        return self._checkpoints_in(folder).resume()
-
-    def _checkpoints_in(self, folder: str | Path) -> Checkpoints:
-        managed = self._managed_training()
-        if self._checkpoints is None or self._checkpoints.folder != Path(folder):
-            if self._checkpoints is not None:
-                self._checkpoints.close()
-            self._checkpoints = Checkpoints(folder, managed, identity_of(self.model, self._sources))
-        return self._checkpoints
-
-    def _backward_of(self, compute: Callable[[], torch.Tensor]) -> float:
-        loss = compute()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.item()
-
-    def _backward_in_turn(self, loss: torch.Tensor) -> None:
-        assert self._backward is not None
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._backward.release()
+        return self._trains().resume(folder, self._sources)
 
     def step(self, max_grad_norm: float | None = None, overlap: bool = False) -> float:
         """Clip the gradients, update what is trained, and forget the gradients.
@@ -630,86 +540,22 @@ class Session:
         Raises:
             TrainingError: if it is no number; nothing was changed.
         """
-        return self._managed_training().step(max_grad_norm, overlap)
+        return self._trains().manage().step(max_grad_norm, overlap)
 
     def finish(self) -> None:
         """Update what `step(overlap=True)` left to be updated."""
-        self._managed_training().finish()
+        self._trains().manage().finish()
 
-    def _managed_training(self) -> ManagedTraining:
-        training = self._request.training
-        if training is None or not self._inside:
+    def _trains(self) -> TrainingPart:
+        if self._training is None or not self._inside:
             raise SessionError("the session does not train: give offload(..., training=True), and enter it")
-        if self._managed is None:
-            with self._executor.lock:
-                if self._watch.take():
-                    self._adopt_changes()
-                self._gradients.close()
-                self._managed = ManagedTraining(
-                    self.model,
-                    training,
-                    self._structure,
-                    self._ties,
-                    self._placement,
-                    self._executor,
-                    self._reader,
-                    self._written,
-                    self._meters.host_ledger,
-                    self._meters.disk_ledger,
-                    not self._device.host_memory,
-                    self._state_folder(training),
-                    self._make_room_for_training,
-                )
-                self._gradients = self._managed.gradients
-                self._executor.before_load = self._managed.ensure
-        return self._managed
+        return self._training
 
     def _make_room_for_training(self, nbytes: int) -> None:
         """Where it was not known beforehand what would be trained."""
         if self._device.host_memory and nbytes > (self._ledger.free_bytes or 0):
             self._spec = replace(self._spec, pinned_bytes=self._spec.pinned_bytes + nbytes)
             self._make_room(nbytes)
-
-    def _gather_gradients(self) -> None:
-        """Before gradients are made: on a device with memory of its own, those of streamed weights go to CPU memory."""
-        if self._request.managed and any(value.requires_grad for value in self.model.parameters()):
-            self._managed_training()
-        if self._managed is None and not self._device.host_memory:
-            self._gradients.add(
-                {
-                    key: [(home.name, home.parameter) for home in block.homes if home.parameter.requires_grad]
-                    for key, block in self._placement.streamed.items()
-                }
-            )
-
-    def _begin_gradients(self) -> None:
-        if self._managed is not None:
-            # Gradients of what no forward came to are still to be used.
-            self._managed.finish()
-        self._gradients.begin()
-
-    def _end_gradients(self) -> None:
-        self._gradients.end()
-        self._placement.expect_changes()
-
-    def _stop_training(self) -> None:
-        try:
-            if self._checkpoints is not None:
-                self._checkpoints.close()
-        finally:
-            self._leave_training()
-
-    def _leave_training(self) -> None:
-        if self._managed is not None:
-            self._managed.close()
-            for category in ("gradients", "optimizer states"):
-                self._meters.host_ledger.release(category, self._meters.host_ledger.held_bytes(category))
-        else:
-            self._gradients.close()
-        for tie in self._ties:
-            tie.undo()
-        if self._inputs is not None:
-            self._inputs.close()
 
     def _make_room(self, added_bytes: int) -> None:
         try:
@@ -722,6 +568,12 @@ class Session:
 
     def _grow(self, workload: Workload) -> None:
         """Make room for a larger workload: give up resident blocks. Raises BudgetTooSmall if that is not enough."""
+        if self._training is not None and self._training.managed is not None:
+            raise BudgetTooSmall(
+                "more memory is needed than was set aside when training began, and nothing is given up meanwhile; enter with "
+                "the batch_size and max_tokens that will be used",
+                0,
+            )
         candidates = frozenset(self.plan.resident)
         beside = self.plan.host_compute
         plan = make_plan(self._spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates, beside)

@@ -14,28 +14,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.model.blocks import Structure, Unit
+from offload.model.blocks import Structure
 from offload.model.homes import ParameterHome
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.placement import Placement
-from offload.runtime.weights import HostSource
+from offload.training.disk_states import BUFFER_COUNT, DiskStates
 from offload.training.gradients import HostGradients, TiedUse, gradient_bytes
+from offload.training.memory_states import MemoryStates
 from offload.training.needs import layout_of, trained
 from offload.training.options import CPU, Training
 from offload.training.rules import Rule, rule_of
-from offload.training.states import BUFFER_COUNT, DiskStates, Frozen, MemoryStates, States
+from offload.training.states import Frozen, States
+from offload.training.weights import OUTSIDE, TrainedWeights
 from scheduler.sub_groups import SubGroup
-from storage.arena import HostBuffer
 from storage.block_file import check_folder
-from storage.blocks import BlockKey, FileRange
+from storage.blocks import BlockKey
 from storage.errors import DiskFull, SessionError, TrainingError, gib
 from storage.ledger import MemoryLedger
 from storage.reader import DiskReader
 from storage.state_file import StateFile, remove_unlocked
 from storage.transfer import Link
-
-OUTSIDE = "(no block)"
-"""The block of what no block holds: adapters, a norm."""
 
 
 class StreamedOptimizer(torch.optim.Optimizer):
@@ -110,8 +108,6 @@ class ManagedTraining:
         self.training = training
         self._model = model
         self._executor = executor
-        self._placement = placement
-        self._reader = reader
         self._host_ledger, self._disk_ledger = host_ledger, disk_ledger
         self._folder = folder
         self.run = secrets.token_hex(4)
@@ -119,7 +115,6 @@ class ManagedTraining:
         self._files: list[str] = []
         self._rule: Rule = rule_of(training)
         self._steps_of: dict[str, int] = {}
-        self._changed: set[str] = set()
         self._failure: BaseException | None = None
         self._updating = False
         """A step is not finished."""
@@ -130,22 +125,21 @@ class ManagedTraining:
         self._clears = False
         """Gradients are forgotten as soon as they are used."""
         self._overlaps = False
-        self._homes: dict[str, ParameterHome] = {}
-        self._units: dict[BlockKey, Unit] = {}
-        blocks = self._blocks(structure)
+        self.weights = TrainedWeights(model, self.parameters, structure, placement, executor, reader)
+        blocks = self.weights.blocks
         self.layout = layout_of(
             [(key, [trained(home.name, home.parameter) for home in homes]) for key, homes in blocks.items()], training
         )
+        self.weights.layout = self.layout
         self.optimizer = StreamedOptimizer(self.parameters, self._rule.defaults, self._update)
         executor.settle()
         make_room(self._host_bytes())
         self._look_at_the_disk()
         if training.state_tier == CPU:
-            self._leave_files()
+            self.weights.leave_files()
         self.gradients = self._take_gradients(blocks, ties, apart)
         self.states: States = self._take_states(reader.link, writes)
-        for home in self._homes.values():
-            home.managed = True
+        self.weights.take_over()
 
     def step(self, max_grad_norm: float | None = None, overlap: bool = False) -> float:
         """Clip the gradients, update what is trained, and forget the gradients.
@@ -205,8 +199,7 @@ class ManagedTraining:
             self._updating = self._clears = False
             for name in self._counted:
                 self._steps_of[name] = self._steps_of.get(name, 0) + 1
-            for home in self._homes.values():
-                home.accept_changes()
+            self.weights.accept_changes()
 
     def close(self) -> None:
         """Give memory and files back; the weights stay where they are."""
@@ -241,7 +234,7 @@ class ManagedTraining:
         with self._executor.lock, torch.no_grad():
             # What was loaded ahead is stale from now on.
             self._executor.settle()
-            self._changed = {name for name, home in self._homes.items() if home.was_changed}
+            self.weights.note_changes()
             self.states.begin()
             self._updating = True
             self._coming.extend(self.layout.groups)
@@ -261,14 +254,14 @@ class ManagedTraining:
             raise
         if self._clears and not (self._coming and self._coming[0].block == group.block):
             for name in {piece.parameter.name for other in self.layout.of(group.block) for piece in other.pieces}:
-                self._homes[name].parameter.grad = None
+                self.weights.homes[name].parameter.grad = None
 
     def _step_group(self, group: SubGroup, working: Any, counted: set[str]) -> None:
         """What has no gradient is left alone, as torch does; pieces that took the same number of steps go together."""
         by_count: dict[int, list[int]] = {}
         for index, piece in enumerate(group.pieces):
             name = piece.parameter.name
-            if self._homes[name].parameter.grad is not None:
+            if self.weights.homes[name].parameter.grad is not None:
                 by_count.setdefault(self._steps_of.get(name, 0) + 1, []).append(index)
                 counted.add(name)
         for count, indices in by_count.items():
@@ -279,7 +272,7 @@ class ManagedTraining:
 
     def _gradient(self, group: SubGroup, index: int, like: torch.Tensor) -> torch.Tensor:
         piece = group.pieces[index]
-        gradient = self._homes[piece.parameter.name].parameter.grad
+        gradient = self.weights.homes[piece.parameter.name].parameter.grad
         assert gradient is not None
         return gradient.reshape(-1)[piece.start : piece.stop].to(like.device, like.dtype)
 
@@ -290,25 +283,6 @@ class ManagedTraining:
                 "other parameters require a gradient than when session.optimizer was first asked for; decide what is trained "
                 "before that"
             )
-
-    def _blocks(self, structure: Structure) -> dict[BlockKey, list[ParameterHome]]:
-        """What is trained, by block, in the order of computing; first what no block holds."""
-        left = {id(parameter) for parameter in self.parameters}
-        blocks: dict[BlockKey, list[ParameterHome]] = {}
-        units = {id(value) for unit in structure.units for value in unit.parameters.values()}
-        for name, parameter in self._model.named_parameters():
-            if id(parameter) in left - units:
-                home = self._placement.home_of(parameter) or ParameterHome(name, parameter, parameter.data, parameter.data)
-                blocks.setdefault(OUTSIDE, []).append(home)
-        for unit in structure.units:
-            for parameter in unit.parameters.values():
-                home = self._placement.home_of(parameter) if id(parameter) in left else None
-                if home is not None:
-                    left.discard(id(parameter))
-                    blocks.setdefault(unit.key, []).append(home)
-                    self._units[unit.key] = unit
-        self._homes = {home.name: home for homes in blocks.values() for home in homes}
-        return blocks
 
     def _look_at_the_disk(self) -> None:
         """Remove what processes left that were killed, and see that there is room."""
@@ -323,23 +297,6 @@ class ManagedTraining:
                 f"weights and states take {gib(self.layout.nbytes)} of {self._folder}, where {gib(free)} is free; name another "
                 "folder with --disk (disk_dir=)"
             )
-
-    def _leave_files(self) -> None:
-        """Weights that are stepped in CPU memory live there."""
-        for key, unit in self._units.items():
-            if self._in_file(key):
-                self._placement.settle_in_memory(unit, "trained weights")
-                self._replace(key)
-
-    def _replace(self, key: BlockKey) -> None:
-        if key in self._executor.blocks:
-            self._executor.replace(self._placement.streamed[key])
-
-    def _in_file(self, key: BlockKey) -> bool:
-        if key in self._placement.tables and key not in self._placement.streamed:
-            return self._placement.tables[key].on_disk
-        block = self._placement.streamed.get(key)
-        return block is not None and not isinstance(block.source, HostSource)
 
     @property
     def gradient_bytes(self) -> int:
@@ -378,8 +335,8 @@ class ManagedTraining:
             self._host_ledger.charge("optimizer states", nbytes)
 
         if self.training.state_tier == CPU:
-            return MemoryStates(self.layout, self, writes, charge, self._new_file)
-        return DiskStates(self.layout, self, reads, writes, charge, self._new_file)
+            return MemoryStates(self.layout, self.weights, writes, charge, self._new_file)
+        return DiskStates(self.layout, self.weights, reads, writes, charge, self._new_file)
 
     def _new_file(self) -> StateFile:
         file = StateFile(self.new_name(), self.layout.nbytes)
@@ -416,53 +373,5 @@ class ManagedTraining:
         self._steps_of = dict(settings["steps_of"])
         self.optimizer.steps = settings["steps"]
         self.optimizer.param_groups[0].update(settings["group"])
-        for home in self._homes.values():
-            home.accept_changes()
+        self.weights.accept_changes()
         return frozen
-
-    # The weights, as the states see them.
-
-    def in_place(self, group: SubGroup) -> list[torch.Tensor] | None:
-        if self._in_file(group.block):
-            return None
-        return [self._homes[piece.parameter.name].parameter.data.view(-1)[piece.start : piece.stop] for piece in group.pieces]
-
-    def read(self, group: SubGroup, targets: Sequence[torch.Tensor]) -> None:
-        for piece, target in zip(group.pieces, targets, strict=True):
-            home = self._homes[piece.parameter.name]
-            source = self._placement.range_of(home) if self._in_file(group.block) else None
-            if source is None:
-                target.copy_(home.parameter.data.view(-1)[piece.start : piece.stop])
-            else:
-                target.copy_(self._from_file(source, home.parameter.dtype, piece.start, piece.stop))
-
-    def _from_file(self, source: FileRange, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
-        part = FileRange(source.path, source.offset + start * dtype.itemsize, (stop - start) * dtype.itemsize)
-        landing = self._reader.plan([part])
-        buffer = HostBuffer(landing.slot_bytes)
-        self._reader.read([part], landing, buffer.memory[: landing.slot_bytes]).wait()
-        return buffer.tensor[landing.offsets[0] : landing.offsets[0] + part.nbytes].view(dtype)
-
-    def changed(self, group: SubGroup) -> bool:
-        return any(piece.parameter.name in self._changed for piece in group.pieces)
-
-    def moved(self, block: BlockKey, file: StateFile) -> None:
-        if block not in self._units or not self._in_file(block):
-            return
-        storage = torch.UntypedStorage.from_file(file.path, False, file.nbytes)
-        places: dict[str, tuple[FileRange, torch.Tensor]] = {}
-        for group in self.layout.of(block):
-            for span in group.weights.spans:
-                if span.piece.start == 0:
-                    home = self._homes[span.piece.parameter.name]
-                    at = FileRange(file.path, group.weights.offset + span.offset, home.tensor.nbytes)
-                    places[home.name] = at, _file_view(storage, at, home.tensor)
-        self._placement.settle_in_file(self._units[block], places)
-        self._replace(block)
-
-
-def _file_view(storage: Any, at: FileRange, like: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(False):
-        content = torch.empty(0, dtype=torch.uint8).set_(storage[at.offset : at.end])
-        view: torch.Tensor = content.view(like.dtype).view(like.shape)
-        return view

@@ -8,10 +8,10 @@ from torch import nn
 from offload.config import Budgets
 from offload.model.blocks import find_structure
 from offload.training.activations import INPUT_BUFFERS
+from offload.training.disk_states import BUFFER_COUNT
 from offload.training.gradients import gradient_bytes
 from offload.training.options import CPU, GPU, NVME, Training
 from offload.training.rules import rule_of
-from offload.training.states import BUFFER_COUNT
 from scheduler.model_spec import BlockRole
 from scheduler.plan import Plan
 from scheduler.sub_groups import StateLayout, Trained, lay_out
