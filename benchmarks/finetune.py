@@ -7,8 +7,8 @@ cache. Two sections:
   with everything in memory and gradient checkpointing, which computes what ours computes) and reading (the bytes that ours
   moves, by raw O_DIRECT reads).
 - `full`: all weights in bf16 with fp32 masters and AdamW, weights and states on NVMe. Its bound is the larger of computing
-  and of raw reads and writes of the bytes that ours moves. `plain` is plain torch with masters, in all the memory it wants;
-  `accelerate` its cpu_offload, which lets a loop run and trains nothing.
+  and of raw reads and writes of the bytes that ours moves. `memory` is ours with everything in CPU memory, `plain` plain torch
+  with masters, both in all the memory they want; `accelerate` its cpu_offload, which lets a loop run and trains nothing.
 
     python -m benchmarks.finetune --rounds 3 --out benchmarks/results/finetune-cpu.json
 """
@@ -34,7 +34,7 @@ WARM_UP = 2
 
 SECTIONS = {
     "lora": ("ours", "compute", "raw"),
-    "full": ("ours", "plain", "raw", "accelerate"),
+    "full": ("ours", "memory", "plain", "raw", "accelerate"),
 }
 
 
@@ -144,6 +144,14 @@ def full_ours(request: argparse.Namespace, folder: str) -> dict[str, Any]:
             return trained(request, session, session.model.train())
 
 
+def full_memory(request: argparse.Namespace, folder: str) -> dict[str, Any]:
+    from offload import Training, offload
+
+    training = Training(full=True, learning_rate=1e-5)
+    with offload(folder, device="cpu", cpu_memory="14GiB", training=training, max_tokens=request.tokens) as session:
+        return trained(request, session, session.model.train())
+
+
 def trained(request: argparse.Namespace, session: Any, model: Any) -> dict[str, Any]:
     """Steps of ours, and what each moved."""
     seconds, losses = [], []
@@ -162,6 +170,8 @@ def trained(request: argparse.Namespace, session: Any, model: Any) -> dict[str, 
     outlook = session.outlook(1)
     parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
     report = session.report()
+    kinds = ("resident weights", "trained weights", "gradients", "optimizer states")
+    held = sum(report.tiers["cpu"].at_peak_bytes.get(kind, 0) for kind in kinds)
     return {
         "step_seconds": seconds[WARM_UP:],
         "read_bytes": moved[0],
@@ -171,6 +181,7 @@ def trained(request: argparse.Namespace, session: Any, model: Any) -> dict[str, 
         "predicted_written_bytes": outlook.written_bytes,
         "trained_parameters": parameters,
         "ledger_peak_bytes": report.tiers["cpu"].peak_bytes,
+        "ledger_bytes_a_parameter": held / parameters,
         "resident_blocks": report.blocks["resident"],
         "losses": losses,
         "report": report.to_dict(),
@@ -308,6 +319,7 @@ WORKERS = {
     ("lora", "compute"): lora_compute,
     ("lora", "raw"): raw_lora,
     ("full", "ours"): full_ours,
+    ("full", "memory"): full_memory,
     ("full", "plain"): full_plain,
     ("full", "raw"): raw_full,
     ("full", "accelerate"): full_accelerate,
@@ -350,6 +362,9 @@ def summary_of_full(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "step_seconds": statistics.median(statistics.median(item["ours"]["step_seconds"]) for item in rounds),
         "plain_seconds": statistics.median(statistics.median(item["plain"]["step_seconds"]) for item in rounds),
+        "memory_seconds": statistics.median(statistics.median(item["memory"]["step_seconds"]) for item in rounds),
+        "memory_bytes_a_parameter": rounds[0]["memory"]["ledger_bytes_a_parameter"],
+        "memory_peak_anonymous_bytes": max(item["memory"]["peak_anonymous_bytes"] for item in rounds),
         "ours_over_bound": statistics.median(ratios),
         "by_round": ratios,
         "read_bytes": first["read_bytes"],

@@ -139,7 +139,7 @@ class Session:
         if not hasattr(self, "_windows"):
             raise SessionError("there is nothing to report yet: enter the session first, `with offload(...) as session:`")
         lent = self._lent_for_measuring() if self._inside else None
-        links = self._meters.link_uses(self._link, self._reader, lent)
+        links = self._meters.link_uses(self._link, self._written, self._reader, lent)
         return Report(
             model=self._target if isinstance(self._target, str) else type(self.model).__name__,
             device=self._device.name,
@@ -185,7 +185,7 @@ class Session:
         return Snapshot(
             phase=self._clock.phase,
             tiers=self._meters.tier_uses(self._process_bytes),
-            links=self._meters.link_sums(self._link),
+            links=self._meters.link_sums(self._link, self._written),
             phases=phase_uses(dict(self._clock.phases)),
         )
 

@@ -56,6 +56,17 @@ def test_the_commands_of_the_readme_run(line, tmp_path):
         assert json.loads((tmp_path / "report.json").read_text())["exactness"] == "identical"
 
 
+def test_the_finetuning_of_the_readme_runs(tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"text": "And the king of the sea said unto the whale, Sing."}\n' * 2)
+    lines = [line.split("  #")[0].rstrip() for line in README.splitlines() if line.startswith("offload finetune ")]
+    assert len(lines) == 2
+    for line in lines:
+        line = line.replace("org/model", "demo --device cpu").replace("24GiB", "96MiB")
+        run(["bash", "-c", line.replace("offload", f"{sys.executable} -m offload.cli.main", 1)], tmp_path)
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "my-model" / "model.safetensors").is_file()
+
+
 def test_the_readme_names_the_two_commands():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for target in ("demo", "test"):

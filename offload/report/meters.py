@@ -103,7 +103,7 @@ class Meters:
         """Without what is only set aside."""
         return ledger.used_bytes - sum(ledger.held_bytes(category) for category in _SET_ASIDE)
 
-    def link_uses(self, link: Link, reader: DiskReader, lent: memoryview | None) -> dict[str, LinkUse]:
+    def link_uses(self, link: Link, writes: Link, reader: DiskReader, lent: memoryview | None) -> dict[str, LinkUse]:
         """By name, with what the disk gives right now, where what was streamed is enough to compare with.
 
         Args:
@@ -116,11 +116,16 @@ class Meters:
         if lent is not None:
             speed = reader.measure(min(_PROBE_BYTES, int(link.bytes_moved * _PROBE_SHARE)), memory=lent)
         measured = {"disk": speed, self._device.copy_link: self.copy_speed}
-        return {name: replace(use, measured_bytes_per_second=measured[name]) for name, use in self.link_sums(link).items()}
+        return {
+            name: replace(use, measured_bytes_per_second=measured.get(name))
+            for name, use in self.link_sums(link, writes).items()
+        }
 
-    def link_sums(self, link: Link) -> dict[str, LinkUse]:
+    def link_sums(self, link: Link, writes: Link) -> dict[str, LinkUse]:
         """By name, without a measurement."""
         uses = {"disk": LinkUse.of(link.bytes_moved, link.busy_seconds)}
+        if writes.bytes_moved:
+            uses["disk writes"] = LinkUse.of(writes.bytes_moved, writes.busy_seconds)
         if not self._device.host_memory:
             uses[self._device.copy_link] = LinkUse.of(self._copied_bytes, self._copy_seconds)
         return uses

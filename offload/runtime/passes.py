@@ -49,15 +49,10 @@ class ModelPass:
         self._together = False
 
     @contextmanager
-    def as_one(self, sequences: int, tokens: int) -> Iterator[None]:
-        """Several calls of the model count as one pass.
-
-        Args:
-            sequences: of all of them.
-            tokens: of the longest sequence.
-        """
+    def as_one(self) -> Iterator[None]:
+        """Several calls of the model count as one pass."""
         self._before()
-        self._clock.begin_pass(PREFILL, tokens, sequences, 0)
+        self._clock.begin_pass(PREFILL, 0, 0, 0)
         self._together = True
         try:
             yield
@@ -71,6 +66,8 @@ class ModelPass:
             # A second thread waits here until the first one's pass is over.
             with self._executor.lock:
                 if self._together:
+                    sequences, tokens = _shape_of(args, kwargs)
+                    self._clock.phases[PREFILL].tokens += sequences * tokens
                     return forward(*moved(args, self._device.torch_device), **moved(kwargs, self._device.torch_device))
                 if self._running:
                     return forward(*args, **kwargs)

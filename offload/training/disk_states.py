@@ -3,6 +3,7 @@ stepped there, and written behind, into the file that the step writes: beside th
 written to."""
 
 import queue
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -58,9 +59,11 @@ class DiskStates:
     _buffers: "queue.SimpleQueue[HostBuffer]" = field(default_factory=queue.SimpleQueue)
     _ahead: dict[SubGroup, _Ahead] = field(default_factory=dict)
     _pending: list[_Pending] = field(default_factory=list)
-    _coming: list[SubGroup] = field(default_factory=list)
+    _coming: deque[SubGroup] = field(default_factory=deque)
+    _last_of: dict[BlockKey, SubGroup] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._last_of = {group.block: group for group in self.layout.groups}
         self.nbytes = BUFFER_COUNT * self.layout.largest_bytes
         self.charge(self.nbytes)
         for _ in range(BUFFER_COUNT):
@@ -69,7 +72,7 @@ class DiskStates:
     def begin(self) -> None:
         if self._target is None:
             self._target, self._spare = self._spare or self.new_file(), None
-        self._coming = list(self.layout.groups)
+        self._coming = deque(self.layout.groups)
         self._read_ahead()
 
     def take(self, group: SubGroup) -> Working:
@@ -111,8 +114,7 @@ class DiskStates:
         nbytes = group.weights.nbytes + group.states.nbytes
         transfer = self.writes.submit(nbytes, parts, name=f"{group.block} states")
         transfer.when_over(lambda: self._buffers.put(buffer))
-        last = not any(other.block == group.block for other in self._coming_after(group))
-        self._pending.append(_Pending(group.block, last, transfer))
+        self._pending.append(_Pending(group.block, self._last_of[group.block] is group, transfer))
         self._read_ahead()
 
     def is_there(self, group: SubGroup) -> bool:
@@ -164,16 +166,15 @@ class DiskStates:
             if file is not None:
                 file.close()
 
-    def _coming_after(self, group: SubGroup) -> list[SubGroup]:
-        return [*self._ahead, *self._coming]
-
     def _settle_one(self) -> None:
         """The oldest write has ended; a block whose last one it was is in its new place."""
         pending = self._pending.pop(0)
         pending.transfer.wait()
         assert self._target is not None
+        if not pending.last:
+            return
         changed = any(self.weights.changed(group) for group in self.layout.of(pending.block))
-        if pending.last and (changed or self.written.get(pending.block) is not self._target):
+        if changed or self.written.get(pending.block) is not self._target:
             self.written[pending.block] = self._target
             self.weights.moved(pending.block, self._target)
 
@@ -186,7 +187,7 @@ class DiskStates:
             self._start_next(buffer)
 
     def _start_next(self, buffer: HostBuffer) -> None:
-        group = self._coming.pop(0)
+        group = self._coming.popleft()
         self._ahead[group] = self._start(group, buffer)
 
     def _start(self, group: SubGroup, buffer: HostBuffer) -> _Ahead:

@@ -19,7 +19,7 @@ from offload.model.homes import ParameterHome
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.placement import Placement
 from offload.training.disk_states import BUFFER_COUNT, DiskStates
-from offload.training.gradients import HostGradients, TiedUse, gradient_bytes
+from offload.training.gradients import HostGradients, TiedUse, gradient_bytes, gradient_dtype
 from offload.training.memory_states import MemoryStates
 from offload.training.needs import layout_of, trained
 from offload.training.options import CPU, Training
@@ -325,6 +325,9 @@ class ManagedTraining:
             key: [(home.name, home.parameter) for home in homes if home.parameter.data.device.type == "cpu"]
             for key, homes in blocks.items()
         }
+        for parameter in self.parameters:
+            # Those on the device stay there, and are added up in the same dtype.
+            parameter.grad_dtype = gradient_dtype(parameter, self.training.masters)
         self._host_ledger.charge("gradients", self.gradient_bytes)
         gradients = HostGradients(apart, self.training.masters)
         gradients.add(on_host, ties)

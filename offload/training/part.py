@@ -186,7 +186,7 @@ class TrainingPart:
                 return [_loss_and_backward(compute) for compute in losses]
             rounds = Rounds(self._executor, self._clock)
             with torch.enable_grad():
-                with model_pass.as_one(len(losses), 1):
+                with model_pass.as_one():
                     values = rounds.run(losses)
                 self.backward.begin()
                 try:

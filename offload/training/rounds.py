@@ -148,9 +148,12 @@ class _Surroundings:
 
     def __init__(self, device: torch.device) -> None:
         self._autocasts = Autocasts(device)
+        self._device = device
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
         self._stack.enter_context(self._autocasts.again())
         self._stack.enter_context(torch.enable_grad())
         # A backward pass stays in its thread, on a card too: there it would share one with all others, and wait in it.
