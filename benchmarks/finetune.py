@@ -61,7 +61,7 @@ def main() -> None:
         print(json.dumps(WORKERS[section, system](request, getattr(request, f"{section}_model"))))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        result: dict[str, Any] = {"machine": machine(), "request": vars(request).copy()}
+        result: dict[str, Any] = {"machine": machine(), "request": asked(request)}
         for section in [request.only] if request.only else list(SECTIONS):
             if getattr(request, f"{section}_model") is None:
                 setattr(request, f"{section}_model", made(f"{scratch}/{section}", getattr(request, f"{section}_size")))
@@ -71,6 +71,13 @@ def main() -> None:
             print(json.dumps({section: shown}, indent=2), flush=True)
     if request.out:
         Path(request.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def asked(request: argparse.Namespace) -> dict[str, Any]:
+    names = ("size", "limit", "memory")
+    return {f"{section}_{name}": getattr(request, f"{section}_{name}") for section in SECTIONS for name in names} | {
+        name: getattr(request, name) for name in ("tokens", "steps", "rounds")
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -87,7 +94,7 @@ def measure_round(request: argparse.Namespace, section: str, number: int) -> dic
     for system in SECTIONS[section]:
         moved = {key: figures["ours"][key] for key in ("read_bytes", "written_bytes")} if system == "raw" else {}
         figures[system] = in_group(request, section, system, moved)
-        said = {key: value for key, value in figures[system].items() if key not in ("report", "step_seconds")}
+        said = {key: value for key, value in figures[system].items() if key not in ("losses", "step_seconds")}
         seconds = figures[system].get("step_seconds")
         print(f"{section} {number} {system}: {median(seconds)} s/step; {said}", file=sys.stderr, flush=True)
     return figures
@@ -184,7 +191,6 @@ def trained(request: argparse.Namespace, session: Any, model: Any) -> dict[str, 
         "ledger_bytes_a_parameter": held / parameters,
         "resident_blocks": report.blocks["resident"],
         "losses": losses,
-        "report": report.to_dict(),
     }
 
 

@@ -32,7 +32,7 @@ from offload.training.options import (
     Training,
 )
 from offload.training.recipe import FULL, LORA, METHODS, Recipe
-from storage.errors import ConfigError
+from storage.errors import ConfigError, gib
 
 CHECKPOINT = "checkpoint"
 """The folder inside of --output that training is resumed from."""
@@ -127,8 +127,15 @@ def run(request: argparse.Namespace) -> None:
             check_packing(model, batches)
         outlook = session.outlook(recipe.gradient_accumulation, recipe.layer_major)
         if not request.quiet:
-            blocks = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in session.report().blocks.items() if count)
-            say(f"{len(batches)} batches, {recipe.steps(batches)} steps\n{outlook}\nblocks: {blocks}")
+            report = session.report()
+            blocks = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.blocks.items() if count)
+            peak = f"predicted peak of {'CPU' if report.device == 'cpu' else 'GPU'} memory: {gib(report.peak.predicted_bytes)}"
+            kept = (
+                ", and a second version on NVMe from the first checkpoint on"
+                if recipe.save_every and outlook.disk_bytes
+                else ""
+            )
+            say(f"{len(batches)} batches, {recipe.steps(batches)} steps\n{outlook}\nblocks: {blocks}; {peak}{kept}")
         watch = _Watch(recipe, outlook, recipe.steps(batches), request.quiet)
         with watch:
             train(session, model, batches, recipe, watch.on_step, evaluation, checkpoints, request.resume)

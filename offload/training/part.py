@@ -181,9 +181,10 @@ class TrainingPart:
 
     def run(self, losses: Sequence[Loss], layer_major: bool, model_pass: ModelPass) -> list[float]:
         """Forward and backward of micro-batches; see `Session.backward`."""
+        if not layer_major or len(losses) == 1:
+            # Without the lock: on a card, backward runs in a thread of torch's, which takes it for each block.
+            return [_loss_and_backward(compute) for compute in losses]
         with self._executor.lock:
-            if not layer_major or len(losses) == 1:
-                return [_loss_and_backward(compute) for compute in losses]
             rounds = Rounds(self._executor, self._clock)
             with torch.enable_grad():
                 with model_pass.as_one():
