@@ -228,7 +228,7 @@ class Session:
         more = gib((peak.measured_bytes or 0) - peak.predicted_bytes)
         return [
             f"{more} more memory was held than predicted: what kernels keep for themselves (experts' products on a CPU "
-            "above all) and what training holds is not in the budget; give a smaller one if memory is short"
+            "above all) and what backward holds of a layer is not in the budget; give a smaller one if memory is short"
         ]
 
     def _peak(self) -> Peak:

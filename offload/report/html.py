@@ -90,7 +90,11 @@ def _blocks(report: dict[str, Any]) -> str:
 def _cards(report: dict[str, Any]) -> str:
     prefill, decode = report["prefill"], report["decode"]
     facts = []
-    if prefill["passes"]:
+    if report.get("training"):
+        training = report["training"]
+        facts.append((duration(training["step_seconds"]), "a step (median)"))
+        facts += [(f"{loss:.4f}", f"loss of step {step}") for step, loss in training["losses"][-1:]]
+    elif prefill["passes"]:
         facts.append((duration(prefill["first_seconds"]), "the first prompt (prefill)"))
     if decode["passes"]:
         facts.append((duration(decode["seconds"] / decode["passes"]), "a token"))
@@ -117,10 +121,15 @@ def _times(report: dict[str, Any]) -> str:
         parts.append(("offload's own work", use["own_seconds"], "--violet"))
         parts.append(("between blocks", use["other_seconds"], "--grey"))
         rows.append(
-            f"<p><b>{name}</b> <span class=faint>{duration(use['seconds'])}, {_count(use['passes'], 'pass', 'passes')}</span></p>"
+            f"<p><b>{_phase(name, report)}</b> <span class=faint>{duration(use['seconds'])}, {_count(use['passes'], 'pass', 'passes')}</span></p>"
         )
         rows.append(_bar(parts, use["seconds"]))
     return f"<section><h2>Where the time went</h2>{''.join(rows)}</section>" if rows else ""
+
+
+def _phase(name: str, report: dict[str, Any]) -> str:
+    """Passes without a cache are prompts, or the forward passes of training."""
+    return "forward" if name == "prefill" and report["backward"]["passes"] else name
 
 
 def _learning(training: dict[str, Any] | None) -> str:
@@ -136,7 +145,9 @@ def _learning(training: dict[str, Any] | None) -> str:
         return 1000 * (step - first) / max(1, last - first), 145 - 140 * (loss - low) / ((high - low) or 1)
 
     curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*item) for item in losses))
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*item) for item in evaluated))
+    # A single one is drawn as a short line.
+    shown = [[evaluated[0][0] - (last - first) / 50, evaluated[0][1]], *evaluated] if len(evaluated) == 1 else evaluated
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*item) for item in shown))
     keys = "<span><i style='background:var(--blue)'></i>loss of the step</span>"
     if evaluated:
         keys += f"<span><i style='background:var(--red)'></i>evaluation data, at last {evaluated[-1][1]:.4f}</span>"

@@ -24,7 +24,7 @@ def as_renderable(report: Report) -> RenderableType:
     if any(use.bytes for use in report.links.values()):
         parts.append(_links(report))
     phases = {
-        "prefill": report.prefill,
+        "forward" if report.backward.passes else "prefill": report.prefill,
         "decode": report.decode,
         "backward": report.backward,
         "outside the model's forward": report.outside,

@@ -56,6 +56,9 @@ class Backward:
 
     def note(self, frame: "Held") -> None:
         """A block was computed; backward will come to it."""
+        while self._frames and self._frames[-1]() is None:
+            # Of a forward that no backward followed.
+            self._frames.pop()
         self._frames.append(weakref.ref(frame))
 
     def _fetch_next(self, frame: "Held") -> None:
@@ -85,13 +88,14 @@ class Backward:
             frame.recompute(self._generation)
         finally:
             self.recomputing = False
-            self._clock.leave()
         self._fetch_next(frame)
 
     def release(self) -> None:
         """Backward is through with the block that is held."""
         if self._held is not None:
             frame, self._held = self._held, None
+            # All since it came was the block's.
+            self._clock.leave()
             frame.forget()
             self._executor.close(frame.uses)
 
