@@ -628,3 +628,55 @@ def test_device_memory_follows_the_largest_block_not_the_model(monkeypatch, tmp_
             peaks.append(session.report().tiers["gpu"].peak_bytes)
     # Norms stay: three times as many are a little more.
     assert peaks[1] < 1.3 * peaks[0]
+
+
+LONG = [
+    # architecture, activation tier, state tier, order of micro-batches, how much of it stays
+    ("llama", "recompute", "cpu", "batch", "a device's two slots"),
+    ("qwen3", "gpu", "nvme", "layer", "a device's two slots"),
+    ("gemma3", "cpu", "cpu", "layer", "a device's two slots"),
+    ("mixtral", "nvme", "nvme", "layer", "a device's two slots"),
+    ("mixtral", "gpu", "cpu", "batch", "a device's two slots"),
+    ("gpt2", "nvme", "nvme", "batch", NONE),
+    ("gpt_neox", "recompute", "nvme", "layer", NONE),
+    ("llama", "cpu", "nvme", "batch", SOME),
+    ("opt", "gpu", "nvme", "layer", ALL),
+    ("qwen3", "nvme", "cpu", "batch", ALL),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "activations", "states", "major", "stays"), LONG, ids=["-".join(item[:4]) for item in LONG])
+def test_thirty_steps(name, activations, states, major, stays, monkeypatch, tmp_path):
+    """Tied, clipped, accumulated, in bf16 with masters, an auxiliary loss where there is one; every tier, order and residency."""
+    model, twin = prepared(name, True, torch.bfloat16, router_loss=name == "mixtral")
+    monkeypatch.setattr("offload.training.activations._LEAST_BYTES", 64)
+    checkpoint, folder = tmp_path / "model", tmp_path / "states"
+    model.save_pretrained(checkpoint)
+    folder.mkdir()
+    training = Training(
+        full=True,
+        **FAST,
+        activation_tier=activations,
+        state_tier=states,
+        state_dir=str(folder),
+        sub_group_elements=4096,
+        micro_batches=2,
+    )
+    target, budget = str(checkpoint), {"device": "cpu"}
+    if stays == "a device's two slots":
+        on_a_device(monkeypatch)
+        target, budget = model, {"gpu_memory": device_budget(model) + (1 << 20), "cpu_memory": 1 << 26}
+    elif states == "nvme":
+        budget["cpu_memory"] = nvme_budget(model, target, training, stays)
+    else:
+        budget["cpu_memory"] = "64MiB"
+    steps = micro_batches(STEPS, 2)
+    with offload(target, training=training, **budget, **RESERVE) as session:
+        assert bool(session.plan.streamed) == (stays != ALL)
+        session.model.config.output_router_logits = name == "mixtral"
+        losses = (train if major == "batch" else train_layer_major)(session, steps)
+        ours = {key: value.clone() for key, value in session.model.state_dict().items()}
+    assert losses == oracle(twin, steps)
+    wanted = twin.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in ours.items())
