@@ -152,8 +152,8 @@ class _Surroundings:
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).set_device(self._device)
         self._stack.enter_context(self._autocasts.again())
         self._stack.enter_context(torch.enable_grad())
         # A backward pass stays in its thread, on a card too: there it would share one with all others, and wait in it.

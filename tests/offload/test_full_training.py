@@ -130,7 +130,7 @@ def test_two_slots_of_a_device(state_tier, tied, dtype, monkeypatch, tmp_path):
     model, twin = prepared("llama", tied, dtype)
     on_a_device(monkeypatch)
     budget = device_budget(model)
-    steps = micro_batches(6, 2)
+    steps = micro_batches(4, 2)
     training = Training(**FAST, state_tier=state_tier, state_dir=str(tmp_path), sub_group_elements=4096)
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=training, **RESERVE) as session:
         assert session.plan.streamed
@@ -159,7 +159,7 @@ def test_weights_and_states_on_nvme(name, dtype, residency, tmp_path):
     checkpoint = tmp_path / "model"
     model.save_pretrained(checkpoint)
     training = Training(full=True, **FAST, state_tier="nvme", state_dir=str(tmp_path), sub_group_elements=4096)
-    steps = micro_batches(6, 2)
+    steps = micro_batches(4, 2)
     if name == "mixtral":
         twin.config.output_router_logits = True
     budget = nvme_budget(model, str(checkpoint), training, residency)
@@ -324,7 +324,7 @@ def test_layer_major(name, residency, tmp_path):
     checkpoint = tmp_path / "model"
     model.save_pretrained(checkpoint)
     training = Training(full=True, **FAST, state_tier="nvme", state_dir=str(tmp_path), sub_group_elements=4096)
-    steps = micro_batches(6, 4)
+    steps = micro_batches(4, 4)
     budget = nvme_budget(model, str(checkpoint), training, residency)
     with offload(str(checkpoint), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
         session.model.config.output_router_logits = name == "mixtral"
@@ -406,7 +406,7 @@ def test_where_layers_inputs_wait(name, tier, major, monkeypatch, tmp_path):
     on_a_device(monkeypatch)
     monkeypatch.setattr("offload.training.activations._LEAST_BYTES", 64)
     budget = device_budget(model) + (1 << 20)
-    steps = micro_batches(4, 3)
+    steps = micro_batches(3, 3)
     training = Training(**FAST, activation_tier=tier, state_dir=str(tmp_path), sub_group_elements=4096)
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=training, **RESERVE) as session:
         assert not session.plan.streamed
@@ -462,7 +462,7 @@ def test_updates_while_the_next_forward_runs(name, residency, major, monkeypatch
     states = tmp_path / "states"
     states.mkdir()
     training = Training(full=True, **FAST, state_tier="nvme", state_dir=str(states), sub_group_elements=4096)
-    steps = micro_batches(8, 2)
+    steps = micro_batches(6, 2)
     budget = nvme_budget(model, str(checkpoint), training, residency)
     late = []
     with offload(str(checkpoint), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
