@@ -218,7 +218,8 @@ class Session:
             for table in self._placement.tables.values()
             if table.was_read_whole
         ]
-        said = (*self._fallbacks, *whole, *self._placement.fallbacks, *self._engine.fallbacks, *self._excess())
+        training = () if self._training is None else self._training.fallbacks
+        said = (*self._fallbacks, *whole, *training, *self._placement.fallbacks, *self._engine.fallbacks, *self._excess())
         return list(dict.fromkeys(said))
 
     def _excess(self) -> list[str]:

@@ -42,6 +42,8 @@ class Kept(Protocol):
 class InputStore:
     """Puts tensors by; one that it was given before is not kept again."""
 
+    _buffers: "_Buffers"
+
     def __init__(self, device: Device) -> None:
         self._device = device
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[Kept]]] = {}
@@ -69,6 +71,11 @@ class InputStore:
         self._known[id(tensor)] = weakref.ref(tensor), weakref.ref(kept)
         return kept
 
+    @property
+    def pageable(self) -> bool:
+        """Its memory could not be page-locked."""
+        return self._buffers.pageable
+
     def close(self) -> None:
         """Give memory and files back."""
 
@@ -81,6 +88,8 @@ class _Buffers:
 
     def __init__(self, device: Device, charge: Callable[[int], None], limit: int) -> None:
         self._device, self._charge, self._limit = device, charge, limit
+        self.pageable = False
+        """They could not be page-locked."""
         self._free: list[HostBuffer] = []
         self._made: list[HostBuffer] = []
         self._lock = threading.Lock()
@@ -99,7 +108,7 @@ class _Buffers:
                 self._discard(self._free.pop())
             self._charge(align_up(nbytes, BLOCK_ALIGNMENT_BYTES))
             buffer = HostBuffer(nbytes)
-            self._device.lock_pages(buffer)
+            self.pageable = not self._device.lock_pages(buffer) and not self._device.host_memory
             self._made.append(buffer)
             return buffer
 

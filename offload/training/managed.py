@@ -113,6 +113,8 @@ class ManagedTraining:
         self.run = secrets.token_hex(4)
         """Tells the files of this training from others'."""
         self._files: list[str] = []
+        self.buffered = False
+        """The filesystem refuses O_DIRECT for files of states."""
         self._rule: Rule = rule_of(training)
         self._steps_of: dict[str, int] = {}
         self._failure: BaseException | None = None
@@ -343,6 +345,7 @@ class ManagedTraining:
 
     def _new_file(self) -> StateFile:
         file = StateFile(self.new_name(), self.layout.nbytes)
+        self.buffered = self.buffered or not file.direct
         self._disk_ledger.charge("optimizer states", self.layout.nbytes)
         return file
 

@@ -204,6 +204,16 @@ class TrainingPart:
         return self._checkpoints_in(folder, sources).resume()
 
     @property
+    def fallbacks(self) -> list[str]:
+        """What is slower than it could be, and why."""
+        said = []
+        if self.managed is not None and self.managed.buffered:
+            said.append(f"{self._folder}: the filesystem refuses O_DIRECT, so states are written through the page cache")
+        if self._inputs is not None and self._inputs.pageable:
+            said.append("CPU memory for layers' inputs could not be page-locked: their copies do not overlap with compute")
+        return said
+
+    @property
     def host_bytes(self) -> int:
         """That gradients and states hold at most."""
         return 0 if self.managed is None else self.managed.peak_bytes
