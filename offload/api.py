@@ -7,6 +7,7 @@ from torch import nn
 
 from offload.config import EXACTNESS, IDENTICAL, Progress, resolve_device
 from offload.runtime.decision import load_plan
+from offload.runtime.expert_part import AUTO, POLICIES
 from offload.session import Request, Session
 from offload.training.options import Training
 from scheduler.hardware import HardwareProfile
@@ -28,6 +29,7 @@ def offload(
     hardware: HardwareProfile | str | Path | None = None,
     plan: Plan | str | Path | None = None,
     training: bool | Training = False,
+    expert_policy: str = AUTO,
     progress: Progress | None = None,
     **loading: Any,
 ) -> Session:
@@ -58,6 +60,8 @@ def offload(
     """
     if exactness not in EXACTNESS:
         raise ConfigError(f"exactness={exactness!r} is not known; give one of {', '.join(EXACTNESS)}")
+    if expert_policy not in POLICIES:
+        raise ConfigError(f"expert_policy={expert_policy!r} is not known; give one of {', '.join(POLICIES)}")
     if batch_size < 1 or any(count is not None and count < 1 for count in (max_tokens, new_tokens)):
         raise ConfigError(f"batch_size={batch_size}, max_tokens={max_tokens} and new_tokens={new_tokens} must be at least 1")
     if training and exactness != IDENTICAL:
@@ -85,6 +89,7 @@ def offload(
             plan=load_plan(plan) if isinstance(plan, (str, Path)) else plan,
             training=Training() if training is True else training or None,
             managed=isinstance(training, Training),
+            expert_policy=expert_policy,
             progress=progress or (lambda what, done, total: None),
             loading=loading,
         )

@@ -15,6 +15,7 @@ from torch import nn
 from offload.config import IDENTICAL, ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
 from offload.interrupts import HeldInterrupts
 from offload.model.blocks import Unit, find_structure
+from offload.model.experts import ExpertsUnit
 from offload.model.guise import Guise
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
@@ -29,8 +30,9 @@ from offload.report.report import Peak, Report, phase_uses
 from offload.runtime.buffers import DeviceBuffers
 from offload.runtime.changes import RegistrationWatch
 from offload.runtime.clock import BACKWARD, PassClock
-from offload.runtime.decision import Decision, decide, given_plan
+from offload.runtime.decision import Decision, Experts, decide, given_plan
 from offload.runtime.executor import LayerExecutor
+from offload.runtime.expert_part import IN_LAYERS, ExpertPart
 from offload.runtime.forecast import Forecast, Order
 from offload.runtime.hooks import ForwardWrap, UnitWindow, Windows
 from offload.runtime.kv_reserve import KvReserve
@@ -79,6 +81,7 @@ class Request:
     plan: Plan | None
     training: Training | None
     managed: bool
+    expert_policy: str
     progress: Progress
     loading: dict[str, Any]
 
@@ -108,6 +111,7 @@ class Session:
         self._fallbacks: list[str] = []
         self._inside = False
         self._training: TrainingPart | None = None
+        self._experts: ExpertPart | None = None
         self._needs = TrainingNeeds()
         self._sources: frozenset[str] = frozenset()
 
@@ -253,7 +257,7 @@ class Session:
         if not takes_tokens(self.model):
             self._fallbacks.append("the model takes no tokens: its temporaries are not known beforehand and not in the budget")
         self._open_storage(stack, loaded)
-        decision = self._decide()
+        decision = self._decide(Experts.ONE_BY_ONE if loaded.experts else self._experts_wanted())
         if takes_tokens(self.model) and self._temporaries is None:
             self._fallbacks.append("the model's code does not run without values: its temporaries are estimated")
         self._take(decision)
@@ -262,6 +266,9 @@ class Session:
         self._guise(stack)
         stack.callback(self._placement.restore)
         self._placement.apply(decision.structure, self.plan)
+        if decision.experts:
+            self._experts = self._expert_part(decision, loaded)
+            self._experts.place(self.plan, stack)
         self._ledger.charge("KV cache", self.plan.kv_bytes)
         self._ledger.charge("temporaries", self.plan.activation_bytes)
         self._ledger.charge(INPUTS, self._needs.set_aside_bytes)
@@ -281,11 +288,13 @@ class Session:
         self._sources = frozenset(item.range.path for item in loader.stored.values())
         self._sample = max((item.range.path for item in loader.stored.values()), key=os.path.getsize, default=None)
         outline = loader.outline()
+        apart: tuple[ExpertsUnit, ...] = ()
         if outline is not None:
             # What cannot fit is refused before anything is loaded.
             self._count_temporaries(outline)
-            self._decided(outline, loader.slot_bytes)
-        loaded = loader.load(self._disk_dir, self._progress)
+            apart = self._decided(outline, loader.slot_bytes, self._experts_wanted()).experts
+        shapes = {name: tuple(value.shape) for unit in apart for name, value in unit.parameters.items()}
+        loaded = loader.load(self._disk_dir, self._progress, shapes)
         for file in loaded.files:
             stack.callback(file.close)
         return loaded
@@ -344,14 +353,40 @@ class Session:
             self._make_room_for_training,
         )
 
-    def _decide(self) -> Decision:
+    def _expert_part(self, decision: Decision, loaded: LoadedModel) -> ExpertPart:
+        assert self._spec.experts is not None
+        return ExpertPart(
+            self._device,
+            self._executor,
+            self._clock,
+            self._placement,
+            self._reader,
+            self._ledger,
+            self._spec.experts,
+            decision.experts,
+            loaded.experts,
+            self._request.expert_policy,
+            self._progress,
+            self._tell,
+        )
+
+    def _experts_wanted(self) -> Experts:
+        """Backward needs all experts of a layer: training streams layers."""
+        if self._request.training is not None or self._request.expert_policy == IN_LAYERS:
+            return Experts.IN_LAYERS
+        if self._request.plan is not None:
+            return Experts.ONE_BY_ONE if self._request.plan.expert_slots else Experts.IN_LAYERS
+        return Experts.WHERE_IT_HELPS
+
+    def _decide(self, experts: Experts) -> Decision:
         if not hasattr(self, "_temporaries"):
             self._count_temporaries(self.model)
-        return self._decided(self.model, self._placement.slot_bytes)
+        return self._decided(self.model, self._placement.slot_bytes, experts)
 
-    def _decided(self, model: nn.Module, slot_bytes: Callable[[Unit], int]) -> Decision:
+    def _decided(self, model: nn.Module, slot_bytes: Callable[[Unit], int], experts: Experts) -> Decision:
         if self._request.training is None:
-            return decide(model, self._budgets, self._workload(model), slot_bytes, self._temporaries)
+            workload = self._workload(model)
+            return decide(model, self._budgets, workload, slot_bytes, self._temporaries, experts=experts)
         workload = self._workload(model)
         training, temporaries = self._request.training, self._temporaries
         decision, self._needs = decide_to_train(model, training, self._budgets, workload, slot_bytes, temporaries)
@@ -398,6 +433,8 @@ class Session:
     def _take_slots(self) -> None:
         self._ledger.charge("slots", self.plan.arena_bytes)
         self._executor.arrange(self.plan.slot_bytes, self.plan.slot_count, list(self._placement.streamed.values()))
+        if self._experts is not None:
+            self._experts.take_slots(self.plan)
         if self._meters.copy_speed is None and not self._device.host_memory:
             self._meters.copy_speed = self._placement.measure_copy(self._executor.arena_tensor)
 
@@ -406,6 +443,8 @@ class Session:
             self._training.backward.end()
         self._executor.close_all()
         self._executor.free()
+        if self._experts is not None:
+            self._experts.free_slots()
         for category in ("slots", "KV cache", "temporaries", INPUTS):
             self._ledger.release(category, self._ledger.held_bytes(category))
 
@@ -421,6 +460,9 @@ class Session:
         stack.callback(ForwardWrap(self.model, self._root.wrap).undo)
         if self._training is not None:
             self._fallbacks += self._training.install(self.model, self._structure, stack)
+        if self._experts is not None:
+            # Inside of the layers' windows, which may be made anew.
+            self._experts.open_windows(stack)
         self._windows = self._windows_of(self._structure.units)
         stack.callback(lambda: self._windows.undo())
 
@@ -457,7 +499,8 @@ class Session:
         if added_bytes > (self._ledger.free_bytes or 0):
             self._make_room(added_bytes)
         self._placement.adopt(self.model)
-        units = find_structure(self.model, self._split).units
+        apart = () if self._experts is None else self._experts.parameters
+        units = find_structure(self.model, self._split, apart).units
         for unit in units:
             owners = (self._owners.get(id(value)) for value in unit.module.parameters())
             unit.uses = tuple(dict.fromkeys(key for key in owners if key is not None))
@@ -579,10 +622,13 @@ class Session:
         beside = self.plan.host_compute
         plan = make_plan(self._spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates, beside)
         with HeldInterrupts():
-            self._give_up_for(replace(plan, prefill_chunk=self.plan.prefill_chunk))
+            slots = min(plan.expert_slots, self.plan.expert_slots)
+            self._give_up_for(replace(plan, prefill_chunk=self.plan.prefill_chunk, expert_slots=slots))
 
     def _give_up_for(self, plan: Plan) -> None:
         self._executor.free()
+        if self._experts is not None:
+            self._experts.free_slots()
         self._ledger.release("slots", self._ledger.held_bytes("slots"))
         given_up = len(self.plan.resident) - len(plan.resident)
         self._placement.give_up(plan, self._structure)

@@ -78,6 +78,48 @@ class Temporaries:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """The experts of a model that are brought one by one.
+
+    Attributes:
+        layers: keys of the modules that hold them.
+        counts: how many each of them holds.
+        chosen: by one token in one layer.
+        expert_bytes: of one expert, by layer: what crosses the link.
+        slot_bytes: of the device memory that one takes, whichever it is.
+    """
+
+    layers: tuple[BlockKey, ...]
+    counts: tuple[int, ...]
+    chosen: int
+    expert_bytes: tuple[int, ...]
+    slot_bytes: int
+
+    @property
+    def total(self) -> int:
+        """Experts of all layers."""
+        return sum(self.counts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(count * size for count, size in zip(self.counts, self.expert_bytes, strict=True))
+
+    @property
+    def token_slots(self) -> int:
+        """Those that one token uses in all layers."""
+        return len(self.layers) * self.chosen
+
+    @property
+    def least_slots(self) -> int:
+        """Those that one token uses in one layer."""
+        return min(self.chosen, self.total)
+
+    @property
+    def least_bytes(self) -> int:
+        return self.least_slots * self.slot_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A model to be placed.
 
@@ -89,6 +131,7 @@ class ModelSpec:
         state_bytes_per_sequence: of state-space and linear-attention layers, whatever the sequence's length.
         temporaries: what a pass holds beside weights and KV cache.
         logits_bytes_per_sequence: what the head and the sampling hold, for each sequence of a pass.
+        experts: those that are brought one by one, beside the blocks; None if they are part of them, or there are none.
     """
 
     blocks: tuple[PlacedBlock, ...]
@@ -98,6 +141,7 @@ class ModelSpec:
     state_bytes_per_sequence: int = 0
     temporaries: Temporaries = Temporaries()
     logits_bytes_per_sequence: int = 0
+    experts: ExpertsSpec | None = None
 
     @property
     def layers(self) -> tuple[PlacedBlock, ...]:

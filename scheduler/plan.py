@@ -54,6 +54,10 @@ class Plan:
         activation_bytes: device memory kept free for temporaries.
         pinned_bytes: parameters outside of all blocks.
         streamed_bytes: what crosses the link in one pass over all blocks.
+        expert_slots: device memory for so many experts, where they are brought one by one.
+        expert_slot_bytes: of one of these.
+        experts_in_host_memory: how many come from CPU memory; the others come from disk.
+        expert_staging_count: host buffers between disk and a device with memory of its own, for experts.
     """
 
     resident: tuple[BlockKey, ...]
@@ -74,6 +78,10 @@ class Plan:
     micro_batch: int = 0
     decode_micro_batch: int = 0
     prefill_chunk: int = 0
+    expert_slots: int = 0
+    expert_slot_bytes: int = 0
+    experts_in_host_memory: int = 0
+    expert_staging_count: int = 0
 
     @property
     def host_compute(self) -> HostCompute:
@@ -99,9 +107,14 @@ class Plan:
         return self.slot_bytes * self.slot_count
 
     @property
+    def expert_bytes(self) -> int:
+        return self.expert_slots * self.expert_slot_bytes
+
+    @property
     def device_bytes(self) -> int:
         """All that the plan takes of the device's budget."""
-        return self.pinned_bytes + self.resident_bytes + self.arena_bytes + self.kv_bytes + self.activation_bytes
+        weights = self.pinned_bytes + self.resident_bytes + self.arena_bytes + self.expert_bytes
+        return weights + self.kv_bytes + self.activation_bytes
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -146,6 +159,7 @@ class Plan:
             resident_bytes=sum(blocks[key].resident_bytes for key in self.resident),
             streamed_bytes=sum(blocks[key].streamed_bytes for key in self.streamed),
             decode_micro_batch=workload.decode_micro_batch(model),
+            expert_slot_bytes=model.experts.slot_bytes if model.experts is not None else 0,
         )
 
     def check(self, model: ModelSpec) -> None:
@@ -166,6 +180,10 @@ class Plan:
             raise PlanError(f"the plan divides {solid[0]}, which has no plain products to divide")
         if self.host_percent > 99 or (self.divided and not self.host_percent):
             raise PlanError(f"host_percent in the plan is {self.host_percent}; where layers are divided it is from 1 to 99")
+        if model.experts is None and self.expert_slots:
+            raise PlanError("the plan has slots for single experts, and the model's experts are not brought one by one")
+        if model.experts is not None and not self.expert_slots:
+            raise PlanError("the plan has no slot for experts, and the model's are brought one by one: expert_slots is at least 1")
         for window in model.windows:
             streamed = [blocks[key].slot_bytes for key in window if key in self.streamed]
             needed = sum(-(-size // self.slot_bytes) for size in streamed) if self.slot_bytes else len(streamed)

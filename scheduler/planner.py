@@ -7,7 +7,7 @@ weighed by its cost is decided in `choice.py`.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock, Workload
+from scheduler.model_spec import BlockRole, ExpertsSpec, ModelSpec, PlacedBlock, Workload
 from scheduler.plan import DEVICE_ALONE, HostCompute, Plan
 from storage.blocks import BlockKey, align_up
 from storage.errors import BudgetTooSmall, gib
@@ -20,6 +20,9 @@ _SPARE_SLOT_SHARE = 20
 
 _STAGING_BUFFERS = 3
 """Between disk and a device with memory of its own: one being read, one being copied, one ready."""
+
+_EXPERT_STAGING = 4
+"""Experts are small: as many of them on their way as the disk has threads."""
 
 _SMALL_FRACTION = 64
 """A block this many times smaller than the largest is not worth a transfer of its own."""
@@ -46,6 +49,50 @@ def make_plan(
     Raises:
         BudgetTooSmall: if not even one block at a time fits; `least_bytes` is the budget that would do.
     """
+    experts = model.experts
+    if experts is None:
+        return _beside(model, budget_bytes, workload, host_bytes, candidates, beside)
+    host = None if host_bytes is None else host_bytes - _EXPERT_STAGING * experts.slot_bytes
+    try:
+        plan = _beside(model, budget_bytes - experts.least_bytes, workload, host, candidates, beside)
+    except BudgetTooSmall as error:
+        raise _with_experts(error, budget_bytes, experts) from error
+    return _with_expert_slots(plan, model, experts, budget_bytes, host)
+
+
+def _with_expert_slots(plan: Plan, model: ModelSpec, experts: ExpertsSpec, budget_bytes: int, host_bytes: int | None) -> Plan:
+    """Every token computes with all that is no expert, and with few of the experts: these take the room that is left."""
+    slots = min((budget_bytes - plan.device_bytes) // experts.slot_bytes, experts.total)
+    plan = replace(plan, expert_slots=slots, expert_slot_bytes=experts.slot_bytes)
+    if host_bytes is None:
+        return plan
+    blocks = plan.parts_of(model)
+    largest = max((block.slot_bytes for block in model.blocks), default=0)
+    taken = sum(blocks[key].slot_bytes for key in (*plan.in_host_memory, *plan.computed_on_host))
+    left = host_bytes - taken - (plan.staging_count + 1) * largest
+    in_host = max(0, min(left // experts.slot_bytes, experts.total))
+    staging = 0 if in_host == experts.total else _EXPERT_STAGING
+    return replace(plan, experts_in_host_memory=in_host, expert_staging_count=staging)
+
+
+def _with_experts(error: BudgetTooSmall, budget_bytes: int, experts: ExpertsSpec) -> BudgetTooSmall:
+    least = error.least_bytes + experts.least_bytes
+    return BudgetTooSmall(
+        f"{gib(experts.least_bytes)} of the budget of {gib(budget_bytes)} are for the {experts.least_slots} experts that a token "
+        f"needs at once; without them, {error}",
+        least,
+    )
+
+
+def _beside(
+    model: ModelSpec,
+    budget_bytes: int,
+    workload: Workload,
+    host_bytes: int | None,
+    candidates: frozenset[BlockKey] | None,
+    beside: HostCompute,
+) -> Plan:
+    """All but single experts."""
     if not beside:
         return _place(model, budget_bytes, workload, host_bytes, candidates, frozenset())
     taken = sum(block.slot_bytes for block in model.blocks if block.key in beside.whole | beside.divided)
@@ -100,7 +147,8 @@ def least_budget_bytes(model: ModelSpec, workload: Workload) -> int:
     held = sum(block.resident_bytes for block in model.blocks if block.key in small)
     reserved = model.pinned_bytes + workload.kv_bytes(model) + workload.activation_bytes(model)
     everything = sum(block.resident_bytes for block in model.blocks)
-    return reserved + min(held + slot_bytes * least_slots, everything)
+    experts = 0 if model.experts is None else model.experts.least_bytes
+    return reserved + experts + min(held + slot_bytes * least_slots, everything)
 
 
 def _best_residents(
@@ -240,7 +288,7 @@ def _assemble(
 
 
 def _too_small(model: ModelSpec, budget_bytes: int, workload: Workload) -> BudgetTooSmall:
-    least = least_budget_bytes(model, workload)
+    least = least_budget_bytes(replace(model, experts=None), workload)
     small = _small_blocks(model)
     slot_bytes, slots = _least_slots(model, small)
     held = model.pinned_bytes + sum(block.resident_bytes for block in model.blocks if block.key in small)

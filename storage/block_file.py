@@ -13,6 +13,7 @@ import os
 import struct
 import tempfile
 import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,31 @@ class BlockFileWriter:
             "group": group,
         }
         self._end = start + len(memory)
+
+    def add_parts(self, name: str, dtype: torch.dtype, shape: Sequence[int], parts: Iterable[torch.Tensor], group: str = "") -> None:
+        """Append a tensor whose content comes piece by piece, so that it is never in memory as a whole.
+
+        Args:
+            parts: of its first dimension, on the CPU.
+
+        Raises:
+            DiskFull: as `add` does.
+        """
+        start = end = align_up(self._end, BLOCK_ALIGNMENT_BYTES)
+        checksum = 0
+        for part in parts:
+            memory = memoryview(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            self._write(memory, end)
+            checksum = zlib.crc32(memory, checksum)
+            end += len(memory)
+        self._entries[name] = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(shape),
+            "offset": start,
+            "crc32": checksum,
+            "group": group,
+        }
+        self._end = end
 
     def finish(self) -> "BlockFile":
         """Make the file whole, and visible if it has a key."""

@@ -82,6 +82,29 @@ def plan_landing(ranges: Sequence[FileRange], unit_bytes: int) -> Landing:
     )
 
 
+def plan_landing_at(ranges: Sequence[FileRange], targets: Sequence[int], unit_bytes: int) -> Landing:
+    """Lay pieces of files out at given places of a slot: one read a piece, in the order of their places.
+
+    Args:
+        ranges: by rising target.
+        targets: where each is to end up; none overlaps the next.
+    """
+    reads: list[Read] = []
+    moves: list[Move] = []
+    landed_end = 0
+    for item, target in zip(ranges, targets, strict=True):
+        start = align_down(item.offset, unit_bytes)
+        nbytes = align_up(item.end, unit_bytes) - start
+        # Where it lands is never below its place, so that it moves down and over nothing but what is in place.
+        slot_offset = align_up(max(landed_end, target - (item.offset - start), 0), unit_bytes)
+        source = slot_offset + item.offset - start
+        if source != target:
+            moves.append(Move(source, target, item.nbytes))
+        reads.append(Read(item.path, start, nbytes, slot_offset))
+        landed_end = slot_offset + nbytes
+    return Landing(tuple(targets), tuple(reads), tuple(moves), landed_end, sum(item.nbytes for item in ranges))
+
+
 def _runs(ranges: Sequence[FileRange]) -> Iterator[list[int]]:
     """Indices of the ranges, in file order, grouped where one read serves several."""
     run: list[int] = []

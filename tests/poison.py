@@ -1,8 +1,11 @@
 """What shows that a session computes with the bytes that it streamed."""
 
+from collections.abc import Sequence
+
 import torch
 
 from offload import Session
+from offload.runtime.experts import ExpertStreaming
 
 
 def poison_homes(session: Session) -> int:
@@ -13,9 +16,29 @@ def poison_homes(session: Session) -> int:
     placement = session._placement
     blocks = (*placement.streamed.values(), *placement.tables.values())
     homes = {home.name: home for block in blocks for home in block.homes}
+    if session._experts is not None:
+        homes |= {home.name: home for items in session._experts.homes for home in items}
+        poison_slots(session._experts.streaming)
     for home in homes.values():
-        home.tensor.detach().fill_(torch.nan)
+        # What stands in for experts is NaN already, and holds no memory.
+        if home.tensor.is_contiguous():
+            home.tensor.detach().fill_(torch.nan)
+        assert home.tensor.isnan().all()
     return len(homes)
+
+
+def poison_slots(streaming: ExpertStreaming) -> None:
+    """Slots of experts are NaN until an expert is there, and again while another is on its way."""
+    store = streaming.store
+    store.arena.fill_(0xFF)
+    begin = store.begin
+
+    def poisoned(layer: int, expert: int, slot: int, tensors: Sequence[int] = ()) -> None:
+        store.cancel(slot)
+        store.slot(slot).fill_(0xFF)
+        begin(layer, expert, slot, tensors)
+
+    store.begin = poisoned
 
 
 class DiskMeter:

@@ -1,6 +1,6 @@
 """What is streamed as one: the blocks of a model, found by structure and not by name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,12 +72,16 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(name, dtype, tuple(tensor.shape))
 
 
-def find_structure(model: nn.Module, split: frozenset[BlockKey] = frozenset()) -> Structure:
+def find_structure(
+    model: nn.Module, split: frozenset[BlockKey] = frozenset(), apart: Sequence[nn.Parameter] = ()
+) -> Structure:
     """Take `model` apart: the children of every outermost repeated list, and the leaves outside of them.
 
     Args:
         split: keys of units that are too large for a slot and are taken apart further.
+        apart: parameters that are no part of any unit: experts that are brought one by one.
     """
+    left_out = {id(parameter) for parameter in apart}
     found = list(_modules_to_call(model, "", split))
     units = [Unit(key, module, role) for key, module, role in found]
     inside = {id(module) for unit in units for module in unit.module.modules()}
@@ -86,20 +90,20 @@ def find_structure(model: nn.Module, split: frozenset[BlockKey] = frozenset()) -
     for path, module in model.named_modules():
         if id(module) not in inside:
             for name, parameter in module.named_parameters(path, recurse=False):
-                if owners.setdefault(id(parameter), None) is None:
+                if id(parameter) not in left_out and owners.setdefault(id(parameter), None) is None:
                     pinned.setdefault(name, parameter)
     for unit in units:
-        _assign_owner(unit, owners)
+        _assign_owner(unit, owners, left_out)
     _mark_tables(units)
     has_layers = any(unit.role is BlockRole.LAYER for unit in units)
     return Structure([unit for unit in units if unit.uses], pinned, not has_layers)
 
 
-def _assign_owner(unit: Unit, owners: dict[int, BlockKey | None]) -> None:
+def _assign_owner(unit: Unit, owners: dict[int, BlockKey | None], left_out: set[int]) -> None:
     """A parameter belongs to the first unit that holds it; a tied one is used by later units and not owned again."""
     uses: dict[BlockKey, None] = {}
     for name, parameter in unit.module.named_parameters(unit.key):
-        if not parameter.numel():
+        if not parameter.numel() or id(parameter) in left_out:
             continue
         if id(parameter) not in owners:
             owners[id(parameter)] = unit.key

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -17,6 +17,8 @@ from transformers import core_model_loading as converters
 
 from offload.config import Progress
 from offload.model.blocks import Unit, estimated_slot_bytes, tensor_spec
+from offload.model.expert_loading import SingleExperts
+from offload.model.experts import ExpertPieces
 from offload.model.homes import FileMaps
 from storage.arena import release_freed_memory
 from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of, spill_folder
@@ -39,11 +41,14 @@ class LoadedModel:
 
     Attributes:
         places: where tensors lie that were converted, by parameter name; all others lie in the checkpoint's own files.
+        experts: where the experts of parameters lie that no file holds as they are, by parameter name; the parameters are
+            stand-ins then.
         fallbacks: a sentence for each thing that was slower than it could be.
     """
 
     model: nn.Module
     places: dict[str, FileRange]
+    experts: dict[str, ExpertPieces] = field(default_factory=dict)
     files: list[BlockFile] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
 
@@ -158,15 +163,21 @@ class CheckpointLoader:
             return estimated_slot_bytes(unit)
         return plan_landing(same, BLOCK_ALIGNMENT_BYTES).slot_bytes
 
-    def load(self, disk_dir: str | None, progress: Progress) -> LoadedModel:
+    def load(
+        self, disk_dir: str | None, progress: Progress, experts: Mapping[str, tuple[int, ...]] | None = None
+    ) -> LoadedModel:
         """The model with real parameters, each a view of a file.
 
         Args:
             disk_dir: keeps tensors that had to be converted, for the next time; None to convert every time.
+            experts: shapes of the parameters whose experts will be brought one by one, by name: stand-ins will do for them.
             progress: told of the conversion, which is all that takes long here.
         """
         total_bytes = sum(item.spec.nbytes for item in self.stored.values())
-        conversions = _Conversions(self._converted_key(), disk_dir, lambda done: progress("converting", done, total_bytes))
+        singles = SingleExperts(dict(experts or {}))
+        conversions = _Conversions(
+            self._converted_key(), disk_dir, lambda done: progress("converting", done, total_bytes), singles
+        )
         with _loading, _threads_off(), _bar_off(), conversions:
             model, found = self._from_pretrained()
             self._check_whole(found)
@@ -175,12 +186,12 @@ class CheckpointLoader:
         unused = sorted(found["unexpected_keys"])
         said = [f"{len(unused)} tensors of the checkpoint are not used by the model, such as {unused[0]}"] if unused else []
         if file is None:
-            return LoadedModel(model, {}, fallbacks=said)
+            return LoadedModel(model, {}, singles.pieces, fallbacks=said)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in file.tensors:
                 parameter.data = file.view(name)
         places = {name: stored.range for name, stored in file.tensors.items()}
-        loaded = LoadedModel(model, places, [file], said)
+        loaded = LoadedModel(model, places, singles.pieces, [file], said)
         if disk_dir is None:
             loaded.fallbacks.append(
                 f"{len(places)} tensors are stored otherwise than the model holds them: converted at each start, since no disk "
@@ -297,12 +308,13 @@ class _Conversions:
     into the model in place of the others, and replaced by a view of the block file after loading.
     """
 
-    def __init__(self, key: str, disk_dir: str | None, progress: Callable[[int], None]) -> None:
+    def __init__(self, key: str, disk_dir: str | None, progress: Callable[[int], None], singles: SingleExperts) -> None:
         if disk_dir is not None:
             check_folder(disk_dir)
         self._key = key
         self._disk_dir = disk_dir
         self._progress = progress
+        self._singles = singles
         self._kept = BlockFile.open(disk_dir, key) if disk_dir is not None else None
         self._writer: BlockFileWriter | None = None
         self._maps = FileMaps()
@@ -336,9 +348,26 @@ class _Conversions:
                 return {name: self._kept.view(name) for name in self._kept.groups[layer_name]}
             # What the conversion before this one needed.
             release_freed_memory()
+            converts = isinstance(mapping, converters.WeightConverter)
+            if converts and self._kept is None and self._singles.takes(layer_name, mapping):
+                # Without the place where errors are noted: an attempt that fails is none.
+                quiet = {**kwargs, "loading_info": None}
+                return self._in_singles(layer_name, mapping, lambda taken: original(taken, layer_name, *args, **quiet))
             return self._spilled(layer_name, original(mapping, layer_name, *args, **kwargs), kwargs.get("model"))
 
         return convert
+
+    def _in_singles(self, layer_name: str, mapping: Any, run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        found = self._singles.locate(layer_name, mapping, run)
+        if found is None:
+            found = self._singles.write(layer_name, mapping, run, self._opened_writer())
+            self._progress(self._opened_writer().nbytes)
+        return found
+
+    def _opened_writer(self) -> BlockFileWriter:
+        if self._writer is None:
+            self._writer = BlockFileWriter(self._disk_dir or spill_folder(), self._key if self._disk_dir else None)
+        return self._writer
 
     def _spilled(self, layer_name: str, results: dict[str, Any], model: Any) -> dict[str, Any]:
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
@@ -346,12 +375,11 @@ class _Conversions:
         on_disk = all(self._on_disk(value) for value in tensors.values())
         if self._kept is not None or on_disk or parameters != set(tensors):
             return results
-        if self._writer is None:
-            self._writer = BlockFileWriter(self._disk_dir or spill_folder(), self._key if self._disk_dir else None)
+        writer = self._opened_writer()
         stand_ins = {}
         for name, value in tensors.items():
-            self._writer.add(name, value, layer_name)
-            self._progress(self._writer.nbytes)
+            writer.add(name, value, layer_name)
+            self._progress(writer.nbytes)
             stand_ins[name] = torch.empty(1, dtype=value.dtype).expand(value.shape)
         return stand_ins
 

@@ -1,15 +1,16 @@
 """What the planner must know of a model: the bytes of its blocks, its KV cache and its temporaries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from offload.model.blocks import Structure, Unit, divisible_modules
+from offload.model.experts import ExpertsUnit, expert_slot_bytes
 from offload.model.dry_run import DryRun, DryRunFailed
 from offload.model.parts import LEAST_CHUNK
-from scheduler.model_spec import BlockRole, DivisibleWeight, ModelSpec, PlacedBlock, Temporaries, Workload
+from scheduler.model_spec import BlockRole, DivisibleWeight, ExpertsSpec, ModelSpec, PlacedBlock, Temporaries, Workload
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, align_up
 
 _HIDDEN_COPIES = 12
@@ -27,18 +28,28 @@ _LEAST_TOKENS_COUNTED = 128
 _CHUNK_OF = 8
 """The part of a short prompt whose last piece is counted by itself; of a long one, the smallest chunk."""
 
+_CHOSEN_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "num_selected_experts")
+"""What configs call the number of experts that a token is sent to. Only planning needs it."""
+
+_CHOSEN_DEFAULT = 2
+
 _LOGITS_BYTES_EACH = 16
 """Of one logit: in the model's dtype, in fp32, and sorted or soft-maxed while a token is drawn."""
 
 
 def model_spec(
-    model: nn.Module, structure: Structure, slot_bytes: Callable[[Unit], int], temporaries: Temporaries | None = None
+    model: nn.Module,
+    structure: Structure,
+    slot_bytes: Callable[[Unit], int],
+    temporaries: Temporaries | None = None,
+    experts: Sequence[ExpertsUnit] = (),
 ) -> ModelSpec:
     """Describe `model` to the planner.
 
     Args:
         slot_bytes: what a unit's block takes in the slots.
         temporaries: as counted; None to estimate them from the config.
+        experts: those that are brought one by one.
     """
     config = getattr(model, "config", None)
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
@@ -52,7 +63,27 @@ def model_spec(
         state_bytes_per_sequence=state_bytes_per_sequence(config) if _generates(model) else 0,
         temporaries=temporaries or Temporaries(_activation_bytes(config, element_bytes)),
         logits_bytes_per_sequence=_LOGITS_BYTES_EACH * int(getattr(_text_config(config), "vocab_size", 0) or 0),
+        experts=experts_spec(model, experts) if experts else None,
     )
+
+
+def experts_spec(model: nn.Module, units: Sequence[ExpertsUnit]) -> ExpertsSpec:
+    """Describe experts that are brought one by one."""
+    return ExpertsSpec(
+        layers=tuple(unit.key for unit in units),
+        counts=tuple(unit.count for unit in units),
+        chosen=min(chosen_experts(model), *(unit.count for unit in units)),
+        expert_bytes=tuple(unit.nbytes for unit in units),
+        slot_bytes=max(expert_slot_bytes(unit.layout) for unit in units),
+    )
+
+
+def chosen_experts(model: nn.Module) -> int:
+    """How many experts a token is sent to in one layer, as the config says."""
+    text = _text_config(getattr(model, "config", None))
+    found = (getattr(text, name, None) for name in _CHOSEN_NAMES)
+    counts = [value if isinstance(value, int) else max(value) for value in found if value]
+    return max(1, counts[0]) if counts else _CHOSEN_DEFAULT
 
 
 def kv_bytes_per_token(config: Any, element_bytes: int) -> int:
@@ -61,14 +92,14 @@ def kv_bytes_per_token(config: Any, element_bytes: int) -> int:
     An upper bound: sliding windows and layers without a cache are counted as full ones.
     """
     text = _text_config(config)
-    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
-    layers = getattr(text, "decoder_layers", None) or getattr(text, "num_hidden_layers", None)
+    hidden, heads = _field(text, "hidden_size"), _field(text, "num_attention_heads")
+    layers = _field(text, "decoder_layers") or _field(text, "num_hidden_layers")
     if not (hidden and heads and layers):
         return 0
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    key_dim = (getattr(text, "qk_nope_head_dim", None) or 0) + (getattr(text, "qk_rope_head_dim", None) or 0) or head_dim
-    value_dim = getattr(text, "v_head_dim", None) or head_dim
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = _field(text, "head_dim") or hidden // heads
+    key_dim = (_field(text, "qk_nope_head_dim") or 0) + (_field(text, "qk_rope_head_dim") or 0) or head_dim
+    value_dim = _field(text, "v_head_dim") or head_dim
+    kv_heads = _field(text, "num_key_value_heads") or heads
     attentions = 2 if getattr(config, "is_encoder_decoder", False) else 1
     return int(attentions * layers * kv_heads * (key_dim + value_dim) * element_bytes)
 
@@ -76,12 +107,12 @@ def kv_bytes_per_token(config: Any, element_bytes: int) -> int:
 def state_bytes_per_sequence(config: Any) -> int:
     """What state-space (Mamba) and linear-attention layers keep of a sequence, in fp32; every layer is counted as one."""
     text = _text_config(config)
-    layers, hidden = getattr(text, "num_hidden_layers", None) or 0, getattr(text, "hidden_size", None) or 0
-    state = getattr(text, "state_size", None) or getattr(text, "mamba_d_state", None) or 0
-    kernel = getattr(text, "conv_kernel", None) or getattr(text, "mamba_d_conv", None) or 4
-    width = hidden * (getattr(text, "expand", None) or getattr(text, "mamba_expand", None) or 2)
-    heads = getattr(text, "linear_num_value_heads", None) or 0
-    key_dim, value_dim = getattr(text, "linear_key_head_dim", None) or 0, getattr(text, "linear_value_head_dim", None) or 0
+    layers, hidden = _field(text, "num_hidden_layers") or 0, _field(text, "hidden_size") or 0
+    state = _field(text, "state_size") or _field(text, "mamba_d_state") or 0
+    kernel = _field(text, "conv_kernel") or _field(text, "mamba_d_conv") or 4
+    width = hidden * (_field(text, "expand") or _field(text, "mamba_expand") or 2)
+    heads = _field(text, "linear_num_value_heads") or 0
+    key_dim, value_dim = _field(text, "linear_key_head_dim") or 0, _field(text, "linear_value_head_dim") or 0
     elements = (width * (state + kernel) if state else 0) + heads * (key_dim * value_dim + kernel * (2 * key_dim + value_dim))
     return int(4 * layers * elements)
 
@@ -151,6 +182,16 @@ def _activation_bytes(config: Any, element_bytes: int) -> int:
 def _text_config(config: Any) -> Any:
     get = getattr(config, "get_text_config", None)
     return config if get is None else get(decoder=True)
+
+
+def _field(config: Any, name: str) -> Any:
+    """Of a config, whose layers may each have another value: the largest of them; None where it has none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        layers = range(int(config.num_hidden_layers))
+        values = [value for layer in layers if isinstance(value := getattr(config.per_layer_config[layer], name, None), int)]
+        return max(values, default=None)
 
 
 def _generates(model: nn.Module) -> bool:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 from torch import nn
 
 from offload.config import ROUNDING, Budgets
 from offload.model.blocks import Structure, Unit, can_split, find_structure
+from offload.model.experts import ExpertsUnit, find_experts
 from offload.model.parts import parts_of
 from offload.model.sizing import model_spec
 from scheduler.model_spec import ModelSpec, Temporaries, Workload
@@ -15,6 +17,14 @@ from scheduler.plan import Plan
 from scheduler.planner import make_plan
 from storage.blocks import BlockKey
 from storage.errors import BudgetTooSmall, PlanError, gib
+
+
+class Experts(Enum):
+    """Whether experts are brought one by one."""
+
+    IN_LAYERS = "they are part of their layers"
+    WHERE_IT_HELPS = "one by one, unless the whole model fits"
+    ONE_BY_ONE = "always"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,8 @@ class Decision:
     plan: Plan
     split: frozenset[BlockKey]
     fallbacks: tuple[str, ...]
+    experts: tuple[ExpertsUnit, ...] = ()
+    """Those that are brought one by one."""
 
 
 def decide(
@@ -36,6 +48,7 @@ def decide(
     temporaries: Temporaries | None,
     in_parts: bool = True,
     candidates: frozenset[BlockKey] | None = None,
+    experts: Experts = Experts.IN_LAYERS,
 ) -> Decision:
     """Plan; where the budget is too small for the largest blocks, take those apart and plan again.
 
@@ -46,14 +59,21 @@ def decide(
         temporaries: of a pass, as counted; None to estimate them.
         in_parts: passes may be taken apart.
         candidates: the blocks that may stay on the device; None for all.
+        experts: whether they are brought one by one.
 
     Raises:
         BudgetTooSmall: if it is too small for the largest module that cannot be taken apart.
     """
-    found = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates)
+    units = tuple(find_experts(model)) if experts is not Experts.IN_LAYERS else ()
+    if units and experts is Experts.WHERE_IT_HELPS:
+        whole = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates, ())
+        if isinstance(whole, Decision) and not whole.plan.streamed:
+            return whole
+    found = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates, units)
     if isinstance(found, Decision):
         return found
-    apart = _fitting(model, budgets, parts_of(model, workload), slot_bytes, temporaries, candidates) if in_parts else None
+    ways = parts_of(model, workload) if in_parts else []
+    apart = _fitting(model, budgets, ways, slot_bytes, temporaries, candidates, units) if ways else None
     if isinstance(apart, Decision):
         said = f"nothing else fits the budget: {' and '.join(apart.plan.rounds)}; exactness is rounding"
         return replace(apart, fallbacks=(*apart.fallbacks, said))
@@ -68,13 +88,14 @@ def _fitting(
     slot_bytes: Callable[[Unit], int],
     temporaries: Temporaries | None,
     candidates: frozenset[BlockKey] | None,
+    experts: tuple[ExpertsUnit, ...],
 ) -> "Decision | list[BudgetTooSmall]":
     """The first of the workloads that fits, with as few blocks taken apart as possible; else what was refused."""
     split: frozenset[BlockKey] = frozenset()
     refusals: list[BudgetTooSmall] = []
     while True:
-        structure = find_structure(model, split)
-        spec = model_spec(model, structure, slot_bytes, temporaries)
+        structure = find_structure(model, split, [value for unit in experts for value in unit.parameters.values()])
+        spec = model_spec(model, structure, slot_bytes, temporaries, experts)
         # The parts of layers are no layers: a batch cannot be taken apart around them.
         for workload in (item for item in workloads if not (split and item.micro_batch)):
             try:
@@ -82,7 +103,7 @@ def _fitting(
             except BudgetTooSmall as error:
                 refusals.append(error)
             else:
-                return Decision(structure, spec, plan, split, _said(structure, split))
+                return Decision(structure, spec, plan, split, _said(structure, split), experts)
         largest = _largest_to_split(structure)
         if not largest:
             return refusals

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from offload.runtime.clock import PassClock
-from offload.runtime.weights import Arrival, SlotRegion, StreamedBlock
+from offload.runtime.weights import Arrival, SlotRegion, StreamedBlock, Waits
 from scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
 from scheduler.trace import OWN
 from storage.blocks import BlockKey
@@ -63,6 +63,7 @@ class LayerExecutor:
         self._schedule = SlotSchedule(0, {})
         self._arena: DeviceBuffer | None = None
         self._arena_range = (0, 0)
+        self._guarded = (0, 0)
         self._arrivals: dict[int, Arrival] = {}
         self._bound: set[int] = set()
         self._last_use: dict[int, tuple[int, Event]] = {}
@@ -181,13 +182,20 @@ class LayerExecutor:
         self._last_use.clear()
         self.blocks = {}
 
+    def guard(self, memory: torch.Tensor | None) -> None:
+        """Memory that others than this executor use as slots; None for none any more."""
+        self._guarded = (0, 0) if memory is None else (memory.data_ptr(), memory.data_ptr() + memory.nbytes)
+
     def in_slots(self, tensor: torch.Tensor) -> bool:
         """True if the tensor's memory is a slot, so that it will hold other values soon."""
-        low, high = self._arena_range
-        return low < high and tensor.device.type == self._device.torch_device.type and low <= tensor.data_ptr() < high
+        if tensor.device.type != self._device.torch_device.type:
+            return False
+        return any(low <= tensor.data_ptr() < high for low, high in (self._arena_range, self._guarded))
 
     def generation_at(self, tensor: torch.Tensor) -> int:
         """The generation of the lease whose slots hold `tensor` now; -1 if nothing does."""
+        if not self._arena_range[0] <= tensor.data_ptr() < self._arena_range[1]:
+            return -1
         slot = (tensor.data_ptr() - self._arena_range[0]) // self.slot_bytes
         return self._schedule.generation_of(slot)
 
@@ -220,14 +228,18 @@ class LayerExecutor:
         self._clock.pause()
         waits = arrival.wait()
         self._clock.resume()
-        for link, seconds in waits.items():
-            if seconds:
-                now = time.perf_counter()
-                self._clock.charge_wait(link, now - seconds, now)
+        self.charge_waits(waits)
         for home in block.homes:
             home.notice_changes()
         block.bind(lease.first_slot, self._region(lease).tensor)
         self._bound.add(lease.generation)
+
+    def charge_waits(self, waits: Waits) -> None:
+        """Compute stood still until now, for these links."""
+        for link, seconds in waits.items():
+            if seconds:
+                now = time.perf_counter()
+                self._clock.charge_wait(link, now - seconds, now)
 
     def _leave(self, keys: Sequence[BlockKey]) -> None:
         for lease in self._schedule.close(keys):

@@ -73,7 +73,7 @@ class Placement:
         self._device = device
         self._reader = reader
         self._device_ledger = device_ledger
-        self._host_ledger = host_ledger
+        self.host_ledger = host_ledger
         self._disk_ledger = disk_ledger
         self._known = dict(known)
         self._disk_dir = disk_dir
@@ -116,11 +116,11 @@ class Placement:
                 self.streamed[key] = self._to_host_memory(units[key], plan.host_percent if key in plan.divided else 0)
             for key in plan.computed_on_host:
                 self.on_host[key] = self._to_cpu(units[key])
-        self._spill([units[key] for key in (*plan.streamed, *plan.gathered) if key not in in_host])
+        self.spill([units[key] for key in (*plan.streamed, *plan.gathered) if key not in in_host])
         from_disk = [units[key] for key in plan.streamed if key not in in_host]
         self._open_staging(from_disk, plan.staging_count)
         for unit in from_disk:
-            self.streamed[unit.key] = StreamedBlock(unit.key, self._homes_of(unit), self._disk_source(unit))
+            self.streamed[unit.key] = StreamedBlock(unit.key, self.homes_of(unit), self._disk_source(unit))
         for key in (*plan.streamed, *plan.gathered):
             if units[key].gathers:
                 self.tables[key] = self._table(units[key])
@@ -141,11 +141,11 @@ class Placement:
             block = self.resident.pop(unit.key)
             block.give_up()
             self._device_ledger.release("resident weights", block.nbytes)
-        self._spill(given_up)
+        self.spill(given_up)
         self._open_staging([unit for unit in given_up if unit.key in plan.streamed], max(1, plan.staging_count))
         for unit in given_up:
             if unit.key in plan.streamed:
-                self.streamed[unit.key] = StreamedBlock(unit.key, self._homes_of(unit), self._disk_source(unit))
+                self.streamed[unit.key] = StreamedBlock(unit.key, self.homes_of(unit), self._disk_source(unit))
             if unit.gathers:
                 self.tables[unit.key] = self._table(unit)
         self.streamed = {key: self.streamed[key] for key in plan.streamed}
@@ -171,8 +171,8 @@ class Placement:
             BudgetExceeded: if there is no room for it.
         """
         buffer, offsets = self._live_in_host_memory(unit, category)
-        self._lock_pages(buffer)
-        homes = self._homes_of(unit)
+        self.lock_pages(buffer)
+        homes = self.homes_of(unit)
         for home in homes:
             home.modified = False
             home.version = home.parameter._version
@@ -189,7 +189,7 @@ class Placement:
         Args:
             places: where, and a view of the bytes, by name.
         """
-        homes = self._homes_of(unit)
+        homes = self.homes_of(unit)
         for home in homes:
             if home.name in places:
                 self._known[home.name], view = places[home.name]
@@ -273,7 +273,7 @@ class Placement:
         self._host_buffers.clear()
         self._spills.clear()
 
-    def _homes_of(self, unit: Unit) -> list[ParameterHome]:
+    def homes_of(self, unit: Unit) -> list[ParameterHome]:
         return [self._home(name, parameter) for name, parameter in unit.parameters.items()]
 
     def _home(self, name: str, parameter: nn.Parameter) -> ParameterHome:
@@ -291,7 +291,7 @@ class Placement:
         self.outside.append(home)
 
     def _to_device(self, unit: Unit) -> ResidentBlock:
-        homes = self._homes_of(unit)
+        homes = self.homes_of(unit)
         if self._device.host_memory and all(
             self.source_of(home.name, home.parameter) is None and home.tensor.data_ptr() % 64 == 0 for home in homes
         ):
@@ -310,12 +310,12 @@ class Placement:
         on_disk = [self.source_of(home.name, home.parameter) for home in homes]
         sources = [home.tensor for home in homes]
         if all(on_disk):
-            staged, places = self._read_to_host(unit, self._host_ledger, "staging")
+            staged, places = self._read_to_host(unit, self.host_ledger, "staging")
             sources = views_of(homes, places, staged.tensor)
         for view, source in zip(views_of(homes, offsets, buffer.tensor), sources, strict=True):
             self._device.copy_in(view, source, None, unit.key).synchronize()
         if all(on_disk):
-            self._host_ledger.release("staging", staged.nbytes)
+            self.host_ledger.release("staging", staged.nbytes)
         block = ResidentBlock(unit.key, homes, buffer, offsets)
         for home, source in zip(homes, on_disk, strict=True):
             if source is None:
@@ -331,13 +331,13 @@ class Placement:
             host_percent: of the rows of its products, those that stay for the CPU to compute with.
         """
         buffer, offsets = self._live_in_host_memory(unit, "streamed weights")
-        self._lock_pages(buffer)
+        self.lock_pages(buffer)
         if host_percent:
             self.divided[unit.key] = self._divide(unit, host_percent)
-            homes = self._homes_of(unit)
+            homes = self.homes_of(unit)
             return StreamedBlock(unit.key, homes, DividedSource(unit.key, self._device, homes))
         source = HostSource(unit.key, self._device, buffer, offsets, unit.block.nbytes)
-        return StreamedBlock(unit.key, self._homes_of(unit), source)
+        return StreamedBlock(unit.key, self.homes_of(unit), source)
 
     def _divide(self, unit: Unit, host_percent: int) -> list[DividedProduct]:
         products = []
@@ -352,12 +352,12 @@ class Placement:
         """Into ordinary memory, from where the CPU computes with it."""
         buffer, _ = self._live_in_host_memory(unit, "weights computed on the CPU")
         self._host_buffers.append(buffer)
-        return self._homes_of(unit)
+        return self.homes_of(unit)
 
     def _live_in_host_memory(self, unit: Unit, category: str) -> tuple[HostBuffer, list[int]]:
         """Make one new host buffer the home of the unit's parameters."""
-        buffer, offsets = self._read_to_host(unit, self._host_ledger, category)
-        for home, offset in zip(self._homes_of(unit), offsets, strict=True):
+        buffer, offsets = self._read_to_host(unit, self.host_ledger, category)
+        for home, offset in zip(self.homes_of(unit), offsets, strict=True):
             view = buffer.own_storage(offset, home.tensor.nbytes).view(home.tensor.dtype).view(home.tensor.shape)
             if self.source_of(home.name, home.parameter) is None:
                 home.original = None
@@ -365,7 +365,7 @@ class Placement:
             home.parameter.data = view
         return buffer, offsets
 
-    def _lock_pages(self, buffer: HostBuffer) -> None:
+    def lock_pages(self, buffer: HostBuffer) -> None:
         self._host_buffers.append(buffer)
         sentence = "CPU memory could not be page-locked: copies to the device are slower and do not overlap with compute"
         if not self._device.lock_pages(buffer) and sentence not in self.fallbacks:
@@ -373,22 +373,22 @@ class Placement:
 
     def _read_to_host(self, unit: Unit, ledger: MemoryLedger, category: str) -> tuple[HostBuffer, list[int]]:
         """The unit's tensors in one new host buffer, and where each lies in it."""
-        homes = self._homes_of(unit)
+        homes = self.homes_of(unit)
         ranges = [self.source_of(home.name, home.parameter) for home in homes]
         if all(item is not None and not home.modified for item, home in zip(ranges, homes, strict=True)):
             on_disk = [item for item in ranges if item is not None]
             landing = self._reader.plan(on_disk)
-            buffer = self._charged_buffer(landing.slot_bytes, ledger, category)
+            buffer = self.charged_buffer(landing.slot_bytes, ledger, category)
             self._reader.read(on_disk, landing, buffer.memory[: landing.slot_bytes]).wait()
             return buffer, list(landing.offsets)
         offsets, nbytes = packed_offsets(homes)
-        buffer = self._charged_buffer(nbytes, ledger, category)
+        buffer = self.charged_buffer(nbytes, ledger, category)
         for home, offset in zip(homes, offsets, strict=True):
             size = home.tensor.nbytes
             buffer.tensor[offset : offset + size].view(home.tensor.dtype).view(home.tensor.shape).copy_(home.tensor)
         return buffer, offsets
 
-    def _charged_buffer(self, nbytes: int, ledger: MemoryLedger, category: str) -> HostBuffer:
+    def charged_buffer(self, nbytes: int, ledger: MemoryLedger, category: str) -> HostBuffer:
         # Whole pages, as the buffer takes them.
         ledger.charge(category, align_up(nbytes, BLOCK_ALIGNMENT_BYTES))
         return HostBuffer(nbytes)
@@ -401,24 +401,28 @@ class Placement:
         return StagedSource(unit.key, self._staged, self._device, ranges, landing)
 
     def _table(self, unit: Unit) -> GatheredTable:
-        home = self._homes_of(unit)[0]
+        home = self.homes_of(unit)[0]
         return GatheredTable(unit.key, home, self._reader, self._known.get(home.name))
 
     def _open_staging(self, units: Sequence[Unit], count: int) -> None:
         if self._device.host_memory or self._staged is not None or not units:
             return
         largest = max(self._reader.plan([self._known[name] for name in unit.parameters]).slot_bytes for unit in units)
-        buffers = [self._charged_buffer(largest, self._host_ledger, "staging") for _ in range(count)]
-        for buffer in buffers:
-            self._lock_pages(buffer)
-        self._staged = StagedReader(self._reader, self._device, buffers)
+        self._staged = self.open_staging(largest, count)
 
-    def _spill(self, units: Sequence[Unit]) -> None:
+    def open_staging(self, nbytes: int, count: int) -> StagedReader:
+        """A ring of `count` page-locked buffers between disk and device. Whoever asks closes it."""
+        buffers = [self.charged_buffer(nbytes, self.host_ledger, "staging") for _ in range(count)]
+        for buffer in buffers:
+            self.lock_pages(buffer)
+        return StagedReader(self._reader, self._device, buffers)
+
+    def spill(self, units: Sequence[Unit]) -> None:
         """Write to disk what only memory holds, releasing it tensor by tensor."""
         homes = [
             home
             for unit in units
-            for home in self._homes_of(unit)
+            for home in self.homes_of(unit)
             if home.modified or self.source_of(home.name, home.parameter) is None
         ]
         if not homes:

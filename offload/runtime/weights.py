@@ -131,7 +131,7 @@ class HostSource:
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         size = self._buffer.nbytes
         copied = self._device.copy_in(region.tensor[:size], self._buffer.tensor[:size], after, self._key)
-        return _CopyArrival(self._device, [copied])
+        return CopyArrival(self._device, [copied])
 
 
 class DividedSource:
@@ -146,11 +146,11 @@ class DividedSource:
         targets = views_of(self._homes, self.offsets, region.tensor)
         parts = [home.device_part for home in self._homes]
         copies = [self._device.copy_in(target, part, after, self._key) for target, part in zip(targets, parts, strict=True)]
-        return _CopyArrival(self._device, copies)
+        return CopyArrival(self._device, copies)
 
 
 @dataclass(frozen=True, slots=True)
-class _CopyArrival:
+class CopyArrival:
     device: Device
     copies: list[Event]
 

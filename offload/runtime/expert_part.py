@@ -1,0 +1,127 @@
+"""All of single experts, as the session holds it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+from torch import nn
+
+from offload.config import Progress
+from offload.model.expert_loading import ExpertStandIns
+from offload.model.experts import ExpertPieces, ExpertsUnit
+from offload.runtime.clock import PassClock
+from offload.runtime.executor import LayerExecutor
+from offload.runtime.expert_placement import EXPERTS, ExpertPlacement
+from offload.runtime.expert_store import ExpertSource, ExpertStore
+from offload.runtime.experts import ExpertStreaming, LayerTally
+from offload.runtime.hooks import ForwardWrap
+from offload.runtime.placement import Placement
+from scheduler.expert_cache import ExpertCache
+from scheduler.expert_policies import LFU, make_policy
+from scheduler.model_spec import ExpertsSpec
+from scheduler.plan import Plan
+from storage.device import Device
+from storage.ledger import MemoryLedger
+from storage.reader import DiskReader
+
+AUTO, IN_LAYERS = "auto", "layers"
+POLICIES = (AUTO, "lru", "lfu", "admission", IN_LAYERS)
+
+
+class ExpertPart:
+    """The experts of one session's model.
+
+    Args:
+        spec: as the planner knows them.
+        pieces: where experts lie whose parameters are stand-ins, by parameter.
+        ledger: of the device.
+        policy: one of `POLICIES` but `layers`.
+        told: of what is otherwise than planned.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        executor: LayerExecutor,
+        clock: PassClock,
+        placement: Placement,
+        reader: DiskReader,
+        ledger: MemoryLedger,
+        spec: ExpertsSpec,
+        units: Sequence[ExpertsUnit],
+        pieces: Mapping[str, ExpertPieces],
+        policy: str,
+        progress: Progress,
+        told: Callable[[str], None],
+    ) -> None:
+        self.streaming: ExpertStreaming | None = None
+        self.tallies = [LayerTally() for _ in units]
+        self.spec = spec
+        self.units = list(units)
+        self._device, self._executor, self._clock, self._ledger = device, executor, clock, ledger
+        self._placement, self._pieces, self._told = placement, pieces, told
+        self._policy = LFU if policy == AUTO else policy
+        self.homes = [placement.homes_of(unit) for unit in units]
+        self._tiers = ExpertPlacement(placement, units, pieces, reader, device, progress)
+        self._sources: list[ExpertSource] = []
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [value for unit in self.units for value in unit.parameters.values()]
+
+    def place(self, plan: Plan, stack: ExitStack) -> None:
+        """Bring the experts to their tiers."""
+        stack.callback(self._tiers.close)
+        self._sources = self._tiers.apply(plan)
+        for unit in self.units:
+            prefix = f"{unit.key}." if unit.key else ""
+            pieces = {name.removeprefix(prefix): self._pieces[name] for name in unit.parameters if name in self._pieces}
+            if pieces:
+                stack.callback(ExpertStandIns(unit.module, pieces, self._accept).keep)
+
+    def take_slots(self, plan: Plan) -> None:
+        """Empty slots, as many as the plan says."""
+        self._ledger.charge(EXPERTS, plan.expert_bytes)
+        layers, experts = len(self.units), max(unit.count for unit in self.units)
+        policy = make_policy(self._policy, layers, experts)
+        minimum = min(plan.expert_slots // layers, self.spec.chosen)
+        cache = ExpertCache(layers, experts, plan.expert_slots, policy, minimum)
+        store = ExpertStore(self._device, self.units, self._sources, plan.expert_slots, plan.expert_slot_bytes)
+        self.streaming = ExpertStreaming(
+            self._device, self._executor, self._clock, self.units, self.homes, cache, store, self.tallies, self._told
+        )
+        self._executor.guard(store.arena)
+        if plan.expert_slots < self.spec.token_slots:
+            self._told(
+                f"there are {plan.expert_slots} slots for experts, and one token uses {self.spec.token_slots}: most are brought "
+                "again for every token; a larger budget helps more than anything else"
+            )
+
+    def free_slots(self) -> None:
+        """Give the slots back; whatever was on its way is over."""
+        if self.streaming is not None:
+            self.streaming.settle()
+            self.streaming = None
+        self._executor.guard(None)
+        self._ledger.release(EXPERTS, self._ledger.held_bytes(EXPERTS))
+
+    def open_windows(self, stack: ExitStack) -> None:
+        for layer, unit in enumerate(self.units):
+            stack.callback(ForwardWrap(unit.module, self._window(layer)).undo)
+
+    def _window(self, layer: int) -> Callable[[Callable[..., object]], Callable[..., object]]:
+        def make(forward: Callable[..., object]) -> Callable[..., object]:
+            # The slots may be others by the time of the call.
+            return lambda *args, **kwargs: self._current().wrap(layer)(forward)(*args, **kwargs)
+
+        return make
+
+    def _current(self) -> ExpertStreaming:
+        assert self.streaming is not None
+        return self.streaming
+
+    def _accept(self, parameter: nn.Parameter) -> None:
+        """A stand-in has values now: its home, until the end and after it."""
+        home = self._placement.home_of(parameter)
+        if home is not None:
+            home.tensor = home.original = parameter.data
+            home.accept_changes()

@@ -1,0 +1,159 @@
+"""The windows of experts: which are needed is known when the router has spoken; they are brought, computed with, and kept."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+
+from offload.model.experts import ExpertsUnit
+from offload.model.homes import ParameterHome
+from offload.runtime.clock import PassClock
+from offload.runtime.executor import LayerExecutor
+from offload.runtime.expert_call import ExpertCall
+from offload.runtime.expert_store import ExpertStore, HomeExperts
+from offload.runtime.hooks import Forward
+from offload.runtime.slotted import SlottedModule, SlottedWeight
+from scheduler.expert_cache import ExpertCache
+from storage.device import Device
+
+
+@dataclass(slots=True)
+class LayerTally:
+    """What became of the experts that one layer asked for; each counts once a pass.
+
+    Attributes:
+        choices: experts asked for.
+        hits: of them, those that were in a slot, or on their way there.
+        copies: brought.
+        copied_bytes: theirs.
+    """
+
+    choices: int = 0
+    hits: int = 0
+    copies: int = 0
+    copied_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Visit:
+    """One pass through one layer."""
+
+    layer: int
+    phase: str
+    choices: Any
+    weights: Any
+    resident: frozenset[int] = field(default_factory=frozenset)
+
+
+class ExpertStreaming:
+    """The experts of a model, whatever layer they are in.
+
+    Args:
+        cache: decides.
+        store: does.
+        homes: of each layer's parameters, in the order of its layout.
+        tallies: of each layer; added to.
+        observer: told of every visit.
+        told: of what is otherwise than planned.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        executor: LayerExecutor,
+        clock: PassClock,
+        units: Sequence[ExpertsUnit],
+        homes: Sequence[Sequence[ParameterHome]],
+        cache: ExpertCache,
+        store: ExpertStore,
+        tallies: Sequence[LayerTally],
+        told: Callable[[str], None],
+        observer: Callable[[Visit], None] = lambda visit: None,
+    ) -> None:
+        self.cache = cache
+        self.store = store
+        self._tallies = tallies
+        self._device = device
+        self._executor = executor
+        self._clock = clock
+        self._units = list(units)
+        self._homes = [list(items) for items in homes]
+        self._told = told
+        self._observer = observer
+        self._changes: dict[int, Any] = {}
+        """What was seen last of parameters that the user changed."""
+
+    def wrap(self, layer: int) -> Callable[[Forward], Forward]:
+        """The window of one layer's experts, around the module's `forward`."""
+
+        def make(forward: Forward) -> Forward:
+            def routed(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
+                with self._executor.lock:
+                    return self._run(layer, hidden_states, top_k_index, top_k_weights)
+
+            return routed
+
+        return make
+
+    def settle(self) -> None:
+        """Nothing is on its way afterwards."""
+        for slot in self.store.settle():
+            self.cache.drop(*self.cache.holder(slot))
+
+    def _run(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
+        self._see_changes(layer)
+        choices = index.detach().to("cpu").numpy()
+        shares = weights.detach().to("cpu", torch.float64).numpy()
+        self.cache.policy.note(layer, choices, shares)
+        uniques, first = numpy.unique(choices, return_index=True)
+        needed: list[int] = uniques[numpy.argsort(first)].tolist()
+        unit = self._units[layer]
+        call = ExpertCall(layer, unit, self.cache, self.store, needed, self._wait, not self._device.host_memory)
+        tally = self._tallies[layer]
+        tally.choices += len(needed)
+        tally.hits += len(call.hits)
+        tally.copies += len(needed) - len(call.hits)
+        tally.copied_bytes += (len(needed) - len(call.hits)) * unit.nbytes
+        self._observer(Visit(layer, self._clock.phase, choices, shares, call.hits))
+        try:
+            # The model's own code, with other weights: `forward` is bound to the module that has none.
+            output = type(unit.module).forward(self._slotted(unit, call, hidden.device), hidden, index, weights)
+            call.end()
+        except BaseException:
+            self._start_over(layer)
+            raise
+        return output
+
+    def _slotted(self, unit: ExpertsUnit, call: ExpertCall, device: torch.device) -> SlottedModule:
+        parameters = {}
+        for tensor in unit.layout.tensors:
+            shape = (unit.count, *tensor.shape)
+            parameters[tensor.name] = SlottedWeight.of(call, tensor.name, shape, tensor.dtype, device)
+        return SlottedModule(unit.module, parameters)
+
+    def _wait(self, slots: Sequence[int]) -> None:
+        late = [slot for slot in slots if self.store.is_coming(slot)]
+        if late:
+            self._clock.pause()
+            waited = self.store.wait(late)
+            self._clock.resume()
+            self._executor.charge_waits(waited)
+
+    def _see_changes(self, layer: int) -> None:
+        """What the user wrote to a parameter counts from now on."""
+        homes = self._homes[layer]
+        for home in homes:
+            home.notice_changes()
+        state = tuple((home.version, home.tensor.data_ptr()) for home in homes)
+        if any(home.modified for home in homes) and self._changes.get(layer) != state:
+            self._changes[layer] = state
+            self._start_over(layer)
+            self.store.sources[layer] = HomeExperts(self._units[layer], homes, self._device)
+
+    def _start_over(self, layer: int) -> None:
+        """Forget what the layer has in slots: it is not to be trusted, or no longer what counts."""
+        self.settle()
+        for expert in range(self._units[layer].count):
+            self.cache.drop(layer, expert)

@@ -1,0 +1,93 @@
+"""Every class of experts that transformers decorates, with few slots, some, and one for each expert: the plain model's bits."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offload import offload
+from offload.model.experts import find_experts
+from offload.model.sizing import count_temporaries, takes_tokens
+from offload.runtime.decision import Experts, decide
+from offload.config import Budgets
+from offload.model.blocks import estimated_slot_bytes
+from scheduler.model_spec import Workload
+from tests.architectures import oracle_of
+from tests.expert_models import decorated, make_model
+from tests.poison import DiskMeter, poison_homes
+
+BATCH, TOKENS = 3, 24
+
+
+def plan_for(model, slots):
+    """Everything on the device but experts, which share so many slots."""
+    workload = Workload(BATCH, TOKENS, TOKENS)
+    temporaries = count_temporaries(model, workload) if takes_tokens(model) else None
+    budgets = Budgets(1 << 34, None)
+    plan = decide(model, budgets, workload, estimated_slot_bytes, temporaries, experts=Experts.ONE_BY_ONE).plan
+    return replace(plan, expert_slots=min(slots, plan.expert_slots))
+
+
+def levels(model):
+    """As many slots as a token needs in a layer, half of the experts, and all."""
+    units = find_experts(model)
+    total = sum(unit.count for unit in units)
+    return sorted({2, max(2, total // 2), total})
+
+
+def prompt(rows=2, length=7):
+    return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def check(found, wanted, what):
+    assert torch.equal(found, wanted), f"{what}: {(found - wanted).abs().max()} apart"
+
+
+def logits(output):
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("experts", sorted(decorated()))
+def test_the_bits_of_the_plain_model(experts, dtype, tmp_path):
+    model, whole = make_model(experts, dtype)
+    folder = tmp_path / "model"
+    if whole:
+        model.save_pretrained(folder)
+        model = type(model).from_pretrained(folder, dtype=dtype).eval()
+    twin = oracle_of(model)
+    for slots in levels(model):
+        target = str(folder) if whole else make_model(experts, dtype)[0]
+        options = {"device": "cpu", "batch_size": BATCH, "max_tokens": TOKENS, "disk_dir": tmp_path}
+        with offload(target, plan=plan_for(model, slots), **options) as session, torch.no_grad():
+            assert poison_homes(session)
+            meter = DiskMeter(session)
+            for rows in (1, BATCH):
+                ids = prompt(rows)
+                check(logits(session.model(ids)), logits(twin(ids)), f"prefill of {rows}, {slots} slots")
+            if whole:
+                decode(session.model, twin, slots)
+            else:
+                one = prompt(1, 1)
+                check(logits(session.model(one)), logits(twin(one)), f"one token, {slots} slots")
+            tallies = session._experts.tallies
+            assert all(tally.choices - tally.hits == tally.copies for tally in tallies)
+            assert all(
+                tally.copied_bytes == tally.copies * unit.nbytes for tally, unit in zip(tallies, find_experts(model), strict=True)
+            )
+            assert meter.nbytes == sum(tally.copied_bytes for tally in tallies)
+            assert session.plan.expert_slots == slots
+            assert session.plan.streamed == ()
+
+
+def decode(model, twin, slots):
+    """New tokens one by one, each from the plain model's own cache."""
+    for rows in (BATCH, 1):
+        cache = getattr(twin(prompt(rows), use_cache=True), "past_key_values", None)
+        for step in range(3):
+            token = prompt(rows, 3)[:, step : step + 1]
+            mine = copy.deepcopy(cache)
+            wanted = twin(token, past_key_values=cache, use_cache=True)[0]
+            found = model(token, past_key_values=mine, use_cache=True)[0]
+            check(found, wanted, f"decode of {rows}, {slots} slots")
