@@ -7,7 +7,7 @@ from torch import nn
 
 from offload.config import EXACTNESS, IDENTICAL, Progress, resolve_device
 from offload.runtime.decision import load_plan
-from offload.runtime.expert_part import AUTO, POLICIES
+from offload.runtime.expert_part import AUTO, ExpertOptions
 from offload.session import Request, Session
 from offload.training.options import Training
 from scheduler.hardware import HardwareProfile
@@ -30,6 +30,8 @@ def offload(
     plan: Plan | str | Path | None = None,
     training: bool | Training = False,
     expert_policy: str = AUTO,
+    expert_misses: str = AUTO,
+    expert_prefetch: str = AUTO,
     progress: Progress | None = None,
     **loading: Any,
 ) -> Session:
@@ -50,6 +52,11 @@ def offload(
         plan: what lives where, or the file of `offload plan --output`; by default it is planned.
         training: backward works: each layer is computed again, with its weights brought again. `Training(...)` says how
             the session's own optimizer works.
+        expert_policy: which experts of a mixture-of-experts model stay in device memory: `lru`, `lfu` (uses that fade),
+            `admission` (the same, and copied only where it pays), `auto`; `layers` streams whole layers instead.
+        expert_misses: what becomes of an expert that is not there: `load`, `cpu` (computed from CPU memory beside a GPU, of
+            level rounding), `auto`.
+        expert_prefetch: `on` asks the next layer's router a layer early, and brings what it names; `off`, `auto`.
         progress: told (what, done bytes, total bytes) during long steps.
         loading: for a path, what `from_pretrained` takes: `dtype`, `revision`, `trust_remote_code`...
 
@@ -60,8 +67,7 @@ def offload(
     """
     if exactness not in EXACTNESS:
         raise ConfigError(f"exactness={exactness!r} is not known; give one of {', '.join(EXACTNESS)}")
-    if expert_policy not in POLICIES:
-        raise ConfigError(f"expert_policy={expert_policy!r} is not known; give one of {', '.join(POLICIES)}")
+    experts = ExpertOptions(expert_policy, expert_misses, expert_prefetch)
     if batch_size < 1 or any(count is not None and count < 1 for count in (max_tokens, new_tokens)):
         raise ConfigError(f"batch_size={batch_size}, max_tokens={max_tokens} and new_tokens={new_tokens} must be at least 1")
     if training and exactness != IDENTICAL:
@@ -89,7 +95,7 @@ def offload(
             plan=load_plan(plan) if isinstance(plan, (str, Path)) else plan,
             training=Training() if training is True else training or None,
             managed=isinstance(training, Training),
-            expert_policy=expert_policy,
+            experts=experts,
             progress=progress or (lambda what, done, total: None),
             loading=loading,
         )

@@ -23,6 +23,7 @@ from offload.model.parts import PrefillChunks, check_parts
 from offload.model.sizing import count_temporaries, longest_sequence, takes_tokens
 from offload.probe import kept_profile, suits
 from offload.report.comparison import Comparison, compare
+from offload.report.experts import ExpertUse
 from offload.report.learning import Outlook
 from offload.report.live import Snapshot
 from offload.report.meters import Meters
@@ -32,7 +33,7 @@ from offload.runtime.changes import RegistrationWatch
 from offload.runtime.clock import BACKWARD, PassClock
 from offload.runtime.decision import Decision, Experts, decide, given_plan
 from offload.runtime.executor import LayerExecutor
-from offload.runtime.expert_part import IN_LAYERS, ExpertPart
+from offload.runtime.expert_part import IN_LAYERS, ExpertOptions, ExpertPart
 from offload.runtime.forecast import Forecast, Order
 from offload.runtime.hooks import ForwardWrap, UnitWindow, Windows
 from offload.runtime.kv_reserve import KvReserve
@@ -47,6 +48,7 @@ from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
+from scheduler.routing import Routing
 from scheduler.trace import Trace
 from storage.arena import HostBuffer
 from storage.device import Device
@@ -81,7 +83,7 @@ class Request:
     plan: Plan | None
     training: Training | None
     managed: bool
-    expert_policy: str
+    experts: ExpertOptions
     progress: Progress
     loading: dict[str, Any]
 
@@ -177,6 +179,7 @@ class Session:
             process_bytes=self._process_bytes,
             peak_device_bytes=self._device.peak_bytes(),
             fallbacks=self._all_fallbacks(),
+            experts=None if self._experts is None else ExpertUse.of(self._experts, self.plan),
         )
 
     @property
@@ -192,6 +195,10 @@ class Session:
             links=self._meters.link_sums(self._link, self._written),
             phases=phase_uses(dict(self._clock.phases)),
         )
+
+    def routing(self) -> Routing:
+        """Which experts each token chose so far, layer by layer: empty unless single experts are brought."""
+        return Routing("", 0, 0, ()) if self._experts is None else self._experts.record.routing()
 
     def trace(self) -> Trace:
         """When each resource was busy, so far: spans and memory over time. Sums are in `report`."""
@@ -365,14 +372,16 @@ class Session:
             self._spec.experts,
             decision.experts,
             loaded.experts,
-            self._request.expert_policy,
+            self._request.experts,
+            type(self.model).__name__,
+            self.model,
             self._progress,
             self._tell,
         )
 
     def _experts_wanted(self) -> Experts:
         """Backward needs all experts of a layer: training streams layers."""
-        if self._request.training is not None or self._request.expert_policy == IN_LAYERS:
+        if self._request.training is not None or self._request.experts.policy == IN_LAYERS:
             return Experts.IN_LAYERS
         if self._request.plan is not None:
             return Experts.ONE_BY_ONE if self._request.plan.expert_slots else Experts.IN_LAYERS

@@ -62,7 +62,9 @@ class ExpertCache:
     def slot_count(self) -> int:
         return len(self._layer_of)
 
-    def request(self, layer: int, experts: Sequence[int], optional: Collection[int] = (), most_loads: int | None = None) -> Answer:
+    def request(
+        self, layer: int, experts: Sequence[int], optional: Collection[int] = (), most_loads: int | None = None
+    ) -> Answer:
         """These experts of a layer are needed now. They keep their slots until `release`.
 
         Args:
@@ -143,7 +145,7 @@ class ExpertCache:
         return int(missing.sum() - missing[layer])
 
     def _victim(self, layer: int) -> int | None:
-        """The slot of the lowest rank that may go: one of the layer's own, or one of a layer that has more than it is sure of."""
+        """The slot of the lowest rank that may go: the layer's own, or of a layer that has more than it is sure of."""
         candidates = self._candidates(layer)
         if not len(candidates):
             return None

@@ -143,4 +143,6 @@ class Belady:
 
 def make_policy(name: str, layers: int, experts: int) -> ExpertPolicy:
     """One of `ONLINE`, by name."""
-    return {LRU: LeastRecentlyUsed, LFU: DecayedFrequency, ADMISSION: Admission}[name](layers, experts)
+    if name == LRU:
+        return LeastRecentlyUsed(layers, experts)
+    return DecayedFrequency(layers, experts) if name == LFU else Admission(layers, experts)

@@ -94,14 +94,17 @@ def replay(routing: Routing, policy: str, slot_count: int, scope: str = "global"
     if not count:
         raise ConfigError(f"{slot_count} slots are too few for {routing.layers} layers")
     if policy == BELADY:
-        return _replay_bound(routing, count, minimum)
+        return bound(routing, count, minimum)
     made = make_policy(policy, routing.layers, routing.experts)
     cache = ExpertCache(routing.layers, routing.experts, count, made, minimum)
     return _tallied(routing, policy, count, lambda visit: _ask(cache, visit))
 
 
-def _replay_bound(routing: Routing, slot_count: int, minimum: int) -> Replay:
-    """Of what is there and what is asked for, the slots keep what is needed soonest: even what was asked for just now may go."""
+def bound(routing: Routing, slot_count: int, minimum: int) -> Replay:
+    """What an all-knowing cache finds, whose layers are each sure of `minimum` slots (Belady).
+
+    Of what is there and what is asked for, the slots keep what is needed soonest: even what was asked for just now may go.
+    """
     uses: dict[tuple[int, int], list[int]] = {}
     moments: list[list[int]] = [[] for _ in range(routing.layers)]
     for moment, visit in enumerate(routing.visits):

@@ -183,7 +183,7 @@ class Plan:
         if model.experts is None and self.expert_slots:
             raise PlanError("the plan has slots for single experts, and the model's experts are not brought one by one")
         if model.experts is not None and not self.expert_slots:
-            raise PlanError("the plan has no slot for experts, and the model's are brought one by one: expert_slots is at least 1")
+            raise PlanError("the plan has no slot for experts, which are brought one by one: expert_slots must be at least 1")
         for window in model.windows:
             streamed = [blocks[key].slot_bytes for key in window if key in self.streamed]
             needed = sum(-(-size // self.slot_bytes) for size in streamed) if self.slot_bytes else len(streamed)

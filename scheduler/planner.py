@@ -78,8 +78,8 @@ def _with_expert_slots(plan: Plan, model: ModelSpec, experts: ExpertsSpec, budge
 def _with_experts(error: BudgetTooSmall, budget_bytes: int, experts: ExpertsSpec) -> BudgetTooSmall:
     least = error.least_bytes + experts.least_bytes
     return BudgetTooSmall(
-        f"{gib(experts.least_bytes)} of the budget of {gib(budget_bytes)} are for the {experts.least_slots} experts that a token "
-        f"needs at once; without them, {error}",
+        f"{gib(experts.least_bytes)} of the budget of {gib(budget_bytes)} are for the {experts.least_slots} experts that a "
+        f"token needs at once; without them, {error}",
         least,
     )
 

@@ -56,7 +56,9 @@ class Routing:
     def save(self, path: str | Path) -> None:
         with open(path, "w", newline="") as file:
             chosen = max((len(visit.experts) for visit in self.visits), default=0)
-            file.write(f"# {FORMAT}\n# model={self.model} n_layer={self.layers} n_expert={self.experts} n_expert_used={chosen}\n")
+            file.write(
+                f"# {FORMAT}\n# model={self.model} n_layer={self.layers} n_expert={self.experts} n_expert_used={chosen}\n"
+            )
             for layer, nbytes in enumerate(self.expert_bytes):
                 file.write(f"# layer={layer} expert_bytes={nbytes}\n")
             writer = csv.writer(file, lineterminator="\n")

@@ -117,7 +117,9 @@ class BlockFileWriter:
         }
         self._end = start + len(memory)
 
-    def add_parts(self, name: str, dtype: torch.dtype, shape: Sequence[int], parts: Iterable[torch.Tensor], group: str = "") -> None:
+    def add_parts(
+        self, name: str, dtype: torch.dtype, shape: Sequence[int], parts: Iterable[torch.Tensor], group: str = ""
+    ) -> None:
         """Append a tensor whose content comes piece by piece, so that it is never in memory as a whole.
 
         Args:

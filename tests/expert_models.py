@@ -113,7 +113,15 @@ class _Config(transformers.PreTrainedConfig):
     model_type = "routed"
 
     def __getattr__(self, name: str) -> Any:
-        values = _SMALL | {"hidden_act": "silu", "hidden_activation": "silu", "mlp_hidden_act": "silu", "swiglu_limit": 7.0, "swiglu_alpha": 1.7, "moe_hidden_size": 32, "post_norm_eps": 1e-6}
+        values = _SMALL | {
+            "hidden_act": "silu",
+            "hidden_activation": "silu",
+            "mlp_hidden_act": "silu",
+            "swiglu_limit": 7.0,
+            "swiglu_alpha": 1.7,
+            "moe_hidden_size": 32,
+            "post_norm_eps": 1e-6,
+        }
         if name in values:
             return values[name]
         raise AttributeError(name)

@@ -72,9 +72,7 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(name, dtype, tuple(tensor.shape))
 
 
-def find_structure(
-    model: nn.Module, split: frozenset[BlockKey] = frozenset(), apart: Sequence[nn.Parameter] = ()
-) -> Structure:
+def find_structure(model: nn.Module, split: frozenset[BlockKey] = frozenset(), apart: Sequence[nn.Parameter] = ()) -> Structure:
     """Take `model` apart: the children of every outermost repeated list, and the leaves outside of them.
 
     Args:

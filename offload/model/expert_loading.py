@@ -149,7 +149,8 @@ class SingleExperts:
             # A gap, so that runs of two sources never join.
             starts.append(starts[-1] + tensor.numel() + 1)
         numbers = iter(
-            torch.arange(start, start + tensor.numel()).view(tensor.shape) for start, tensor in zip(starts, tensors, strict=False)
+            torch.arange(start, start + tensor.numel()).view(tensor.shape)
+            for start, tensor in zip(starts, tensors, strict=False)
         )
         numbered = {pattern: [next(numbers) for _ in items] for pattern, items in sources.items()}
         size = tensors[0].element_size()

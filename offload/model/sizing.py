@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from offload.model.blocks import Structure, Unit, divisible_modules
-from offload.model.experts import ExpertsUnit, expert_slot_bytes
 from offload.model.dry_run import DryRun, DryRunFailed
+from offload.model.experts import ExpertsUnit, expert_slot_bytes
 from offload.model.parts import LEAST_CHUNK
 from scheduler.model_spec import BlockRole, DivisibleWeight, ExpertsSpec, ModelSpec, PlacedBlock, Temporaries, Workload
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, align_up

@@ -4,6 +4,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from offload.report.experts import ExpertUse
 from offload.report.learning import Learning
 from offload.report.record import Record
 from scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
@@ -66,6 +67,7 @@ def as_page(record: Record) -> str:
             _cards(report),
             _times(report),
             _learning(report.get("training")),
+            _experts(report.get("experts")),
             _timeline(record.trace, report["tracing"]),
             _links(report),
             _memory(record),
@@ -106,6 +108,22 @@ def _cards(report: dict[str, Any]) -> str:
     return (
         f"<div class=cards>{''.join(f'<div class=card><b>{value}</b><span>{name}</span></div>' for value, name in facts)}</div>"
     )
+
+
+def _experts(content: dict[str, Any] | None) -> str:
+    if content is None:
+        return ""
+    use = ExpertUse.from_dict(content)
+    rows = [
+        f"<tr><td>{_text(layer.layer)}</td><td class=n>{layer.choices:,}</td>"
+        f"<td class=n>{layer.hits / max(1, layer.choices):.1%}</td><td class=n>{layer.copies:,}</td>"
+        f"<td class=n>{gib(layer.copied_bytes)}</td><td class=n>{layer.computed_on_cpu:,}</td></tr>"
+        for layer in use.layers
+    ]
+    said = "".join(f"<p>{_text(sentence)}</p>" for sentence in use.sentences())
+    names = "".join(f"<th class=n>{name}</th>" for name in ("asked for", "were there", "brought", "bytes", "on the CPU"))
+    table = f"<table><tr><th>layer</th>{names}</tr>{''.join(rows)}</table>"
+    return f"<section><h2>Experts</h2>{said}<details><summary>by layer</summary><div class=scroll>{table}</div></details></section>"
 
 
 def _times(report: dict[str, Any]) -> str:

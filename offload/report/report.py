@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offload.report.comparison import Comparison
+from offload.report.experts import ExpertUse
 from offload.report.learning import Learning
 from offload.runtime.clock import BACKWARD, DECODE, OUTSIDE, PREFILL, PhaseTimes
 from offload.runtime.forecast import WhatIf
@@ -116,6 +117,7 @@ class Report:
         peak: of the memory of the device that computes: predicted, and measured.
         tracing: `spans` noted, the `seconds` that took, and how many were `dropped` because the record was full.
         training: what was learned; None where nothing was trained by a loop of offload's.
+        experts: what became of experts that were brought one by one; None where none were.
         fallbacks: a sentence for everything that was slower than it could be, and why.
     """
 
@@ -143,6 +145,7 @@ class Report:
     peak_device_bytes: int | None
     fallbacks: list[str]
     training: Learning | None = None
+    experts: ExpertUse | None = None
     peak_rss_bytes: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,6 +165,8 @@ class Report:
         values["peak"] = Peak(**values["peak"])
         if values.get("training") is not None:
             values["training"] = Learning.from_dict(values["training"])
+        if values.get("experts") is not None:
+            values["experts"] = ExpertUse.from_dict(values["experts"])
         if values["prediction"] is not None:
             what_if = [WhatIf(**item) for item in values["prediction"]["what_if"]]
             values["prediction"] = Comparison(**(values["prediction"] | {"what_if": what_if}))

@@ -32,6 +32,8 @@ def as_renderable(report: Report) -> RenderableType:
     ran = {name: use for name, use in phases.items() if use.seconds}
     if ran:
         parts.append(_phases(ran))
+    if report.experts is not None:
+        parts += [Text(sentence) for sentence in report.experts.sentences()]
     if report.training is not None:
         parts.append(Text(str(report.training)))
     if report.prediction is not None:

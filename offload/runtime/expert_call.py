@@ -121,7 +121,7 @@ class ExpertCall:
             self._feed()
 
     def _order(self, experts: Sequence[int]) -> list[Part]:
-        """In which the model's code will ask: kernels for one tensor after another, its own loop for one expert after another."""
+        """In which the model's code will ask: kernels for tensor after tensor, its own loop for expert after expert."""
         tensors = self._tensors.values()
         if getattr(self._unit.module.config, "_experts_implementation", None) in _BY_TENSOR:
             return [(tensor, expert) for tensor in tensors for expert in experts]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -11,20 +12,45 @@ from offload.model.experts import ExpertPieces, ExpertsUnit
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.expert_placement import EXPERTS, ExpertPlacement
+from offload.runtime.expert_record import RoutingRecord
 from offload.runtime.expert_store import ExpertSource, ExpertStore
-from offload.runtime.experts import ExpertStreaming, LayerTally
+from offload.runtime.experts import ExpertStreaming, ExpertTally, LayerTally
 from offload.runtime.hooks import ForwardWrap
+from offload.runtime.look_ahead import NextRouter, find_router
 from offload.runtime.placement import Placement
 from scheduler.expert_cache import ExpertCache
 from scheduler.expert_policies import LFU, make_policy
 from scheduler.model_spec import ExpertsSpec
 from scheduler.plan import Plan
 from storage.device import Device
+from storage.errors import ConfigError
 from storage.ledger import MemoryLedger
 from storage.reader import DiskReader
 
-AUTO, IN_LAYERS = "auto", "layers"
+AUTO, IN_LAYERS, LOAD, CPU = "auto", "layers", "load", "cpu"
 POLICIES = (AUTO, "lru", "lfu", "admission", IN_LAYERS)
+MISSES = (AUTO, LOAD, CPU)
+PREFETCH = (AUTO, "on", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertOptions:
+    """What a user may ask of experts.
+
+    Attributes:
+        policy: which of them stay in device memory.
+        misses: what becomes of those that are not there.
+        prefetch: whether the next layer's router is asked a layer early.
+    """
+
+    policy: str = AUTO
+    misses: str = AUTO
+    prefetch: str = AUTO
+
+    def __post_init__(self) -> None:
+        for name, known in (("policy", POLICIES), ("misses", MISSES), ("prefetch", PREFETCH)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"expert_{name}={getattr(self, name)!r} is not known; give one of {', '.join(known)}")
 
 
 class ExpertPart:
@@ -34,7 +60,7 @@ class ExpertPart:
         spec: as the planner knows them.
         pieces: where experts lie whose parameters are stand-ins, by parameter.
         ledger: of the device.
-        policy: one of `POLICIES` but `layers`.
+        name: of the model.
         told: of what is otherwise than planned.
     """
 
@@ -49,17 +75,23 @@ class ExpertPart:
         spec: ExpertsSpec,
         units: Sequence[ExpertsUnit],
         pieces: Mapping[str, ExpertPieces],
-        policy: str,
+        options: ExpertOptions,
+        name: str,
+        model: nn.Module,
         progress: Progress,
         told: Callable[[str], None],
     ) -> None:
         self.streaming: ExpertStreaming | None = None
-        self.tallies = [LayerTally() for _ in units]
+        self.tally = ExpertTally([LayerTally() for _ in units])
         self.spec = spec
         self.units = list(units)
         self._device, self._executor, self._clock, self._ledger = device, executor, clock, ledger
         self._placement, self._pieces, self._told = placement, pieces, told
-        self._policy = LFU if policy == AUTO else policy
+        self.policy = LFU if options.policy == AUTO else options.policy
+        self.misses = LOAD
+        self.record = RoutingRecord(name, spec.counts, spec.expert_bytes)
+        self._routers = [find_router(model, unit.key) for unit in units]
+        self._predictor = NextRouter(self._routers) if options.prefetch == "on" else None
         self.homes = [placement.homes_of(unit) for unit in units]
         self._tiers = ExpertPlacement(placement, units, pieces, reader, device, progress)
         self._sources: list[ExpertSource] = []
@@ -82,18 +114,27 @@ class ExpertPart:
         """Empty slots, as many as the plan says."""
         self._ledger.charge(EXPERTS, plan.expert_bytes)
         layers, experts = len(self.units), max(unit.count for unit in self.units)
-        policy = make_policy(self._policy, layers, experts)
-        minimum = min(plan.expert_slots // layers, self.spec.chosen)
-        cache = ExpertCache(layers, experts, plan.expert_slots, policy, minimum)
+        policy = make_policy(self.policy, layers, experts)
+        cache = ExpertCache(layers, experts, plan.expert_slots, policy, self.minimum(plan))
         store = ExpertStore(self._device, self.units, self._sources, plan.expert_slots, plan.expert_slot_bytes)
         self.streaming = ExpertStreaming(
-            self._device, self._executor, self._clock, self.units, self.homes, cache, store, self.tallies, self._told
+            self._device,
+            self._executor,
+            self._clock,
+            self.units,
+            self.homes,
+            cache,
+            store,
+            self.tally,
+            self._told,
+            self.record.note,
+            self._predictor,
         )
         self._executor.guard(store.arena)
         if plan.expert_slots < self.spec.token_slots:
             self._told(
-                f"there are {plan.expert_slots} slots for experts, and one token uses {self.spec.token_slots}: most are brought "
-                "again for every token; a larger budget helps more than anything else"
+                f"there are {plan.expert_slots} slots for experts, and one token uses {self.spec.token_slots}: most are brought again "
+                "for every token; a larger budget helps more than anything else"
             )
 
     def free_slots(self) -> None:
@@ -104,7 +145,13 @@ class ExpertPart:
         self._executor.guard(None)
         self._ledger.release(EXPERTS, self._ledger.held_bytes(EXPERTS))
 
+    def minimum(self, plan: Plan) -> int:
+        """Slots that a layer is sure of."""
+        return min(plan.expert_slots // len(self.units), self.spec.chosen)
+
     def open_windows(self, stack: ExitStack) -> None:
+        if self._predictor is not None:
+            self._predictor.install(stack)
         for layer, unit in enumerate(self.units):
             stack.callback(ForwardWrap(unit.module, self._window(layer)).undo)
 

@@ -67,7 +67,8 @@ class ExpertPlacement:
     def _located(self, unit: ExpertsUnit) -> bool:
         """True if files hold all of it."""
         return all(
-            name in self._pieces or self._placement.source_of(name, value) is not None for name, value in unit.parameters.items()
+            name in self._pieces or self._placement.source_of(name, value) is not None
+            for name, value in unit.parameters.items()
         )
 
     def _pieces_of(self, unit: ExpertsUnit) -> list[ExpertPieces]:

@@ -14,6 +14,7 @@ from offload.runtime.executor import LayerExecutor
 from offload.runtime.expert_call import ExpertCall
 from offload.runtime.expert_store import ExpertStore, HomeExperts
 from offload.runtime.hooks import Forward
+from offload.runtime.look_ahead import Accuracy, Prediction, Predictor
 from offload.runtime.slotted import SlottedModule, SlottedWeight
 from scheduler.expert_cache import ExpertCache
 from storage.device import Device
@@ -34,6 +35,31 @@ class LayerTally:
     hits: int = 0
     copies: int = 0
     copied_bytes: int = 0
+    computed_on_cpu: int = 0
+
+
+@dataclass(slots=True)
+class ExpertTally:
+    """What became of a session's experts.
+
+    Attributes:
+        prefetches: experts that were brought because they were predicted.
+        prefetches_used: of them, those that were asked for then.
+        accuracy: of the predictions.
+    """
+
+    layers: list[LayerTally]
+    prefetches: int = 0
+    prefetches_used: int = 0
+    accuracy: Accuracy = field(default_factory=Accuracy)
+
+    def add(self, layer: int, needed: int, hits: int, expert_bytes: int) -> None:
+        """One pass through one layer."""
+        tally = self.layers[layer]
+        tally.choices += needed
+        tally.hits += hits
+        tally.copies += needed - hits
+        tally.copied_bytes += (needed - hits) * expert_bytes
 
 
 @dataclass(slots=True)
@@ -54,7 +80,7 @@ class ExpertStreaming:
         cache: decides.
         store: does.
         homes: of each layer's parameters, in the order of its layout.
-        tallies: of each layer; added to.
+        tally: added to.
         observer: told of every visit.
         told: of what is otherwise than planned.
     """
@@ -68,13 +94,14 @@ class ExpertStreaming:
         homes: Sequence[Sequence[ParameterHome]],
         cache: ExpertCache,
         store: ExpertStore,
-        tallies: Sequence[LayerTally],
+        tally: ExpertTally,
         told: Callable[[str], None],
-        observer: Callable[[Visit], None] = lambda visit: None,
+        observer: Callable[[Visit], None],
+        predictor: Predictor | None,
     ) -> None:
         self.cache = cache
         self.store = store
-        self._tallies = tallies
+        self._tally = tally
         self._device = device
         self._executor = executor
         self._clock = clock
@@ -82,6 +109,10 @@ class ExpertStreaming:
         self._homes = [list(items) for items in homes]
         self._told = told
         self._observer = observer
+        self._predictor = predictor
+        self._predicted: Prediction | None = None
+        self._ahead: dict[int, int] = {}
+        """Slots of experts that were brought because they were predicted, by expert."""
         self._changes: dict[int, Any] = {}
         """What was seen last of parameters that the user changed."""
 
@@ -110,13 +141,11 @@ class ExpertStreaming:
         uniques, first = numpy.unique(choices, return_index=True)
         needed: list[int] = uniques[numpy.argsort(first)].tolist()
         unit = self._units[layer]
+        self._check_prediction(layer, needed)
         call = ExpertCall(layer, unit, self.cache, self.store, needed, self._wait, not self._device.host_memory)
-        tally = self._tallies[layer]
-        tally.choices += len(needed)
-        tally.hits += len(call.hits)
-        tally.copies += len(needed) - len(call.hits)
-        tally.copied_bytes += (len(needed) - len(call.hits)) * unit.nbytes
+        self._tally.add(layer, len(needed), len(call.hits), unit.nbytes)
         self._observer(Visit(layer, self._clock.phase, choices, shares, call.hits))
+        self._look_ahead(layer)
         try:
             # The model's own code, with other weights: `forward` is bound to the module that has none.
             output = type(unit.module).forward(self._slotted(unit, call, hidden.device), hidden, index, weights)
@@ -125,6 +154,34 @@ class ExpertStreaming:
             self._start_over(layer)
             raise
         return output
+
+    def _check_prediction(self, layer: int, needed: Sequence[int]) -> None:
+        """What was brought in vain and is still on its way makes room for what is needed."""
+        prediction, ahead = self._predicted, self._ahead
+        self._predicted, self._ahead = None, {}
+        if prediction is None or prediction.layer != layer:
+            return
+        self._tally.accuracy.add(prediction, needed)
+        for expert, slot in ahead.items():
+            here = self.cache.holder(slot) == (layer, expert)
+            if here and expert in needed:
+                self._tally.prefetches_used += 1
+            elif here and self.store.is_coming(slot):
+                self.store.cancel(slot)
+                self.cache.drop(layer, expert)
+
+    def _look_ahead(self, layer: int) -> None:
+        """Begin to bring what the next layer will ask for, behind what this one needs."""
+        prediction = None if self._predictor is None else self._predictor.after(layer)
+        if prediction is None:
+            return
+        answer = self.cache.request(prediction.layer, prediction.experts)
+        for placed in answer.loads:
+            self.store.begin(prediction.layer, placed.expert, placed.slot)
+        self.cache.release(placed.slot for placed in (*answer.hits, *answer.loads))
+        self._predicted = prediction
+        self._ahead = {placed.expert: placed.slot for placed in answer.loads}
+        self._tally.prefetches += len(answer.loads)
 
     def _slotted(self, unit: ExpertsUnit, call: ExpertCall, device: torch.device) -> SlottedModule:
         parameters = {}

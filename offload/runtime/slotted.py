@@ -99,7 +99,7 @@ def _taken(function: Any, weight: SlottedWeight, _: Any, index: Any) -> torch.Te
     """`weight[index]`: one expert, or one for each row."""
     if isinstance(index, (slice, tuple)):
         raise NotImplementedError("the model's code takes several experts at once, and they are brought one by one")
-    if not isinstance(index, torch.Tensor) or index.numel() == 1 and index.dim() == 0:
+    if not isinstance(index, torch.Tensor) or (index.numel() == 1 and index.dim() == 0):
         return _one(weight, int(index))
     experts = index.tolist()
     pool, slots = weight._weights.slots(weight._name, experts)

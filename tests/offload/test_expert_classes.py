@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from offload import offload
+from offload.config import Budgets
+from offload.model.blocks import estimated_slot_bytes
 from offload.model.experts import find_experts
 from offload.model.sizing import count_temporaries, takes_tokens
 from offload.runtime.decision import Experts, decide
-from offload.config import Budgets
-from offload.model.blocks import estimated_slot_bytes
 from scheduler.model_spec import Workload
 from tests.architectures import oracle_of
 from tests.expert_models import decorated, make_model
@@ -71,10 +71,11 @@ def test_the_bits_of_the_plain_model(experts, dtype, tmp_path):
             else:
                 one = prompt(1, 1)
                 check(logits(session.model(one)), logits(twin(one)), f"one token, {slots} slots")
-            tallies = session._experts.tallies
+            tallies = session._experts.tally.layers
             assert all(tally.choices - tally.hits == tally.copies for tally in tallies)
             assert all(
-                tally.copied_bytes == tally.copies * unit.nbytes for tally, unit in zip(tallies, find_experts(model), strict=True)
+                tally.copied_bytes == tally.copies * unit.nbytes
+                for tally, unit in zip(tallies, find_experts(model), strict=True)
             )
             assert meter.nbytes == sum(tally.copied_bytes for tally in tallies)
             assert session.plan.expert_slots == slots

@@ -61,7 +61,9 @@ def demands(draw):
     minimum = draw(st.integers(0, 2))
     slots = draw(st.integers(max(1, minimum * layers), 12))
     calls = draw(
-        st.lists(st.tuples(st.integers(0, layers - 1), st.sets(st.integers(0, experts - 1), min_size=1)), min_size=1, max_size=30)
+        st.lists(
+            st.tuples(st.integers(0, layers - 1), st.sets(st.integers(0, experts - 1), min_size=1)), min_size=1, max_size=30
+        )
     )
     return layers, experts, minimum, slots, calls, draw(st.sampled_from(ONLINE))
 
@@ -132,7 +134,9 @@ def test_a_long_prompt_counts_by_its_end():
 
 
 def trace():
-    visits = [Visit(0, DECODE, step, layer, (step % 3, 3), (0.75, 0.25), (True, False)) for step in range(6) for layer in (0, 1)]
+    visits = [
+        Visit(0, DECODE, step, layer, (step % 3, 3), (0.75, 0.25), (True, False)) for step in range(6) for layer in (0, 1)
+    ]
     return Routing("made.gguf", 2, 4, (1000, 2000), visits)
 
 
