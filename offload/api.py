@@ -7,7 +7,7 @@ from torch import nn
 
 from offload.config import EXACTNESS, IDENTICAL, Progress, resolve_device
 from offload.runtime.decision import load_plan
-from offload.runtime.expert_part import AUTO, ExpertOptions
+from offload.runtime.expert_part import AUTO, CPU, ExpertOptions
 from offload.session import Request, Session
 from offload.training.options import Training
 from scheduler.hardware import HardwareProfile
@@ -68,6 +68,9 @@ def offload(
     if exactness not in EXACTNESS:
         raise ConfigError(f"exactness={exactness!r} is not known; give one of {', '.join(EXACTNESS)}")
     experts = ExpertOptions(expert_policy, expert_misses, expert_prefetch)
+    chosen = resolve_device(device)
+    if expert_misses == CPU and chosen.host_memory:
+        raise ConfigError("expert_misses='cpu' computes experts beside a GPU, and the CPU is what computes here: leave it out")
     if batch_size < 1 or any(count is not None and count < 1 for count in (max_tokens, new_tokens)):
         raise ConfigError(f"batch_size={batch_size}, max_tokens={max_tokens} and new_tokens={new_tokens} must be at least 1")
     if training and exactness != IDENTICAL:
@@ -83,7 +86,7 @@ def offload(
     return Session(
         Request(
             target=model_or_path if isinstance(model_or_path, nn.Module) else str(model_or_path),
-            device=resolve_device(device),
+            device=chosen,
             gpu_memory=gpu_memory,
             cpu_memory=cpu_memory,
             disk_dir=None if disk_dir is None else str(disk_dir),

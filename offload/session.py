@@ -15,7 +15,7 @@ from torch import nn
 from offload.config import IDENTICAL, ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
 from offload.interrupts import HeldInterrupts
 from offload.model.blocks import Unit, find_structure
-from offload.model.experts import ExpertsUnit
+from offload.model.experts import ExpertsUnit, find_experts
 from offload.model.guise import Guise
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
@@ -33,7 +33,7 @@ from offload.runtime.changes import RegistrationWatch
 from offload.runtime.clock import BACKWARD, PassClock
 from offload.runtime.decision import Decision, Experts, decide, given_plan
 from offload.runtime.executor import LayerExecutor
-from offload.runtime.expert_part import IN_LAYERS, ExpertOptions, ExpertPart
+from offload.runtime.expert_part import AUTO, CPU, IN_LAYERS, LOAD, ExpertOptions, ExpertPart
 from offload.runtime.forecast import Forecast, Order
 from offload.runtime.hooks import ForwardWrap, UnitWindow, Windows
 from offload.runtime.kv_reserve import KvReserve
@@ -44,8 +44,9 @@ from offload.training.needs import TrainingNeeds
 from offload.training.options import Training
 from offload.training.outlook import outlook
 from offload.training.part import INPUTS, TrainingPart, decide_to_train
+from scheduler.expert_cost import ALWAYS_LOAD, UNMEASURED, MissRule, miss_rule
 from scheduler.hardware import HardwareProfile
-from scheduler.model_spec import Workload
+from scheduler.model_spec import ExpertsSpec, Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
 from scheduler.routing import Routing
@@ -54,7 +55,7 @@ from storage.arena import HostBuffer
 from storage.device import Device
 from storage.engines.gds import choose_engine
 from storage.engines.posix import PosixEngine
-from storage.errors import BudgetExceeded, BudgetTooSmall, ProfileError, SessionError, gib
+from storage.errors import BudgetExceeded, BudgetTooSmall, ConfigError, ProfileError, SessionError, gib
 from storage.reader import DiskReader
 from storage.transfer import Link
 
@@ -150,7 +151,7 @@ class Session:
             model=self._target if isinstance(self._target, str) else type(self.model).__name__,
             device=self._device.name,
             engine=self._engine.name,
-            exactness=ROUNDING if self.plan.rounds or self._chunks_loss else IDENTICAL,
+            exactness=ROUNDING if self.plan.rounds or self._chunks_loss or self._splits_experts else IDENTICAL,
             parameters=self._parameters,
             weight_bytes=self._weight_bytes,
             blocks={
@@ -181,6 +182,10 @@ class Session:
             fallbacks=self._all_fallbacks(),
             experts=None if self._experts is None else ExpertUse.of(self._experts, self.plan),
         )
+
+    @property
+    def _splits_experts(self) -> bool:
+        return self._experts is not None and self._experts.misses == CPU
 
     @property
     def _chunks_loss(self) -> bool:
@@ -373,11 +378,28 @@ class Session:
             decision.experts,
             loaded.experts,
             self._request.experts,
+            self._miss_rule(self._spec.experts),
             type(self.model).__name__,
             self.model,
             self._progress,
             self._tell,
         )
+
+    def _miss_rule(self, experts: ExpertsSpec) -> MissRule:
+        """Computed on the CPU is what was asked for, or what may round and is faster."""
+        wanted = self._request.experts.misses
+        if wanted == CPU and not self.plan.experts_in_host_memory:
+            raise ConfigError(
+                "expert_misses='cpu' computes experts from CPU memory, and there is no room for any of them; give a larger cpu_memory"
+            )
+        if wanted == LOAD or self._device.host_memory or (wanted == AUTO and self._request.exactness != ROUNDING):
+            return ALWAYS_LOAD
+        if self._hardware is None:
+            return UNMEASURED if wanted == CPU else ALWAYS_LOAD
+        dtype = next(value.dtype for unit in find_experts(self.model) for value in unit.parameters.values())
+        name = str(dtype).removeprefix("torch.")
+        rule = miss_rule(self._hardware, max(experts.expert_bytes), dtype.itemsize, name)
+        return rule if rule.most_tokens or wanted == AUTO else UNMEASURED
 
     def _experts_wanted(self) -> Experts:
         """Backward needs all experts of a layer: training streams layers."""

@@ -17,6 +17,7 @@ from offload.probe import hardware_profile, kept_profile
 from offload.report.live import LiveView
 from offload.report.perfetto import as_perfetto
 from offload.report.record import Record, write_record
+from offload.runtime.expert_part import AUTO, MISSES, POLICIES, PREFETCH
 from offload.session import Session
 from offload.training.adapters import load_adapters
 from storage.errors import ConfigError
@@ -55,6 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", metavar="REV", help="branch, tag or commit, of a hub id")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
     add("--exactness", default="identical", choices=EXACTNESS, help="rounding allows layers on the CPU (default: identical)")
+    add(
+        "--expert-policy",
+        default=AUTO,
+        choices=POLICIES,
+        help="which experts stay in device memory; `layers` streams whole layers instead (default: auto)",
+    )
+    add(
+        "--expert-misses",
+        default=AUTO,
+        choices=MISSES,
+        help="bring experts that are not there, or compute them on the CPU beside a GPU (default: auto)",
+    )
+    add("--expert-prefetch", default=AUTO, choices=PREFETCH, help="ask the next layer's router early (default: auto)")
+    add("--expert-trace", metavar="FILE.csv", help="write which experts each token chose, for `offload experts replay`")
     add("--plan", metavar="FILE.json", help="what lives where, from `offload plan --output` (default: planned here)")
     add("--report", metavar="FILE", help="write the report there: .html for a page, else JSON that `offload report` reads")
     add("--trace", metavar="FILE.json", help="write what happened when, for ui.perfetto.dev")
@@ -69,7 +84,7 @@ def run(request: argparse.Namespace) -> None:
     if request.live and not sys.stderr.isatty():
         say("--live draws in a terminal, and standard error is none: nothing is drawn")
         request.live = False
-    for path in (request.report, request.trace):
+    for path in (request.report, request.trace, request.expert_trace):
         check_writable(path)
     sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
     texts = _read_prompts(request.prompt, request.prompts)
@@ -111,9 +126,19 @@ def _generate(
             for completion in () if request.json else done:
                 _print_rest(completion, len(prompts.texts) > 1, streamed=False)
         report = session.report()
+        if request.expert_trace:
+            _save_routing(session, request.expert_trace)
         if not (request.json or request.quiet):
             say(f"\n{report}")
         return done, Record.of(report, session.trace())
+
+
+def _save_routing(session: Session, path: str) -> None:
+    routing = session.routing()
+    if not routing.visits:
+        say("no experts were brought one by one, so --expert-trace has nothing to write")
+        return
+    routing.save(path)
 
 
 def _session(
@@ -137,6 +162,9 @@ def _session(
         new_tokens=sampling.max_new_tokens,
         exactness=request.exactness,
         plan=request.plan,
+        expert_policy=request.expert_policy,
+        expert_misses=request.expert_misses,
+        expert_prefetch=request.expert_prefetch,
         progress=show,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,

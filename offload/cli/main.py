@@ -6,13 +6,14 @@ import sys
 import warnings
 
 from offload import __version__
-from offload.cli import finetune, generate, merge, plan, probe, report, synth
+from offload.cli import experts, finetune, generate, merge, plan, probe, report, synth
 from storage.errors import OffloadError
 
 _COMMANDS = {
     "generate": generate,
     "finetune": finetune,
     "merge": merge,
+    "experts": experts,
     "plan": plan,
     "probe": probe,
     "report": report,

@@ -1,13 +1,15 @@
 """One call of one layer's experts: those that it needs are in slots, on their way there, or pass through a few lanes."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from offload.model.experts import ExpertsUnit
 from offload.runtime.expert_store import ExpertStore
 from scheduler.expert_cache import ExpertCache
+from scheduler.expert_cost import MissRule
+from scheduler.expert_replay import MOST_ADMITTED
 
 _LANES = 4
 """As many parts of experts on their way as the disk has threads."""
@@ -26,7 +28,9 @@ class ExpertCall:
 
     Args:
         needed: each expert once, those first that were asked for first.
+        rows: how many tokens chose each of them.
         wait: waits for slots, and charges the time.
+        rule: which of them the CPU computes instead.
         asynchronous: the device waits for copies by itself.
     """
 
@@ -37,7 +41,9 @@ class ExpertCall:
         cache: ExpertCache,
         store: ExpertStore,
         needed: Sequence[int],
+        rows: Mapping[int, int],
         wait: Callable[[Sequence[int]], None],
+        rule: MissRule,
         asynchronous: bool,
     ) -> None:
         self.asynchronous = asynchronous
@@ -53,7 +59,11 @@ class ExpertCall:
         """Lanes whose weight is being computed with."""
         self.hits: frozenset[int] = frozenset()
         """Experts that were there, or on their way."""
-        self._begin(needed)
+        self._admitted: frozenset[int] = frozenset()
+        """Begun to be brought before the others."""
+        self.computed_elsewhere: frozenset[int] = frozenset()
+        """Experts that the CPU computes, from CPU memory."""
+        self._begin(needed if not rule.most_tokens else self._left_to_bring(needed, rows, rule))
 
     def in_order_of_arrival(self, name: str, experts: Sequence[int]) -> Sequence[int]:
         """The same experts, those first that are there."""
@@ -70,11 +80,13 @@ class ExpertCall:
 
     def elsewhere(self, expert: int) -> bool:
         """True if another device computes this one."""
-        return False
+        return expert in self.computed_elsewhere
 
     def weight(self, name: str, expert: int) -> torch.Tensor:
         """One expert's part of a parameter, on the device; valid until the next call."""
         self._take_back()
+        if expert in self.computed_elsewhere:
+            return self._store.host_pools[self._layer][name][expert]
         pool = self._store.pools[self._layer][name]
         if expert in self._slots:
             self._wait([self._slots[expert]])
@@ -104,6 +116,29 @@ class ExpertCall:
         self._store.used(list(self._slots.values()))
         self._cache.release(self._slots.values())
 
+    def _left_to_bring(self, needed: Sequence[int], rows: Mapping[int, int], rule: MissRule) -> list[int]:
+        """Without those that the CPU computes: the policy admits few, and the link gets its share."""
+        ranks = self._cache.policy.ranks[self._layer]
+        here = self._cache.slots[self._layer]
+        may = [item for item in needed if here[item] < 0 and rows[item] <= rule.most_tokens]
+        may = [item for item in may if self._store.in_host_memory(self._layer, item)]
+        may.sort(key=lambda expert: -ranks[expert])
+        brought = set(may[: rule.loads(len(may))])
+        rest = [item for item in may if item not in brought]
+        room = self._cache.room(self._layer) - (len(needed) - len(rest))
+        if rest and room > 0:
+            # What is needed anyway must not be what makes room.
+            kept = [item for item in needed if here[item] >= 0]
+            self._cache.request(self._layer, kept)
+            answer = self._cache.request(self._layer, rest, optional=rest, most_loads=MOST_ADMITTED)
+            for placed in answer.loads:
+                self._store.begin(self._layer, placed.expert, placed.slot)
+            self._admitted = frozenset(placed.expert for placed in answer.loads)
+            brought |= self._admitted
+            self._cache.release(placed.slot for placed in answer.loads)
+        self.computed_elsewhere = frozenset(may) - brought
+        return [item for item in needed if item not in self.computed_elsewhere]
+
     def _begin(self, needed: Sequence[int]) -> None:
         room = self._cache.room(self._layer)
         lanes = 0 if len(needed) <= room else min(_LANES, max(1, room // 2))
@@ -113,7 +148,7 @@ class ExpertCall:
             self._store.begin(self._layer, placed.expert, placed.slot)
         self._slots = {placed.expert: placed.slot for placed in (*answer.hits, *answer.loads)}
         passing = [expert for expert in needed if expert not in self._slots]
-        self.hits = frozenset(placed.expert for placed in answer.hits)
+        self.hits = frozenset(placed.expert for placed in answer.hits) - self._admitted
         if passing:
             self._borrowed = self._cache.borrow(self._layer, max(1, lanes))
             self._lanes = list(self._borrowed)

@@ -19,7 +19,8 @@ from offload.runtime.hooks import ForwardWrap
 from offload.runtime.look_ahead import NextRouter, find_router
 from offload.runtime.placement import Placement
 from scheduler.expert_cache import ExpertCache
-from scheduler.expert_policies import LFU, make_policy
+from scheduler.expert_cost import MissRule
+from scheduler.expert_policies import ADMISSION, LFU, make_policy
 from scheduler.model_spec import ExpertsSpec
 from scheduler.plan import Plan
 from storage.device import Device
@@ -60,6 +61,7 @@ class ExpertPart:
         spec: as the planner knows them.
         pieces: where experts lie whose parameters are stand-ins, by parameter.
         ledger: of the device.
+        rule: which experts the CPU computes where they are.
         name: of the model.
         told: of what is otherwise than planned.
     """
@@ -76,6 +78,7 @@ class ExpertPart:
         units: Sequence[ExpertsUnit],
         pieces: Mapping[str, ExpertPieces],
         options: ExpertOptions,
+        rule: MissRule,
         name: str,
         model: nn.Module,
         progress: Progress,
@@ -87,8 +90,11 @@ class ExpertPart:
         self.units = list(units)
         self._device, self._executor, self._clock, self._ledger = device, executor, clock, ledger
         self._placement, self._pieces, self._told = placement, pieces, told
-        self.policy = LFU if options.policy == AUTO else options.policy
-        self.misses = LOAD
+        self.misses = CPU if rule.most_tokens else LOAD
+        self._rule = rule
+        self.policy = options.policy
+        if options.policy == AUTO:
+            self.policy = ADMISSION if self.misses == CPU else LFU
         self.record = RoutingRecord(name, spec.counts, spec.expert_bytes)
         self._routers = [find_router(model, unit.key) for unit in units]
         self._predictor = NextRouter(self._routers) if options.prefetch == "on" else None
@@ -126,15 +132,15 @@ class ExpertPart:
             cache,
             store,
             self.tally,
-            self._told,
+            self._rule,
             self.record.note,
             self._predictor,
         )
         self._executor.guard(store.arena)
         if plan.expert_slots < self.spec.token_slots:
             self._told(
-                f"there are {plan.expert_slots} slots for experts, and one token uses {self.spec.token_slots}: most are brought again "
-                "for every token; a larger budget helps more than anything else"
+                f"there are {plan.expert_slots} slots for experts, and one token uses {self.spec.token_slots}: most are brought "
+                "again for each; a larger budget helps more than anything else"
             )
 
     def free_slots(self) -> None:

@@ -138,6 +138,16 @@ class ExpertStore:
     def arena(self) -> torch.Tensor:
         return self._arena.tensor
 
+    def in_host_memory(self, layer: int, expert: int) -> bool:
+        """True if the CPU could compute with it where it is."""
+        source = self.sources[layer]
+        return isinstance(source, HostExperts) and expert < source.count
+
+    @property
+    def host_pools(self) -> list[Pool]:
+        """Of each layer: its parameters with the experts that are in CPU memory."""
+        return [source.pool if isinstance(source, HostExperts) else {} for source in self.sources]
+
     def slot(self, slot: int) -> torch.Tensor:
         """The bytes of one slot."""
         return self._arena.tensor[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]

@@ -17,6 +17,7 @@ from offload.runtime.hooks import Forward
 from offload.runtime.look_ahead import Accuracy, Prediction, Predictor
 from offload.runtime.slotted import SlottedModule, SlottedWeight
 from scheduler.expert_cache import ExpertCache
+from scheduler.expert_cost import MissRule
 from storage.device import Device
 
 
@@ -29,6 +30,7 @@ class LayerTally:
         hits: of them, those that were in a slot, or on their way there.
         copies: brought.
         copied_bytes: theirs.
+        computed_on_cpu: computed where they were.
     """
 
     choices: int = 0
@@ -53,13 +55,14 @@ class ExpertTally:
     prefetches_used: int = 0
     accuracy: Accuracy = field(default_factory=Accuracy)
 
-    def add(self, layer: int, needed: int, hits: int, expert_bytes: int) -> None:
+    def add(self, layer: int, needed: int, hits: int, elsewhere: int, expert_bytes: int) -> None:
         """One pass through one layer."""
         tally = self.layers[layer]
         tally.choices += needed
         tally.hits += hits
-        tally.copies += needed - hits
-        tally.copied_bytes += (needed - hits) * expert_bytes
+        tally.copies += needed - hits - elsewhere
+        tally.copied_bytes += (needed - hits - elsewhere) * expert_bytes
+        tally.computed_on_cpu += elsewhere
 
 
 @dataclass(slots=True)
@@ -82,7 +85,8 @@ class ExpertStreaming:
         homes: of each layer's parameters, in the order of its layout.
         tally: added to.
         observer: told of every visit.
-        told: of what is otherwise than planned.
+        rule: which experts the CPU computes.
+        predictor: of what the next layer will ask for; None to bring nothing ahead.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class ExpertStreaming:
         cache: ExpertCache,
         store: ExpertStore,
         tally: ExpertTally,
-        told: Callable[[str], None],
+        rule: MissRule,
         observer: Callable[[Visit], None],
         predictor: Predictor | None,
     ) -> None:
@@ -107,7 +111,7 @@ class ExpertStreaming:
         self._clock = clock
         self._units = list(units)
         self._homes = [list(items) for items in homes]
-        self._told = told
+        self._rule = rule
         self._observer = observer
         self._predictor = predictor
         self._predicted: Prediction | None = None
@@ -138,12 +142,14 @@ class ExpertStreaming:
         choices = index.detach().to("cpu").numpy()
         shares = weights.detach().to("cpu", torch.float64).numpy()
         self.cache.policy.note(layer, choices, shares)
-        uniques, first = numpy.unique(choices, return_index=True)
+        uniques, first, counts = numpy.unique(choices, return_index=True, return_counts=True)
         needed: list[int] = uniques[numpy.argsort(first)].tolist()
         unit = self._units[layer]
         self._check_prediction(layer, needed)
-        call = ExpertCall(layer, unit, self.cache, self.store, needed, self._wait, not self._device.host_memory)
-        self._tally.add(layer, len(needed), len(call.hits), unit.nbytes)
+        rows = dict(zip(uniques.tolist(), counts.tolist(), strict=True))
+        asynchronous = not self._device.host_memory
+        call = ExpertCall(layer, unit, self.cache, self.store, needed, rows, self._wait, self._rule, asynchronous)
+        self._tally.add(layer, len(needed), len(call.hits), len(call.computed_elsewhere), unit.nbytes)
         self._observer(Visit(layer, self._clock.phase, choices, shares, call.hits))
         self._look_ahead(layer)
         try:
@@ -188,7 +194,7 @@ class ExpertStreaming:
         for tensor in unit.layout.tensors:
             shape = (unit.count, *tensor.shape)
             parameters[tensor.name] = SlottedWeight.of(call, tensor.name, shape, tensor.dtype, device)
-        return SlottedModule(unit.module, parameters)
+        return SlottedModule(unit.module, parameters, by_groups=bool(call.computed_elsewhere))
 
     def _wait(self, slots: Sequence[int]) -> None:
         late = [slot for slot in slots if self.store.is_coming(slot)]

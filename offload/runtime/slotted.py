@@ -25,7 +25,7 @@ class ExpertWeights(Protocol):
     asynchronous: bool
 
     def in_order_of_arrival(self, name: str, experts: Sequence[int]) -> Sequence[int]:
-        """The same experts, those first that are there."""
+        """The same experts, those first that are computed elsewhere or there."""
 
     def weight(self, name: str, expert: int) -> torch.Tensor:
         """One expert's part of a parameter, on the device; valid until the next call."""
@@ -121,13 +121,15 @@ def _grouped(function: Any, weight: SlottedWeight, *args: Any, **kwargs: Any) ->
     present = [expert for expert, (begin, end) in enumerate(zip(begins, ends, strict=True)) if end > begin]
     source = weight._weights
     products: dict[int, torch.Tensor] = {}
+    # Fetched first: a device that computes behind the host's back does its part while the CPU does the other.
+    fetched = {item: rows[begins[item] : ends[item]].to("cpu") for item in present if source.elsewhere(item)}
     if source.asynchronous:
         products = _together(function, weight, rows, begins, ends, [item for item in present if not source.elsewhere(item)])
     for expert in source.in_order_of_arrival(weight._name, [item for item in present if item not in products]):
-        part = rows[begins[expert] : ends[expert]]
+        part = fetched[expert] if expert in fetched else rows[begins[expert] : ends[expert]]
         one = _one(weight, expert).unsqueeze(0)
         count = torch.tensor([len(part)], dtype=offsets.dtype, device=one.device)
-        products[expert] = _call(function, part.to(one.device), one, count, "offs" in kwargs).to(rows.device)
+        products[expert] = _call(function, part, one, count, "offs" in kwargs).to(rows.device)
     left = rows.shape[0] - (ends[-1] if ends else 0)
     rest = [rows.new_empty((left, weight.shape[-1]))] if left else []
     return torch.cat([*(products[expert] for expert in present), *rest])
@@ -181,11 +183,23 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
 
 
 class SlottedModule:
-    """A module of experts as its own code sees it, with slotted weights for parameters."""
+    """A module of experts as its own code sees it, with slotted weights for parameters.
 
-    def __init__(self, module: nn.Module, parameters: dict[str, SlottedWeight]) -> None:
+    Args:
+        by_groups: compute by grouped products, whatever the model is set to: some groups are computed elsewhere.
+    """
+
+    def __init__(self, module: nn.Module, parameters: dict[str, SlottedWeight], by_groups: bool) -> None:
         self._module = module
-        self._slotted = parameters
+        self._seen: dict[str, Any] = {**parameters}
+        if by_groups:
+            self._seen["config"] = _ByGroups
 
     def __getattr__(self, name: str) -> Any:
-        return self._slotted[name] if name in self._slotted else getattr(self._module, name)
+        return self._seen[name] if name in self._seen else getattr(self._module, name)
+
+
+class _ByGroups:
+    """A config, as far as the decorator of experts classes looks at it."""
+
+    _experts_implementation = "grouped_mm"

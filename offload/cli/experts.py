@@ -1,0 +1,77 @@
+"""`offload experts replay`: what cache policies would have made of a recorded run."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from rich.table import Table
+
+from offload.cli.terminal import print_table
+from offload.config import parse_bytes
+from scheduler.expert_replay import POLICIES, SCOPES, Replay, Tally, replay, slots_in
+from scheduler.routing import Routing
+from storage.errors import ConfigError, gib
+
+SUMMARY = "Compare cache policies for experts on a recorded routing (from `generate --expert-trace`)."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    again = actions.add_parser("replay", help=SUMMARY, description=SUMMARY)
+    add = again.add_argument
+    add("trace", metavar="TRACE.csv", help="from `generate --expert-trace`, or another tool that writes the format")
+    room = again.add_mutually_exclusive_group(required=True)
+    room.add_argument("--budget", metavar="SIZE", help="device memory for experts, like 3000MiB")
+    room.add_argument("--slots-per-layer", type=int, metavar="N", help="experts in device memory, by layer")
+    add("--policy", default=",".join(POLICIES), metavar="NAMES", help=f"some of {','.join(POLICIES)} (default: all)")
+    add("--scope", default="global", choices=SCOPES, help="whether layers share their slots (default: global)")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(request: argparse.Namespace) -> None:
+    names = [name.strip() for name in request.policy.split(",") if name.strip()]
+    if not names or any(name not in POLICIES for name in names):
+        raise ConfigError(f"--policy {request.policy!r} must name some of {','.join(POLICIES)}")
+    if request.slots_per_layer is not None and request.slots_per_layer < 1:
+        raise ConfigError(f"--slots-per-layer {request.slots_per_layer} must be at least 1")
+    budget = parse_bytes(request.budget, "--budget")
+    routing = Routing.load(request.trace)
+    slots = request.slots_per_layer * routing.layers if budget is None else slots_in(routing, budget)
+    results = [replay(routing, name, slots, request.scope) for name in names]
+    if request.json:
+        print(json.dumps({"trace": request.trace, "model": routing.model, "scope": request.scope, "policies": _facts(results)}))
+    else:
+        _print(routing, request.scope, results)
+
+
+def _facts(results: list[Replay]) -> list[dict[str, object]]:
+    def facts(tally: Tally) -> dict[str, object]:
+        return asdict(tally) | {"hit_rate": tally.hit_rate}
+
+    return [
+        {"policy": item.policy, "slots": item.slot_count}
+        | {name: facts(tally) for name, tally in (("all", item.overall), ("decode", item.decode), ("second_half", item.warm))}
+        for item in results
+    ]
+
+
+def _print(routing: Routing, scope: str, results: list[Replay]) -> None:
+    print(
+        f"{routing.model}: {routing.layers} layers of {routing.experts} experts, {results[0].slot_count:,} slots "
+        f"({'shared' if scope == 'global' else 'each layer its own'}), {len(routing.visits):,} visits\n"
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("policy", "hits", "in decode", "in the second half", "copied", "bytes", "not copied, computed elsewhere"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for item in results:
+        every = item.overall
+        table.add_row(
+            item.policy,
+            f"{every.hit_rate:.1%}",
+            f"{item.decode.hit_rate:.1%}" if item.decode.choices else "",
+            f"{item.warm.hit_rate:.1%}",
+            f"{every.copies:,}",
+            gib(every.copied_bytes),
+            f"{every.choices - every.hits - every.copies:,}",
+        )
+    print_table(table)
