@@ -99,7 +99,7 @@ def show_replay(table: dict[str, Any]) -> None:
         print(
             f"{table['trace']}, {row['slots']} slots a layer: {rates}; misses loaded (lfu): "
             f"{100 * row['loaded_below_best']:.1f} points below the best; misses on the CPU (admission): "
-            f"{row['admission_copies_over_lru']:.2f} of LRU's copies, {100 * row['admission_hits_less_lru']:+.1f} points of hits"
+            f"{row['admission_copies_over_lru']:.2f} of LRU's copies, {100 * row['admission_hits_less_lru']:+.1f} points"
         )
 
 

@@ -11,7 +11,8 @@ from offload.model.loading import CheckpointLoader, find_outline
 from offload.model.sizing import count_temporaries
 from offload.probe import hardware_profile
 from offload.report.meters import predicted_peak_bytes
-from offload.runtime.decision import decide
+from offload.runtime.decision import Experts, decide
+from offload.runtime.expert_part import AUTO, IN_LAYERS
 from offload.runtime.forecast import Forecast, Order, WhatIf
 from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import ModelSpec, Workload
@@ -27,6 +28,7 @@ class Asked:
     Attributes:
         gpu_memory, cpu_memory: budgets, as a user writes them; None for what there is.
         exactness: `identical` or `rounding`.
+        expert_policy: `layers` to stream whole layers, anything else to bring experts one by one.
     """
 
     prompt_tokens: int = 512
@@ -35,6 +37,7 @@ class Asked:
     gpu_memory: str | int | None = None
     cpu_memory: str | int | None = None
     exactness: str = "identical"
+    expert_policy: str = AUTO
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "batch_size"):
@@ -49,6 +52,9 @@ class Planned:
     Attributes:
         weight_bytes: of the model.
         peak_bytes: by tier, all included.
+        by_hit_rate: seconds of a token, by the share of its experts that are in device memory; empty where no experts are
+            brought one by one.
+        expected_hit_rate: the one that `prediction` is for.
         what_if: the changes that would help, and those that would not; the largest help first.
         notes: a sentence for everything that is not as one would expect.
     """
@@ -60,6 +66,8 @@ class Planned:
     prediction: Prediction
     peak_bytes: dict[str, int]
     budget_bytes: dict[str, int]
+    by_hit_rate: dict[float, float]
+    expected_hit_rate: float | None
     what_if: tuple[WhatIf, ...]
     notes: tuple[str, ...]
 
@@ -109,7 +117,8 @@ class Planner:
         total = asked.prompt_tokens + asked.new_tokens
         workload = Workload(asked.batch_size, total, asked.prompt_tokens)
         temporaries = count_temporaries(self._model, workload)
-        decision = decide(self._model, budgets, workload, self._loader.slot_bytes, temporaries)
+        experts = Experts.IN_LAYERS if asked.expert_policy == IN_LAYERS else Experts.WHERE_IT_HELPS
+        decision = decide(self._model, budgets, workload, self._loader.slot_bytes, temporaries, experts=experts)
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         forecast = Forecast(self._model, decision.split, self.hardware, dtype)
         order = Order(workload, asked.prompt_tokens, asked.new_tokens, budgets, asked.exactness)
@@ -131,6 +140,8 @@ class Planner:
             prediction=prediction,
             peak_bytes=dict(zip(tiers, (plan.device_bytes, _host_bytes(plan, decision.spec)), strict=False)),
             budget_bytes=dict(zip(tiers, (budgets.device_bytes, budgets.host_bytes or 0), strict=False)),
+            by_hit_rate=forecast.by_hit_rate(plan, decision.spec, order),
+            expected_hit_rate=None if decision.spec.experts is None else decision.spec.experts.hit_rate(plan.expert_slots),
             what_if=tuple(forecast.what_if(decision.spec, order, prediction, batch=True)),
             notes=tuple(notes),
         )
@@ -152,4 +163,5 @@ def _host_bytes(plan: Plan, spec: ModelSpec) -> int:
     blocks = {block.key: block for block in spec.blocks}
     held = sum(blocks[key].slot_bytes for key in (*plan.in_host_memory, *plan.computed_on_host))
     largest = max((blocks[key].slot_bytes for key in plan.streamed), default=0)
-    return held + plan.staging_count * largest
+    experts = (plan.experts_in_host_memory + plan.expert_staging_count) * plan.expert_slot_bytes
+    return held + plan.staging_count * largest + experts

@@ -390,7 +390,7 @@ class Session:
         wanted = self._request.experts.misses
         if wanted == CPU and not self.plan.experts_in_host_memory:
             raise ConfigError(
-                "expert_misses='cpu' computes experts from CPU memory, and there is no room for any of them; give a larger cpu_memory"
+                "expert_misses='cpu' computes experts from CPU memory, and there is no room for any; give a larger cpu_memory"
             )
         if wanted == LOAD or self._device.host_memory or (wanted == AUTO and self._request.exactness != ROUNDING):
             return ALWAYS_LOAD
@@ -480,7 +480,7 @@ class Session:
             self._ledger.release(category, self._ledger.held_bytes(category))
 
     def _open_windows(self, stack: ExitStack) -> None:
-        self._watch = RegistrationWatch()
+        self._watch = RegistrationWatch(self.model)
         stack.callback(self._watch.close)
         chunk = self.plan.prefill_chunk
         self._root = ModelPass(

@@ -104,6 +104,18 @@ class ExpertsSpec:
     def nbytes(self) -> int:
         return sum(count * size for count, size in zip(self.counts, self.expert_bytes, strict=True))
 
+    def hit_rate(self, slots: int) -> float:
+        """Of a new token's choices, what to expect to be in so many slots: they repeat, far more than chance would have it.
+
+        A curve through what was found on real routings (docs/experts.md); a model may do better or worse.
+        """
+        return min(1.0, float((slots / self.total) ** 0.25)) if slots else 0.0
+
+    def needed(self, rows: int, layer: int) -> float:
+        """Experts of a layer that a pass of so many tokens asks for, if all were equally likely."""
+        count = self.counts[layer]
+        return count * (1.0 - (1.0 - self.chosen / count) ** rows)
+
     @property
     def token_slots(self) -> int:
         """Those that one token uses in all layers."""

@@ -41,9 +41,20 @@ class Prediction:
         return self.prefill_seconds + max(0, new_tokens - 1) * self.seconds_per_token
 
 
-def predict(plan: Plan, model: ModelSpec, cost: CostModel, prefill: Sequence[PassWork], decode: PassWork) -> Prediction:
-    """Simulate the passes of a prefill, and some of decode."""
-    simulation = Simulation(plan, model, cost)
+def predict(
+    plan: Plan,
+    model: ModelSpec,
+    cost: CostModel,
+    prefill: Sequence[PassWork],
+    decode: PassWork,
+    hit_rate: float | None = None,
+) -> Prediction:
+    """Simulate the passes of a prefill, and some of decode.
+
+    Args:
+        hit_rate: of experts that are brought one by one; None for what is to be expected.
+    """
+    simulation = Simulation(plan, model, cost, hit_rate)
     prefill_seconds = sum(simulation.run(part) for part in prefill)
     settled = 0.0
     for _ in range(_DECODE_PASSES):

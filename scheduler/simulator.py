@@ -30,9 +30,10 @@ class Simulation:
         plan: what lives where.
         model: its blocks.
         cost: the machine.
+        hit_rate: of a new token's experts, those that are in device memory; None for what is to be expected.
     """
 
-    def __init__(self, plan: Plan, model: ModelSpec, cost: CostModel) -> None:
+    def __init__(self, plan: Plan, model: ModelSpec, cost: CostModel, hit_rate: float | None = None) -> None:
         self.trace = Trace("simulator")
         self.now = 0.0
         """Of the thread that runs the model."""
@@ -61,6 +62,7 @@ class Simulation:
         if hardware.h2d is not None:
             self._rates[H2D] = hardware.h2d
         device = hardware.device
+        self._misses = ExpertMisses(model, plan, hit_rate)
         self._own_memory = device is not None
         self._asynchronous = device is not None and device.asynchronous
 
@@ -69,6 +71,7 @@ class Simulation:
         begun = self.now
         work = work.in_parts(self._plan.parts(work.batch_size, work.tokens), self._layers)
         self._compute_between(work)
+        self._misses.begin_pass(work)
         for window in work.windows:
             self._window(window, work.phase)
         if self._asynchronous:
@@ -168,6 +171,7 @@ class Simulation:
         if not self._asynchronous:
             begin, self.now = self.now, self.now + span.compute_seconds
             self.trace.spans.append(Span(COMPUTE, window.key, begin, self.now))
+            self._bring_experts(window.key, span.compute_seconds)
             return self.now
         idle = self._device_free
         if arrivals:
@@ -178,7 +182,30 @@ class Simulation:
         # What the CPU has a part in ends for both at once.
         self.now = self._device_free if divided else self.now + span.submit_seconds
         self.trace.spans.append(Span(COMPUTE, window.key, begin, self._device_free))
+        if self._misses.bytes_of(window.key):
+            # The router's choice is waited for, and then what it chose.
+            self.now = self._device_free
+            self._bring_experts(window.key, span.compute_seconds)
+            self._device_free = self.now
         return self._device_free
+
+    def _bring_experts(self, key: BlockKey, compute_seconds: float) -> None:
+        """Experts that were missing came while the layer computed with the others: from about its middle on."""
+        nbytes = self._misses.bytes_of(key)
+        if not nbytes:
+            return
+        seconds = {}
+        host = nbytes * self._misses.host_share if self._own_memory else 0.0
+        if nbytes > host:
+            seconds[DISK] = self._rates[DISK].seconds(nbytes - host)
+        if self._own_memory:
+            seconds[H2D] = self._rates[H2D].seconds(nbytes)
+        link = max(seconds, key=lambda name: seconds[name])
+        begin = max(self.now - compute_seconds / 2, self._link_free[link])
+        end = begin + seconds[link]
+        self._link_free[link] = end
+        self.trace.spans.append(Span(link, key, begin, end, round(nbytes)))
+        self._wait(link, end)
 
     def _time(self, work: Work) -> ComputeTime:
         """As the cost model says; each work is looked up once, by identity, since comparing them takes longer."""
@@ -217,6 +244,45 @@ class Simulation:
         self.now += self._cost.gather_seconds(window)
         self.trace.spans.append(Span(WAIT, DISK, begin, self.now))
         self._compute_window(window, ())
+
+
+class ExpertMisses:
+    """Experts that are brought in a pass, by layer.
+
+    Args:
+        hit_rate: of a new token's experts; None for what is to be expected.
+    """
+
+    def __init__(self, model: ModelSpec, plan: Plan, hit_rate: float | None) -> None:
+        self._experts = model.experts
+        self._bytes: dict[BlockKey, float] = {}
+        self._layers: dict[BlockKey, int] = {}
+        if model.experts is None:
+            return
+        keys = [block.key for block in model.blocks]
+        for index, experts in enumerate(model.experts.layers):
+            above = [key for key in keys if experts == key or experts.startswith(f"{key}.")]
+            beside = [key for key in keys if key.startswith(f"{experts.rpartition('.')[0]}.")]
+            for key in (*above, *beside)[:1]:
+                self._layers[key] = index
+        self.host_share = plan.experts_in_host_memory / model.experts.total
+        self._share = plan.expert_slots / model.experts.total
+        self._hit_rate = model.experts.hit_rate(plan.expert_slots) if hit_rate is None else hit_rate
+
+    def begin_pass(self, work: PassWork) -> None:
+        """What a pass of so many tokens brings."""
+        if self._experts is None:
+            return
+        rows = work.batch_size * work.tokens
+        # In a prompt nearly all experts are asked for, whatever is there.
+        missing = 1.0 - (self._hit_rate if work.tokens == 1 else self._share)
+        self._bytes = {
+            key: missing * self._experts.needed(rows, layer) * self._experts.expert_bytes[layer]
+            for key, layer in self._layers.items()
+        }
+
+    def bytes_of(self, key: BlockKey) -> float:
+        return self._bytes.get(key, 0.0)
 
 
 def simulate(plan: Plan, model: ModelSpec, cost: CostModel, passes: Iterable[PassWork]) -> Trace:

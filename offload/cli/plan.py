@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 from offload.cli.terminal import check_writable, print_table, progress_bar, say
 from offload.config import EXACTNESS
 from offload.planning import Asked, Planned, Planner
+from offload.runtime.expert_part import AUTO, POLICIES
 from scheduler.hardware import HardwareProfile
 from storage.errors import duration, gib
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--disk", metavar="DIR", help="a folder on the disk that the weights are read from (default: $TMPDIR)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
     add("--exactness", default="identical", choices=EXACTNESS, help="rounding allows layers on the CPU (default: identical)")
+    add("--expert-policy", default=AUTO, choices=POLICIES, help="as for generate; `layers` streams whole layers")
     add("--hardware", metavar="FILE.json", help="plan for the machine that this profile describes (default: this one)")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
     add("--output", metavar="FILE.json", help="write the plan there, to edit it and give it to `generate --plan`")
@@ -38,7 +40,13 @@ def run(request: argparse.Namespace) -> None:
     check_writable(request.output)
     transformers_logging.set_verbosity_error()
     asked = Asked(
-        request.prompt_tokens, request.new_tokens, request.batch_size, request.gpu_memory, request.cpu_memory, request.exactness
+        request.prompt_tokens,
+        request.new_tokens,
+        request.batch_size,
+        request.gpu_memory,
+        request.cpu_memory,
+        request.exactness,
+        request.expert_policy,
     )
     hardware = None if request.hardware is None else HardwareProfile.load(request.hardware)
     with progress_bar(counted=False) as show:
@@ -66,6 +74,8 @@ def _print(planned: Planned, asked: Asked) -> None:
     print_table(_memory(planned))
     shares = ", ".join(f"{cause} {share:.0%}" for cause, share in prediction.decode_shares.items() if share >= 0.005)
     print(f"a token: {shares}; {gib(plan.streamed_bytes)} streamed, {plan.slot_count} slots of {gib(plan.slot_bytes)}\n")
+    if planned.by_hit_rate:
+        _print_hit_rates(planned)
     changes = Table(box=None, pad_edge=False, header_style="bold")
     changes.add_column("what if")
     changes.add_column("a sequence is done", justify="right")
@@ -74,6 +84,19 @@ def _print(planned: Planned, asked: Asked) -> None:
     print_table(changes)
     for note in planned.notes:
         print(f"note: {note}")
+
+
+def _print_hit_rates(planned: Planned) -> None:
+    plan = planned.plan
+    beside = f", {plan.experts_in_host_memory:,} in CPU memory" if "gpu" in planned.budget_bytes else ""
+    print(f"experts: {plan.expert_slots:,} in device memory{beside}")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("if so many of a token's experts are there", "a token takes", ""):
+        table.add_column(column, justify="right" if column else "left")
+    for rate, seconds in planned.by_hit_rate.items():
+        expected = planned.expected_hit_rate is not None and rate == round(planned.expected_hit_rate, 2)
+        table.add_row(f"{rate:.0%}", duration(seconds), "expected" if expected else "")
+    print_table(table)
 
 
 def _places(planned: Planned) -> Table:
@@ -108,6 +131,7 @@ def _memory(planned: Planned) -> Table:
     parts = {
         "resident weights": plan.resident_bytes + plan.pinned_bytes,
         "slots": plan.arena_bytes,
+        "experts": plan.expert_bytes,
         "KV cache": plan.kv_bytes,
         "temporaries": plan.activation_bytes,
     }

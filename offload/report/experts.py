@@ -116,7 +116,7 @@ class ExpertUse:
         if self.recall is not None and self.recall_twice is not None:
             said.append(
                 f"the next layer's router, asked early, named {self.recall:.0%} of what was asked for "
-                f"({self.recall_twice:.0%} by twice as many names); {self.prefetches_used:,} of {self.prefetches:,} experts brought by "
-                "it were used"
+                f"({self.recall_twice:.0%} by twice as many names); of {self.prefetches:,} experts brought for that, "
+                f"{self.prefetches_used:,} were used"
             )
         return said

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
@@ -9,9 +10,14 @@ from torch.nn.modules.module import (
 
 
 class RegistrationWatch:
-    """True to `take` if anything was registered in any module of the process since the last time."""
+    """True to `take` if anything was registered in a module of the model since the last time.
 
-    def __init__(self) -> None:
+    Slices of lists of layers, which models make anew in every pass, register too, and belong to no model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known = {id(module) for module in model.modules()}
         self._seen = False
         self._handles = [
             register_module_parameter_registration_hook(self._notice),
@@ -20,6 +26,8 @@ class RegistrationWatch:
 
     def take(self) -> bool:
         seen, self._seen = self._seen, False
+        if seen:
+            self._known = {id(module) for module in self._model.modules()}
         return seen
 
     def close(self) -> None:
@@ -28,4 +36,4 @@ class RegistrationWatch:
         self._handles.clear()
 
     def _notice(self, module: Any, name: str, value: Any) -> None:
-        self._seen = True
+        self._seen = self._seen or id(module) in self._known

@@ -9,7 +9,7 @@ from torch import nn
 
 from offload.config import ROUNDING, Budgets
 from offload.model.blocks import Structure, Unit, can_split, find_structure
-from offload.model.experts import ExpertsUnit, find_experts
+from offload.model.experts import ExpertsUnit, find_experts, undecorated_experts
 from offload.model.parts import parts_of
 from offload.model.sizing import model_spec
 from scheduler.model_spec import ModelSpec, Temporaries, Workload
@@ -71,7 +71,8 @@ def decide(
             return whole
     found = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates, units)
     if isinstance(found, Decision):
-        return found
+        told = () if experts is Experts.IN_LAYERS else _other_experts(model, found)
+        return replace(found, fallbacks=(*found.fallbacks, *told))
     ways = parts_of(model, workload) if in_parts else []
     apart = _fitting(model, budgets, ways, slot_bytes, temporaries, candidates, units) if ways else None
     if isinstance(apart, Decision):
@@ -108,6 +109,14 @@ def _fitting(
         if not largest:
             return refusals
         split |= largest
+
+
+def _other_experts(model: nn.Module, decision: Decision) -> list[str]:
+    """That experts are streamed with their layers, because they cannot be told apart."""
+    names = undecorated_experts(model) if decision.plan.streamed else []
+    if not names:
+        return []
+    return [f"{' and '.join(names)} hold experts otherwise than transformers' interface for them: whole layers are streamed"]
 
 
 def _largest_to_split(structure: Structure) -> frozenset[BlockKey]:

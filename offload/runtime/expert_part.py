@@ -139,8 +139,8 @@ class ExpertPart:
         self._executor.guard(store.arena)
         if plan.expert_slots < self.spec.token_slots:
             self._told(
-                f"there are {plan.expert_slots} slots for experts, and one token uses {self.spec.token_slots}: most are brought "
-                "again for each; a larger budget helps more than anything else"
+                f"there are {plan.expert_slots} slots for experts, and one token uses {self.spec.token_slots}: most are "
+                "brought again for each; a larger budget helps more than anything else"
             )
 
     def free_slots(self) -> None:

@@ -27,6 +27,8 @@ Shape = tuple[int, int, int, int]
 """Batch size, prompt tokens, context tokens, tokens of the prompt in one pass."""
 
 
+_HIT_RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+
 _MORE_MEMORY = (4 << 30, 16 << 30)
 
 
@@ -135,6 +137,17 @@ class Forecast:
         tasks = [self._task(spec, replace(order, workload=workload), cost) for workload in workloads]
         choice = choose_plan(tasks, allow_cpu=rounding)
         return choice.plan, choice.prediction
+
+    def by_hit_rate(self, plan: Plan, spec: ModelSpec, order: Order) -> dict[float, float]:
+        """Seconds of a token, by the share of its experts that are in device memory; empty where none are brought singly."""
+        if spec.experts is None:
+            return {}
+        task = self._task(spec, order, self.cost)
+        expected = round(spec.experts.hit_rate(plan.expert_slots), 2)
+        return {
+            rate: predict(plan, spec, self.cost, task.prefill, task.decode, rate).seconds_per_token
+            for rate in sorted({*_HIT_RATES, expected})
+        }
 
     def _task(self, spec: ModelSpec, order: Order, cost: CostModel) -> "Task":
         from scheduler.choice import Task

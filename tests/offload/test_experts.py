@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers as hf
 
 from offload import BudgetTooSmall, ConfigError, offload
 from offload.cli.main import main
@@ -12,8 +13,8 @@ from scheduler.routing import Routing
 from storage.errors import StaleSlot
 from tests.architectures import make, oracle_of, tokens
 from tests.delayed import DelayedDevice
-from tests.poison import DiskMeter, poison_homes
 from tests.offload.test_expert_classes import plan_for
+from tests.poison import DiskMeter, poison_homes
 
 OPTIONS = {"device": "cpu", "batch_size": 2, "max_tokens": 40}
 NAMES = ["mixtral", "qwen3_moe", "gpt_oss"]
@@ -238,6 +239,42 @@ def test_whole_layers_where_that_is_asked_for(saved):
         assert not session.routing().visits
 
 
+_TINY = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+UNDECORATED = {
+    "JetMoe": lambda: hf.JetMoeForCausalLM(
+        hf.JetMoeConfig(
+            **_TINY, hidden_size=32, num_hidden_layers=3, num_key_value_heads=2, kv_channels=8, intermediate_size=48,
+            num_local_experts=4, num_experts_per_tok=2,
+        )
+    ),
+    "Dbrx": lambda: hf.DbrxForCausalLM(
+        hf.DbrxConfig(
+            **_TINY, d_model=32, n_heads=4, n_layers=3, max_seq_len=64, attn_config={"kv_n_heads": 2},
+            ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        )
+    ),
+    "Llama4": lambda: hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(
+            **_TINY, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=4, head_dim=8,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, attention_chunk_size=32,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(UNDECORATED))
+def test_experts_of_another_kind_stream_in_their_layers_and_that_is_told(name, tmp_path):
+    torch.manual_seed(0)
+    model = UNDECORATED[name]().eval()
+    twin = oracle_of(model)
+    with pytest.raises(BudgetTooSmall) as refusal:
+        offload(model, cpu_memory=1, disk_dir=tmp_path, **OPTIONS).__enter__()
+    with offload(model, cpu_memory=refusal.value.least_bytes, disk_dir=tmp_path, **OPTIONS) as session, torch.no_grad():
+        assert session.plan.streamed and not session.plan.expert_slots
+        assert torch.equal(model(tokens()).logits, twin(tokens()).logits)
+        assert any("whole layers" in sentence for sentence in session.report().fallbacks)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -253,8 +290,7 @@ def test_bad_requests(options, said, saved):
         pass
 
 
-def test_commands(saved, tmp_path, capsys):
-    folder, _ = saved("mixtral")
+def test_commands(tmp_path, capsys):
     trace = tmp_path / "t.csv"
     visits = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes\n" + "".join(
         f"0,1,{step},{layer},{slot},{(step + slot + layer) % 4},0.5,0,1000\n"
