@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/offload generate demo --prompt "And the king said" --max-new-tokens 60 --device cpu --cpu-memory 6MiB
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

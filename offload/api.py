@@ -56,7 +56,8 @@ def offload(
             `admission` (the same, and copied only where it pays), `auto`; `layers` streams whole layers instead.
         expert_misses: what becomes of an expert that is not there: `load`, `cpu` (computed from CPU memory beside a GPU, of
             level rounding), `auto`.
-        expert_prefetch: `on` asks the next layer's router a layer early, and brings what it names; `off`, `auto`.
+        expert_prefetch: `auto` brings experts of the next layer ahead while a long prompt is computed; `on` also asks the next
+            layer's router a layer early in decode, and brings what it names; `off` does neither.
         progress: told (what, done bytes, total bytes) during long steps.
         loading: for a path, what `from_pretrained` takes: `dtype`, `revision`, `trust_remote_code`...
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from scheduler.hardware import HardwareProfile
 
 _MOST_TOKENS = 4096
+_NEARLY_ALL = 0.95
+_MOST_AHEAD = 8
+"""Enough to keep the link busy while a layer's attention computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,17 @@ class MissRule:
 ALWAYS_LOAD = MissRule()
 UNMEASURED = MissRule(most_tokens=8)
 """Where no profile tells: a CPU of 200 GFLOP/s beside a link of 25 GB/s."""
+
+
+def ahead_of_a_prompt(rows: int, count: int, chosen: int, room: int) -> int:
+    """How many experts of the next layer to bring while a layer computes so many tokens, before its router has spoken.
+
+    Where nearly all of them will be asked for, as a long prompt does, none of these is in vain, and the link has no pause
+    between layers: whole layers, double-buffered, as far as there is room. Else the router is waited for.
+    """
+    if count * (1.0 - (1.0 - chosen / count) ** rows) < _NEARLY_ALL * count:
+        return 0
+    return min(_MOST_AHEAD, room // 2)
 
 
 def miss_rule(hardware: HardwareProfile, expert_bytes: int, element_bytes: int, dtype: str) -> MissRule:

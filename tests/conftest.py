@@ -15,7 +15,8 @@ import transformers
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(2)
+# Beside another worker a second thread would only be in its way.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # What was imported is never garbage: looking for it after each test would take longer than most tests.
 gc.collect()
 gc.freeze()

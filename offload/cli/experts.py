@@ -61,7 +61,7 @@ def _print(routing: Routing, scope: str, results: list[Replay]) -> None:
         f"({'shared' if scope == 'global' else 'each layer its own'}), {len(routing.visits):,} visits\n"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("policy", "hits", "in decode", "in the second half", "copied", "bytes", "not copied, computed elsewhere"):
+    for column in ("policy", "hits", "in decode", "in the second half", "copied", "bytes copied", "bytes missed"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for item in results:
         every = item.overall
@@ -72,6 +72,6 @@ def _print(routing: Routing, scope: str, results: list[Replay]) -> None:
             f"{item.warm.hit_rate:.1%}",
             f"{every.copies:,}",
             gib(every.copied_bytes),
-            f"{every.choices - every.hits - every.copies:,}",
+            gib(every.missed_bytes),
         )
     print_table(table)

@@ -68,7 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=MISSES,
         help="bring experts that are not there, or compute them on the CPU beside a GPU (default: auto)",
     )
-    add("--expert-prefetch", default=AUTO, choices=PREFETCH, help="ask the next layer's router early (default: auto)")
+    add(
+        "--expert-prefetch",
+        default=AUTO,
+        choices=PREFETCH,
+        help="bring experts before they are asked for: in long prompts (auto), in decode too (on)",
+    )
     add("--expert-trace", metavar="FILE.csv", help="write which experts each token chose, for `offload experts replay`")
     add("--plan", metavar="FILE.json", help="what lives where, from `offload plan --output` (default: planned here)")
     add("--report", metavar="FILE", help="write the report there: .html for a page, else JSON that `offload report` reads")

@@ -65,6 +65,7 @@ def decide(
         BudgetTooSmall: if it is too small for the largest module that cannot be taken apart.
     """
     units = tuple(find_experts(model)) if experts is not Experts.IN_LAYERS else ()
+    whole: Decision | list[BudgetTooSmall] = []
     if units and experts is Experts.WHERE_IT_HELPS:
         whole = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates, ())
         if isinstance(whole, Decision) and not whole.plan.streamed:
@@ -73,6 +74,9 @@ def decide(
     if isinstance(found, Decision):
         told = () if experts is Experts.IN_LAYERS else _other_experts(model, found)
         return replace(found, fallbacks=(*found.fallbacks, *told))
+    if isinstance(whole, Decision):
+        # Of a model so small that single experts, read in whole units, take more than a layer.
+        return whole
     ways = parts_of(model, workload) if in_parts else []
     apart = _fitting(model, budgets, ways, slot_bytes, temporaries, candidates, units) if ways else None
     if isinstance(apart, Decision):

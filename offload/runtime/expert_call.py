@@ -142,7 +142,9 @@ class ExpertCall:
     def _begin(self, needed: Sequence[int]) -> None:
         room = self._cache.room(self._layer)
         lanes = 0 if len(needed) <= room else min(_LANES, max(1, room // 2))
-        kept = set(sorted(needed, key=lambda expert: -self._cache.policy.ranks[self._layer, expert])[: room - lanes])
+        ranks, here = self._cache.policy.ranks[self._layer], self._cache.slots[self._layer]
+        # What is there already costs nothing; of the others, those that are worth most.
+        kept = set(sorted(needed, key=lambda expert: (here[expert] < 0, -ranks[expert]))[: room - lanes])
         answer = self._cache.request(self._layer, [expert for expert in needed if expert in kept])
         for placed in answer.loads:
             self._store.begin(self._layer, placed.expert, placed.slot)

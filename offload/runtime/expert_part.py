@@ -28,10 +28,10 @@ from storage.errors import ConfigError
 from storage.ledger import MemoryLedger
 from storage.reader import DiskReader
 
-AUTO, IN_LAYERS, LOAD, CPU = "auto", "layers", "load", "cpu"
+AUTO, IN_LAYERS, LOAD, CPU, ON, OFF = "auto", "layers", "load", "cpu", "on", "off"
 POLICIES = (AUTO, "lru", "lfu", "admission", IN_LAYERS)
 MISSES = (AUTO, LOAD, CPU)
-PREFETCH = (AUTO, "on", "off")
+PREFETCH = (AUTO, ON, OFF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ class ExpertOptions:
     Attributes:
         policy: which of them stay in device memory.
         misses: what becomes of those that are not there.
-        prefetch: whether the next layer's router is asked a layer early.
+        prefetch: `auto` brings experts of the next layer ahead while a long prompt is computed, which needs them all; `on`
+            asks the next layer's router a layer early in decode, too; `off` does neither.
     """
 
     policy: str = AUTO
@@ -97,7 +98,8 @@ class ExpertPart:
             self.policy = ADMISSION if self.misses == CPU else LFU
         self.record = RoutingRecord(name, spec.counts, spec.expert_bytes)
         self._routers = [find_router(model, unit.key) for unit in units]
-        self._predictor = NextRouter(self._routers) if options.prefetch == "on" else None
+        self._prompts_ahead = options.prefetch != OFF
+        self._predictor = NextRouter(self._routers) if options.prefetch == ON else None
         self.homes = [placement.homes_of(unit) for unit in units]
         self._tiers = ExpertPlacement(placement, units, pieces, reader, device, progress)
         self._sources: list[ExpertSource] = []
@@ -135,6 +137,7 @@ class ExpertPart:
             self._rule,
             self.record.note,
             self._predictor,
+            self._prompts_ahead,
         )
         self._executor.guard(store.arena)
         if plan.expert_slots < self.spec.token_slots:

@@ -17,7 +17,7 @@ from offload.runtime.hooks import Forward
 from offload.runtime.look_ahead import Accuracy, Prediction, Predictor
 from offload.runtime.slotted import SlottedModule, SlottedWeight
 from scheduler.expert_cache import ExpertCache
-from scheduler.expert_cost import MissRule
+from scheduler.expert_cost import MissRule, ahead_of_a_prompt
 from storage.device import Device
 
 
@@ -86,7 +86,8 @@ class ExpertStreaming:
         tally: added to.
         observer: told of every visit.
         rule: which experts the CPU computes.
-        predictor: of what the next layer will ask for; None to bring nothing ahead.
+        predictor: of what the next layer will ask for in decode; None to bring nothing ahead.
+        prompts_ahead: bring experts of the next layer while a long prompt is computed.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class ExpertStreaming:
         rule: MissRule,
         observer: Callable[[Visit], None],
         predictor: Predictor | None,
+        prompts_ahead: bool,
     ) -> None:
         self.cache = cache
         self.store = store
@@ -114,6 +116,7 @@ class ExpertStreaming:
         self._rule = rule
         self._observer = observer
         self._predictor = predictor
+        self._prompts_ahead = prompts_ahead
         self._predicted: Prediction | None = None
         self._ahead: dict[int, int] = {}
         """Slots of experts that were brought because they were predicted, by expert."""
@@ -151,7 +154,7 @@ class ExpertStreaming:
         call = ExpertCall(layer, unit, self.cache, self.store, needed, rows, self._wait, self._rule, asynchronous)
         self._tally.add(layer, len(needed), len(call.hits), len(call.computed_elsewhere), unit.nbytes)
         self._observer(Visit(layer, self._clock.phase, choices, shares, call.hits))
-        self._look_ahead(layer)
+        self._look_ahead(layer, *choices.shape)
         try:
             # The model's own code, with other weights: `forward` is bound to the module that has none.
             output = type(unit.module).forward(self._slotted(unit, call, hidden.device), hidden, index, weights)
@@ -165,9 +168,8 @@ class ExpertStreaming:
         """What was brought in vain and is still on its way makes room for what is needed."""
         prediction, ahead = self._predicted, self._ahead
         self._predicted, self._ahead = None, {}
-        if prediction is None or prediction.layer != layer:
-            return
-        self._tally.accuracy.add(prediction, needed)
+        if prediction is not None and prediction.layer == layer:
+            self._tally.accuracy.add(prediction, needed)
         for expert, slot in ahead.items():
             here = self.cache.holder(slot) == (layer, expert)
             if here and expert in needed:
@@ -176,16 +178,27 @@ class ExpertStreaming:
                 self.store.cancel(slot)
                 self.cache.drop(layer, expert)
 
-    def _look_ahead(self, layer: int) -> None:
-        """Begin to bring what the next layer will ask for, behind what this one needs."""
-        prediction = None if self._predictor is None else self._predictor.after(layer)
-        if prediction is None:
-            return
-        answer = self.cache.request(prediction.layer, prediction.experts)
+    def _look_ahead(self, layer: int, rows: int, chosen: int) -> None:
+        """Begin to bring what the next layer will ask for, behind what this one needs.
+
+        Args:
+            rows: tokens of this pass, each of which was sent to `chosen` experts.
+        """
+        self._predicted = None if self._predictor is None else self._predictor.after(layer)
+        if self._predicted is not None:
+            self._bring_ahead(self._predicted.layer, self._predicted.experts)
+        elif self._prompts_ahead and layer + 1 < len(self._units):
+            following = layer + 1
+            count = ahead_of_a_prompt(rows, self._units[following].count, chosen, self.cache.room(following))
+            ranks, here = self.cache.policy.ranks[following], self.cache.slots[following]
+            missing = (expert for expert in range(self._units[following].count) if here[expert] < 0)
+            self._bring_ahead(following, sorted(missing, key=lambda expert: -ranks[expert])[:count])
+
+    def _bring_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        answer = self.cache.request(layer, experts)
         for placed in answer.loads:
-            self.store.begin(prediction.layer, placed.expert, placed.slot)
+            self.store.begin(layer, placed.expert, placed.slot)
         self.cache.release(placed.slot for placed in (*answer.hits, *answer.loads))
-        self._predicted = prediction
         self._ahead = {placed.expert: placed.slot for placed in answer.loads}
         self._tally.prefetches += len(answer.loads)
 

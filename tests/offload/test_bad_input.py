@@ -271,8 +271,8 @@ def test_too_little_disk_is_told_before_writing(tmp_path, monkeypatch):
 
 
 def _run_mixtral(folder, disk, results):
-    model = offload(folder, device="cpu", cpu_memory=tight(folder) * 2, batch_size=2, max_tokens=16, disk_dir=disk)
-    with model as session:
+    options = {"batch_size": 2, "max_tokens": 16, "disk_dir": disk, "expert_policy": "layers"}
+    with offload(folder, device="cpu", cpu_memory=tight(folder) * 2, **options) as session:
         results.put(session.model(input_ids=tokens()).logits.sum().item())
 
 

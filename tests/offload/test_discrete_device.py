@@ -49,7 +49,7 @@ def saved(tmp_path_factory):
 def test_identical_from_a_checkpoint(name, residency, host, saved, device, tmp_path):
     folder, twin, spec = saved(name)
     budget = budget_for(spec, residency, BATCH, MAX_TOKENS) + 16_384
-    options = {"batch_size": BATCH, "max_tokens": MAX_TOKENS, "disk_dir": tmp_path}
+    options = {"batch_size": BATCH, "max_tokens": MAX_TOKENS, "disk_dir": tmp_path, "expert_policy": "layers"}
     with offload(folder, gpu_memory=budget, cpu_memory=host_budget(spec, host), **options) as session:
         assert session.plan.streamed
         _poison_what_is_not_the_source(session)
@@ -85,7 +85,7 @@ def test_a_held_model_is_taken_over_and_given_back(residency, host, device, tmp_
     twin = oracle_of(model)
     spec = spec_of(model)
     budget = budget_for(spec, residency, BATCH, MAX_TOKENS) + 16_384
-    options = {"batch_size": BATCH, "max_tokens": MAX_TOKENS, "disk_dir": tmp_path}
+    options = {"batch_size": BATCH, "max_tokens": MAX_TOKENS, "disk_dir": tmp_path, "expert_policy": "layers"}
     with offload(model, gpu_memory=budget, cpu_memory=host_budget(spec, host), **options):
         for _ in range(3):
             with torch.no_grad():

@@ -59,7 +59,7 @@ def test_the_bits_of_the_plain_model(experts, dtype, tmp_path):
     twin = oracle_of(model)
     for slots in levels(model):
         target = str(folder) if whole else make_model(experts, dtype)[0]
-        options = {"device": "cpu", "batch_size": BATCH, "max_tokens": TOKENS, "disk_dir": tmp_path}
+        options = {"device": "cpu", "batch_size": BATCH, "max_tokens": TOKENS, "disk_dir": tmp_path, "expert_prefetch": "off"}
         with offload(target, plan=plan_for(model, slots), **options) as session, torch.no_grad():
             assert poison_homes(session)
             meter = DiskMeter(session)

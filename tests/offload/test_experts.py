@@ -141,6 +141,21 @@ def test_a_failed_read_is_loud_and_leaves_nothing_wrong(saved, monkeypatch):
         assert torch.equal(generate(session.model, tokens()), generate(twin, tokens()))
 
 
+@pytest.mark.parametrize("slots", [2, 5, 12])
+@pytest.mark.parametrize("prefetch", ["auto", "off"])
+def test_a_long_prompt_brings_each_expert_once(prefetch, slots, saved):
+    folder, model = saved("mixtral")
+    units = find_experts(model)
+    with offload(folder, plan=plan_for(model, slots), expert_prefetch=prefetch, **OPTIONS) as session, torch.no_grad():
+        poison_homes(session)
+        meter = DiskMeter(session)
+        ids = tokens(2, 20)
+        assert torch.equal(session.model(ids).logits, oracle_of(model)(ids).logits)
+        # Every expert was asked for, and there was none to begin with.
+        assert meter.nbytes == sum(unit.count * unit.nbytes for unit in units)
+        assert (session._experts.tally.prefetches > 0) == (prefetch == "auto" and slots == 12)
+
+
 @pytest.mark.parametrize("prefetch", ["on", "off"])
 def test_looking_ahead_changes_nothing(prefetch, saved):
     folder, model = saved("qwen3_moe")
@@ -214,7 +229,7 @@ def test_the_report_tells_of_experts(saved, tmp_path):
     folder, model = saved("mixtral")
     with offload(folder, plan=plan_for(model, 5), **OPTIONS) as session:
         meter = DiskMeter(session)
-        generate(session.model, tokens())
+        generate(session.model, tokens(1, 3))
         read = meter.nbytes
         report = session.report()
         use = report.experts
@@ -249,7 +264,7 @@ UNDECORATED = {
     ),
     "Dbrx": lambda: hf.DbrxForCausalLM(
         hf.DbrxConfig(
-            **_TINY, d_model=32, n_heads=4, n_layers=3, max_seq_len=64, attn_config={"kv_n_heads": 2},
+            **_TINY, d_model=32, n_heads=4, n_layers=3, max_seq_len=64, attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
             ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
         )
     ),
