@@ -15,7 +15,7 @@ from torch import nn
 from offload.config import IDENTICAL, ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
 from offload.interrupts import HeldInterrupts
 from offload.model.blocks import Unit, find_structure
-from offload.model.experts import ExpertsUnit, find_experts
+from offload.model.experts import ExpertsUnit
 from offload.model.guise import Guise
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
@@ -33,7 +33,7 @@ from offload.runtime.changes import RegistrationWatch
 from offload.runtime.clock import BACKWARD, PassClock
 from offload.runtime.decision import Decision, Experts, decide, given_plan
 from offload.runtime.executor import LayerExecutor
-from offload.runtime.expert_part import AUTO, CPU, IN_LAYERS, LOAD, ExpertOptions, ExpertPart
+from offload.runtime.expert_part import CPU, IN_LAYERS, ExpertOptions, ExpertPart, rule_for_misses
 from offload.runtime.forecast import Forecast, Order
 from offload.runtime.hooks import ForwardWrap, UnitWindow, Windows
 from offload.runtime.kv_reserve import KvReserve
@@ -44,9 +44,8 @@ from offload.training.needs import TrainingNeeds
 from offload.training.options import Training
 from offload.training.outlook import outlook
 from offload.training.part import INPUTS, TrainingPart, decide_to_train
-from scheduler.expert_cost import ALWAYS_LOAD, UNMEASURED, MissRule, miss_rule
 from scheduler.hardware import HardwareProfile
-from scheduler.model_spec import ExpertsSpec, Workload
+from scheduler.model_spec import Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
 from scheduler.routing import Routing
@@ -55,7 +54,7 @@ from storage.arena import HostBuffer
 from storage.device import Device
 from storage.engines.gds import choose_engine
 from storage.engines.posix import PosixEngine
-from storage.errors import BudgetExceeded, BudgetTooSmall, ConfigError, ProfileError, SessionError, gib
+from storage.errors import BudgetExceeded, BudgetTooSmall, ProfileError, SessionError, gib
 from storage.reader import DiskReader
 from storage.transfer import Link
 
@@ -367,6 +366,8 @@ class Session:
 
     def _expert_part(self, decision: Decision, loaded: LoadedModel) -> ExpertPart:
         assert self._spec.experts is not None
+        options, may_round = self._request.experts, self._request.exactness == ROUNDING
+        rule = rule_for_misses(options.misses, may_round, self.plan, self._spec.experts, decision.experts, self._hardware)
         return ExpertPart(
             self._device,
             self._executor,
@@ -377,29 +378,13 @@ class Session:
             self._spec.experts,
             decision.experts,
             loaded.experts,
-            self._request.experts,
-            self._miss_rule(self._spec.experts),
+            options,
+            rule,
             type(self.model).__name__,
             self.model,
             self._progress,
             self._tell,
         )
-
-    def _miss_rule(self, experts: ExpertsSpec) -> MissRule:
-        """Computed on the CPU is what was asked for, or what may round and is faster."""
-        wanted = self._request.experts.misses
-        if wanted == CPU and not self.plan.experts_in_host_memory:
-            raise ConfigError(
-                "expert_misses='cpu' computes experts from CPU memory, and there is no room for any; give a larger cpu_memory"
-            )
-        if wanted == LOAD or self._device.host_memory or (wanted == AUTO and self._request.exactness != ROUNDING):
-            return ALWAYS_LOAD
-        if self._hardware is None:
-            return UNMEASURED if wanted == CPU else ALWAYS_LOAD
-        dtype = next(value.dtype for unit in find_experts(self.model) for value in unit.parameters.values())
-        name = str(dtype).removeprefix("torch.")
-        rule = miss_rule(self._hardware, max(experts.expert_bytes), dtype.itemsize, name)
-        return rule if rule.most_tokens or wanted == AUTO else UNMEASURED
 
     def _experts_wanted(self) -> Experts:
         """Backward needs all experts of a layer: training streams layers."""

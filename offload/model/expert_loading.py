@@ -5,21 +5,17 @@ all: the pieces are read from the checkpoint to where they belong. Where it comp
 file, one by one. All experts of a layer are never in memory together.
 """
 
-import math
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from offload.model.experts import ExpertPieces
 from offload.model.homes import FileMaps
-from storage.block_file import BlockFileWriter, spill_folder
+from offload.model.stand_ins import stand_in
+from storage.block_file import BlockFileWriter
 from storage.blocks import FileRange
-from storage.checkpoint import identity
-from storage.errors import CheckpointChanged
 
 _MOST_PIECES = 8
 """Of one expert's part of a parameter: with more, its bytes are scattered, and it is converted."""
@@ -194,71 +190,3 @@ def _part(whole: FileRange | None, start: int, nbytes: int) -> FileRange:
 
 def _dtype_of(sources: dict[str, list[torch.Tensor]]) -> torch.dtype:
     return next(iter(sources.values()))[0].dtype
-
-
-class ExpertStandIns:
-    """The parameters of one module of experts while they hold no values: who asks for them by `state_dict` gets them.
-
-    They are written to a block file then, expert by expert, and the parameters are views of it from there on.
-
-    Args:
-        module: whose parameters are stand-ins.
-        pieces: where their experts lie, by the parameters' names in the module.
-        told: given the parameter and its new values, as they take effect.
-    """
-
-    def __init__(self, module: nn.Module, pieces: Mapping[str, ExpertPieces], told: Callable[[nn.Parameter], None]) -> None:
-        self._module = module
-        self._pieces = pieces
-        self._told = told
-        self._identities = {piece.path: identity(piece.path) for parts in pieces.values() for part in parts for piece in part}
-        self._hooks = [module.register_state_dict_pre_hook(lambda *call: self.fill())]
-
-    def keep(self) -> None:
-        """The session is over: the first call of the module fills them, too."""
-        if self._hooks:
-            self._hooks.append(self._module.register_forward_pre_hook(lambda *call: self.fill()))
-
-    def fill(self) -> None:
-        """Give the parameters their values.
-
-        Raises:
-            CheckpointChanged: if the files are not what they were.
-            DiskFull: if there is no room for them.
-        """
-        if not self._hooks:
-            return
-        for path, known in self._identities.items():
-            if not os.path.exists(path) or identity(path) != known:
-                raise CheckpointChanged(f"{path} was changed, and the model's experts are still to be read from it")
-        writer = BlockFileWriter(spill_folder())
-        parameters = {name: getattr(self._module, name) for name in self._pieces}
-        try:
-            for name, parameter in parameters.items():
-                parts = (_read(pieces) for pieces in self._pieces[name])
-                writer.add_parts(name, parameter.dtype, parameter.shape, parts)
-            file = writer.finish()
-        except BaseException:
-            writer.abandon()
-            raise
-        for name, parameter in parameters.items():
-            parameter.data = file.view(name)
-            self._told(parameter)
-        file.close()
-        while self._hooks:
-            self._hooks.pop().remove()
-
-
-def _read(pieces: Sequence[FileRange]) -> torch.Tensor:
-    content = bytearray()
-    for piece in pieces:
-        with open(piece.path, "rb") as file:
-            file.seek(piece.offset)
-            content += file.read(piece.nbytes)
-    return torch.frombuffer(content, dtype=torch.uint8)
-
-
-def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of NaN that holds no memory and cannot be written: whoever looks at it by mistake sees that."""
-    value = math.nan if dtype.is_floating_point else 0
-    return torch.full((1,), value, dtype=dtype).expand(shape)

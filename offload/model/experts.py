@@ -8,7 +8,7 @@ from torch import nn
 
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, BlockKey, FileRange, align_up
 
-MARKS = ("_is_expert_parallel", "has_gate", "num_experts", "config")
+MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
 """What transformers' decorator of experts classes leaves on each of their modules."""
 
 _PIECES = 2

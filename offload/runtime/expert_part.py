@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from offload.config import Progress
-from offload.model.expert_loading import ExpertStandIns
 from offload.model.experts import ExpertPieces, ExpertsUnit
+from offload.model.stand_ins import ExpertStandIns
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.expert_placement import EXPERTS, ExpertPlacement
@@ -19,8 +19,9 @@ from offload.runtime.hooks import ForwardWrap
 from offload.runtime.look_ahead import NextRouter, find_router
 from offload.runtime.placement import Placement
 from scheduler.expert_cache import ExpertCache
-from scheduler.expert_cost import MissRule
+from scheduler.expert_cost import ALWAYS_LOAD, UNMEASURED, MissRule, miss_rule
 from scheduler.expert_policies import ADMISSION, LFU, make_policy
+from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import ExpertsSpec
 from scheduler.plan import Plan
 from storage.device import Device
@@ -53,6 +54,36 @@ class ExpertOptions:
         for name, known in (("policy", POLICIES), ("misses", MISSES), ("prefetch", PREFETCH)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"expert_{name}={getattr(self, name)!r} is not known; give one of {', '.join(known)}")
+
+
+def rule_for_misses(
+    misses: str,
+    may_round: bool,
+    plan: Plan,
+    spec: ExpertsSpec,
+    units: Sequence[ExpertsUnit],
+    hardware: HardwareProfile | None,
+) -> MissRule:
+    """Computed on the CPU is what that was asked for, or what may round and is faster so.
+
+    Args:
+        misses: one of `MISSES`.
+        hardware: a profile of the machine; None if it was not measured.
+
+    Raises:
+        ConfigError: if it was asked for, and no expert is in CPU memory.
+    """
+    if misses == CPU and not plan.experts_in_host_memory:
+        raise ConfigError(
+            "expert_misses='cpu' computes experts from CPU memory, and there is no room for any; give a larger cpu_memory"
+        )
+    if misses == LOAD or not plan.experts_in_host_memory or (misses == AUTO and not may_round):
+        return ALWAYS_LOAD
+    if hardware is None:
+        return UNMEASURED if misses == CPU else ALWAYS_LOAD
+    dtype = units[0].layout.tensors[0].dtype
+    rule = miss_rule(hardware, max(spec.expert_bytes), dtype.itemsize, str(dtype).removeprefix("torch."))
+    return rule if rule.most_tokens or misses == AUTO else UNMEASURED
 
 
 class ExpertPart:

@@ -124,7 +124,7 @@ def test_identical_in_every_mode(architecture, tied, dtype, residency, folders):
     _, wanted = checkpoint(architecture.name, tied, dtype)
     folder, spec = folders(architecture.name, tied, dtype)
     budget = budget_for(spec, residency, BATCH, MAX_TOKENS)
-    with enter(folder, budget, batch_size=BATCH, max_tokens=MAX_TOKENS) as session:
+    with enter(folder, budget, batch_size=BATCH, max_tokens=MAX_TOKENS, expert_policy="layers") as session:
         poisoned = poison_homes(session)
         assert bool(poisoned) == (residency != ALL)
         assert bool(session.plan.resident) or residency == NONE

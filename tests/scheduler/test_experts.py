@@ -1,15 +1,26 @@
 """The cache of experts: one owner a slot, nothing dropped that is in use, no policy better than knowing the future."""
 
+from dataclasses import replace
+
 import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.cost import CostModel
 from scheduler.expert_cache import ExpertCache
+from scheduler.expert_cost import ALWAYS_LOAD, ahead_of_a_prompt, miss_rule
 from scheduler.expert_policies import ADMISSION, BELADY, LFU, LRU, ONLINE, make_policy
 from scheduler.expert_replay import replay, slots_in
+from scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
+from scheduler.model_spec import BlockRole, ExpertsSpec, ModelSpec, PlacedBlock, Workload
+from scheduler.plan import Plan
+from scheduler.planner import least_budget_bytes, make_plan
+from scheduler.prediction import predict
 from scheduler.routing import DECODE, PREFILL, Routing, Visit
-from storage.errors import ConfigError
+from scheduler.work import PassWork, WindowWork, Work
+from storage.errors import BudgetTooSmall, ConfigError, PlanError
+from tests.scheduler.machines import LAPTOP
 
 
 @st.composite
@@ -168,3 +179,86 @@ def test_slots_of_a_budget():
         slots_in(trace(), 1999)
     with pytest.raises(ConfigError, match="too few"):
         replay(trace(), LRU, 1, "layer")
+
+
+def test_what_the_cpu_computes_follows_from_the_rates():
+    # 1 MB takes the link 40 us, and the CPU's memory 20 us.
+    machine = HardwareProfile(
+        hardware_id="made",
+        description="",
+        measured_at="",
+        host=Processor("cpu", 1 << 34, 50e9, 0.0, False, {"bfloat16": (MatrixRate(1, 50e9), MatrixRate(64, 200e9))}),
+        disk_read=LinkRate(2e9),
+        disk_write=LinkRate(1e9),
+        device=Processor("gpu", 1 << 34, 900e9, 0.0, True, {"bfloat16": (MatrixRate(1, 1e12),)}),
+        h2d=LinkRate(25e9),
+        d2h=LinkRate(25e9),
+    )
+    rule = miss_rule(machine, 1_000_000, 2, "bfloat16")
+    # With one row the CPU is as fast as its memory; the break-even is where its arithmetic takes as long as the link.
+    assert 1 <= rule.most_tokens <= 8
+    assert 0.2 < rule.loaded_share < 0.5
+    slow = replace(machine, h2d=LinkRate(2.5e9))
+    assert miss_rule(slow, 1_000_000, 2, "bfloat16").most_tokens > 4 * rule.most_tokens
+    fast = replace(machine, h2d=LinkRate(100e9))
+    assert miss_rule(fast, 1_000_000, 2, "bfloat16") == ALWAYS_LOAD
+    alone = replace(machine, device=None, h2d=None, d2h=None)
+    assert miss_rule(alone, 1_000_000, 2, "bfloat16") == ALWAYS_LOAD
+
+
+def test_experts_are_brought_ahead_only_where_all_will_be_asked_for():
+    assert ahead_of_a_prompt(rows=1, count=32, chosen=4, room=64) == 0
+    assert ahead_of_a_prompt(rows=512, count=32, chosen=4, room=64) == 8
+    assert ahead_of_a_prompt(rows=512, count=32, chosen=4, room=5) == 2
+
+
+def made_model(**fields):
+    layers = tuple(PlacedBlock(f"layers.{index}", BlockRole.LAYER, 100_000, 100_000, 100_000) for index in range(4))
+    experts = ExpertsSpec(tuple(f"layers.{index}.mlp.experts" for index in range(4)), (8,) * 4, 2, (50_000,) * 4, 60_000)
+    return ModelSpec(layers, tuple((block.key,) for block in layers), experts=experts, **fields)
+
+
+def test_what_every_token_needs_stays_and_experts_get_the_rest():
+    model, workload = made_model(), Workload(1, 1, 1)
+    plan = make_plan(model, 1_000_000, workload)
+    assert len(plan.resident) == 4 and not plan.streamed
+    assert plan.expert_slots == 10 and plan.device_bytes == 1_000_000
+    assert make_plan(model, 10_000_000, workload).expert_slots == 32
+    assert Plan.from_json(plan.to_json()) == plan
+    small = make_plan(model, least_budget_bytes(model, workload), workload)
+    assert small.streamed and small.expert_slots == 2
+    with pytest.raises(BudgetTooSmall) as refusal:
+        make_plan(model, least_budget_bytes(model, workload) - 1, workload)
+    assert refusal.value.least_bytes == least_budget_bytes(model, workload)
+
+
+def test_cpu_memory_takes_the_experts_that_fit_and_staging_brings_the_others():
+    model, workload = made_model(), Workload(1, 1, 1)
+    plan = make_plan(model, 1_000_000, workload, host_bytes=1_000_000)
+    held = (plan.experts_in_host_memory + plan.expert_staging_count) * plan.expert_slot_bytes
+    assert 0 < plan.experts_in_host_memory < 32 and plan.expert_staging_count and held <= 1_000_000
+    roomy = make_plan(model, 1_000_000, workload, host_bytes=10_000_000)
+    assert roomy.experts_in_host_memory == 32 and not roomy.expert_staging_count
+
+
+def test_a_plan_with_experts_is_checked():
+    model = made_model()
+    plan = make_plan(model, 1_000_000, Workload(1, 1, 1))
+    plan.check(model)
+    with pytest.raises(PlanError, match="at least 1"):
+        replace(plan, expert_slots=0).check(model)
+    with pytest.raises(PlanError, match="not brought one by one"):
+        plan.check(replace(model, experts=None))
+
+
+def test_more_hits_are_predicted_to_be_faster():
+    alone = replace(LAPTOP, device=None, h2d=None, d2h=None, h2d_pageable=None)
+    cost = CostModel(alone, "bfloat16")
+    model = made_model()
+    plan = make_plan(model, 1_000_000, Workload(1, 1, 1))
+    work = tuple(WindowWork(f"layers.{index}", (f"layers.{index}",), Work(operations=1)) for index in range(4))
+    prefill, decode = PassWork("prefill", 1, 64, work), PassWork("decode", 1, 1, work)
+    seconds = [predict(plan, model, cost, [prefill], decode, rate).seconds_per_token for rate in (0.0, 0.5, 1.0)]
+    assert seconds[0] > seconds[1] > seconds[2]
+    # Four layers, two experts each, from the disk.
+    assert seconds[0] - seconds[2] == pytest.approx(4 * cost.hardware.disk_read.seconds(100_000), rel=0.2)

@@ -1,0 +1,82 @@
+"""What stands in for the parameters of experts that are read one by one, until somebody wants all of them."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from offload.model.experts import ExpertPieces
+from storage.block_file import BlockFileWriter, spill_folder
+from storage.blocks import FileRange
+from storage.checkpoint import identity
+from storage.errors import CheckpointChanged
+
+
+def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of NaN that holds no memory and cannot be written: whoever looks at it by mistake sees that."""
+    value = math.nan if dtype.is_floating_point else 0
+    return torch.full((1,), value, dtype=dtype).expand(shape)
+
+
+class ExpertStandIns:
+    """The parameters of one module of experts while they hold no values: who asks for them by `state_dict` gets them.
+
+    They are written to a block file then, expert by expert, and the parameters are views of it from there on.
+
+    Args:
+        module: whose parameters are stand-ins.
+        pieces: where their experts lie, by the parameters' names in the module.
+        told: given the parameter and its new values, as they take effect.
+    """
+
+    def __init__(self, module: nn.Module, pieces: Mapping[str, ExpertPieces], told: Callable[[nn.Parameter], None]) -> None:
+        self._module = module
+        self._pieces = pieces
+        self._told = told
+        self._identities = {piece.path: identity(piece.path) for parts in pieces.values() for part in parts for piece in part}
+        self._hooks = [module.register_state_dict_pre_hook(lambda *call: self.fill())]
+
+    def keep(self) -> None:
+        """The session is over: the first call of the module fills them, too."""
+        if self._hooks:
+            self._hooks.append(self._module.register_forward_pre_hook(lambda *call: self.fill()))
+
+    def fill(self) -> None:
+        """Give the parameters their values.
+
+        Raises:
+            CheckpointChanged: if the files are not what they were.
+            DiskFull: if there is no room for them.
+        """
+        if not self._hooks:
+            return
+        for path, known in self._identities.items():
+            if not os.path.exists(path) or identity(path) != known:
+                raise CheckpointChanged(f"{path} was changed, and the model's experts are still to be read from it")
+        writer = BlockFileWriter(spill_folder())
+        parameters = {name: getattr(self._module, name) for name in self._pieces}
+        try:
+            for name, parameter in parameters.items():
+                parts = (_read(pieces) for pieces in self._pieces[name])
+                writer.add_parts(name, parameter.dtype, parameter.shape, parts)
+            file = writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
+        for name, parameter in parameters.items():
+            parameter.data = file.view(name)
+            self._told(parameter)
+        file.close()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+
+def _read(pieces: Sequence[FileRange]) -> torch.Tensor:
+    content = bytearray()
+    for piece in pieces:
+        with open(piece.path, "rb") as file:
+            file.seek(piece.offset)
+            content += file.read(piece.nbytes)
+    return torch.frombuffer(content, dtype=torch.uint8)
