@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -36,27 +37,31 @@ class ExpertStandIns:
         self._pieces = pieces
         self._told = told
         self._identities = {piece.path: identity(piece.path) for parts in pieces.values() for part in parts for piece in part}
-        self._hooks = [module.register_state_dict_pre_hook(lambda *call: self.fill())]
+        self._filled = WeakSet[nn.Module]()
+        self._hooks = [module.register_state_dict_pre_hook(lambda owner, *call: self.fill(owner))]
 
     def keep(self) -> None:
         """The session is over: the first call of the module fills them, too."""
         if self._hooks:
-            self._hooks.append(self._module.register_forward_pre_hook(lambda *call: self.fill()))
+            self._hooks.append(self._module.register_forward_pre_hook(lambda owner, *call: self.fill(owner)))
 
-    def fill(self) -> None:
+    def fill(self, module: nn.Module) -> None:
         """Give the parameters their values.
+
+        Args:
+            module: the one that they stand in for, or a copy of it, which brings the hooks along.
 
         Raises:
             CheckpointChanged: if the files are not what they were.
             DiskFull: if there is no room for them.
         """
-        if not self._hooks:
+        if module in self._filled:
             return
         for path, known in self._identities.items():
             if not os.path.exists(path) or identity(path) != known:
                 raise CheckpointChanged(f"{path} was changed, and the model's experts are still to be read from it")
         writer = BlockFileWriter(spill_folder())
-        parameters = {name: getattr(self._module, name) for name in self._pieces}
+        parameters = {name: getattr(module, name) for name in self._pieces}
         try:
             for name, parameter in parameters.items():
                 parts = (_read(pieces) for pieces in self._pieces[name])
@@ -69,7 +74,8 @@ class ExpertStandIns:
             parameter.data = file.view(name)
             self._told(parameter)
         file.close()
-        while self._hooks:
+        self._filled.add(module)
+        while module is self._module and self._hooks:
             self._hooks.pop().remove()
 
 

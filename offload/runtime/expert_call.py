@@ -129,13 +129,13 @@ class ExpertCall:
         if rest and room > 0:
             # What is needed anyway must not be what makes room.
             kept = [item for item in needed if here[item] >= 0]
-            self._cache.request(self._layer, kept)
+            held = self._cache.request(self._layer, kept).hits
             answer = self._cache.request(self._layer, rest, optional=rest, most_loads=MOST_ADMITTED)
             for placed in answer.loads:
                 self._store.begin(self._layer, placed.expert, placed.slot)
             self._admitted = frozenset(placed.expert for placed in answer.loads)
             brought |= self._admitted
-            self._cache.release(placed.slot for placed in answer.loads)
+            self._cache.release(placed.slot for placed in (*held, *answer.loads))
         self.computed_elsewhere = frozenset(may) - brought
         return [item for item in needed if item not in self.computed_elsewhere]
 

@@ -1,5 +1,6 @@
 """Single experts in a session: what a user changes, asks for, and gets told."""
 
+import copy
 import json
 
 import pytest
@@ -75,7 +76,9 @@ def test_after_the_context_the_model_computes_as_before(name, saved):
     folder, model = saved(name)
     with offload(folder, plan=plan_for(model, 3), **OPTIONS) as session:
         pass
-    assert torch.equal(generate(session.model, tokens()), generate(oracle_of(model), tokens()))
+    copied = copy.deepcopy(session.model)
+    for each in (session.model, copied):
+        assert torch.equal(generate(each, tokens()), generate(oracle_of(model), tokens()))
     for unit in find_experts(session.model):
         assert not any("forward" in vars(module) for module in unit.module.modules())
         assert not unit.module._forward_pre_hooks and not unit.module._state_dict_pre_hooks

@@ -257,7 +257,7 @@ def test_more_hits_are_predicted_to_be_faster():
     model = made_model()
     plan = make_plan(model, 1_000_000, Workload(1, 1, 1))
     work = tuple(WindowWork(f"layers.{index}", (f"layers.{index}",), Work(operations=1)) for index in range(4))
-    prefill, decode = PassWork("prefill", 1, 64, work), PassWork("decode", 1, 1, work)
+    prefill, decode = PassWork("prefill", 1, 64, work, Work()), PassWork("decode", 1, 1, work, Work())
     seconds = [predict(plan, model, cost, [prefill], decode, rate).seconds_per_token for rate in (0.0, 0.5, 1.0)]
     assert seconds[0] > seconds[1] > seconds[2]
     # Four layers, two experts each, from the disk.
