@@ -62,7 +62,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = request.model or f"{scratch}/model"
             if not Path(folder, "config.json").exists():
-                result["training"] = train(folder, request.train_seconds)
+                Path(folder).mkdir(exist_ok=True)
+                Path(folder, "training.json").write_text(json.dumps(train(folder, request.train_seconds)))
+            result["training"] = json.loads(Path(folder, "training.json").read_text())
             request.model = folder
             result["speed"] = speed(request)
         show_speed(result["speed"])
@@ -251,7 +253,7 @@ def timed(model: Any, tokens: int) -> dict[str, Any]:
     """Seconds of each decode step over text of the kind that the model was made for: the same bytes for every system."""
     import torch
 
-    text = training_text()[5000:].long()[None]
+    text = training_text()[5000 : 5000 + PROMPT_BYTES + tokens].long()[None]
     seconds = []
     with torch.inference_mode():
         cache = model(text[:, :PROMPT_BYTES], use_cache=True).past_key_values
