@@ -63,7 +63,11 @@ class ExpertCall:
         """Begun to be brought before the others."""
         self.computed_elsewhere: frozenset[int] = frozenset()
         """Experts that the CPU computes, from CPU memory."""
-        self._begin(needed if not rule.most_tokens else self._left_to_bring(needed, rows, rule))
+        self._needed, self._rows, self._rule = list(needed), rows, rule
+
+    def begin(self) -> None:
+        """Give what is needed its slots, and start to bring it. Whatever comes of it, `end` is to follow."""
+        self._begin(self._left_to_bring(self._needed, self._rows, self._rule) if self._rule.most_tokens else self._needed)
 
     def in_order_of_arrival(self, name: str, experts: Sequence[int]) -> Sequence[int]:
         """The same experts, those first that are there."""
@@ -108,7 +112,8 @@ class ExpertCall:
         return self._store.pools[self._layer][name], found
 
     def end(self) -> None:
-        """All has been computed: the slots may be others' from now on."""
+        """All has been computed, or nothing more will be: the slots may be others' from now on."""
+        self._queue.clear()
         self._take_back()
         for lane in self._coming.values():
             self._store.cancel(lane)
@@ -146,9 +151,9 @@ class ExpertCall:
         # What is there already costs nothing; of the others, those that are worth most.
         kept = set(sorted(needed, key=lambda expert: (here[expert] < 0, -ranks[expert]))[: room - lanes])
         answer = self._cache.request(self._layer, [expert for expert in needed if expert in kept])
+        self._slots = {placed.expert: placed.slot for placed in (*answer.hits, *answer.loads)}
         for placed in answer.loads:
             self._store.begin(self._layer, placed.expert, placed.slot)
-        self._slots = {placed.expert: placed.slot for placed in (*answer.hits, *answer.loads)}
         passing = [expert for expert in needed if expert not in self._slots]
         self.hits = frozenset(placed.expert for placed in answer.hits) - self._admitted
         if passing:

@@ -137,8 +137,10 @@ class ExpertStreaming:
 
     def settle(self) -> None:
         """Nothing is on its way afterwards."""
-        for slot in self.store.settle():
-            self.cache.drop(*self.cache.holder(slot))
+        for layer, expert in (self.cache.holder(slot) for slot in self.store.settle()):
+            # A lane holds no expert.
+            if expert >= 0:
+                self.cache.drop(layer, expert)
 
     def _run(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
         self._see_changes(layer)
@@ -152,16 +154,18 @@ class ExpertStreaming:
         rows = dict(zip(uniques.tolist(), counts.tolist(), strict=True))
         asynchronous = not self._device.host_memory
         call = ExpertCall(layer, unit, self.cache, self.store, needed, rows, self._wait, self._rule, asynchronous)
-        self._tally.add(layer, len(needed), len(call.hits), len(call.computed_elsewhere), unit.nbytes)
-        self._observer(Visit(layer, self._clock.phase, choices, shares, call.hits))
-        self._look_ahead(layer, *choices.shape)
         try:
+            call.begin()
+            self._tally.add(layer, len(needed), len(call.hits), len(call.computed_elsewhere), unit.nbytes)
+            self._observer(Visit(layer, self._clock.phase, choices, shares, call.hits))
+            self._look_ahead(layer, *choices.shape)
             # The model's own code, with other weights: `forward` is bound to the module that has none.
             output = type(unit.module).forward(self._slotted(unit, call, hidden.device), hidden, index, weights)
-            call.end()
         except BaseException:
+            call.end()
             self._start_over(layer)
             raise
+        call.end()
         return output
 
     def _check_prediction(self, layer: int, needed: Sequence[int]) -> None:

@@ -123,12 +123,16 @@ def test_backward_is_refused(saved):
             loss.backward()
 
 
-def test_a_failed_read_is_loud_and_leaves_nothing_wrong(saved, monkeypatch):
+@pytest.mark.parametrize("slots", [2, 3, 9])
+def test_a_failed_read_is_loud_and_leaves_nothing_wrong(slots, saved, monkeypatch):
     folder, model = saved("mixtral")
     twin = oracle_of(model)
-    with offload(folder, plan=plan_for(model, 3), **OPTIONS) as session:
+    with offload(folder, plan=plan_for(model, slots), **OPTIONS) as session:
+        poison_homes(session)
         generate(session.model, tokens())
         engine, read = session._engine, session._engine.read
+        cache = session._experts.streaming.cache
+        rooms = [cache.room(layer) for layer in range(4)]
         calls = []
 
         def failing(*args):
@@ -141,6 +145,7 @@ def test_a_failed_read_is_loud_and_leaves_nothing_wrong(saved, monkeypatch):
         with pytest.raises(OSError, match="disk is gone"):
             generate(session.model, tokens() + 1)
         monkeypatch.setattr(engine, "read", read)
+        assert [cache.room(layer) for layer in range(4)] == rooms
         assert torch.equal(generate(session.model, tokens()), generate(twin, tokens()))
 
 
