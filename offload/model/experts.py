@@ -92,7 +92,8 @@ def undecorated_experts(model: nn.Module) -> list[str]:
 
 
 def _unit(path: str, module: nn.Module) -> ExpertsUnit | None:
-    if not all(hasattr(module, mark) for mark in MARKS):
+    # A forward of the instance's own would be passed over.
+    if not all(hasattr(module, mark) for mark in MARKS) or "forward" in vars(module):
         return None
     count = module.num_experts
     # Biases, a row for each expert, stay with the layer: small, and taken for all rows at once.

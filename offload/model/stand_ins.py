@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -29,14 +30,21 @@ class ExpertStandIns:
     Args:
         module: whose parameters are stand-ins.
         pieces: where their experts lie, by the parameters' names in the module.
-        told: given the parameter and its new values, as they take effect.
+        identities: of the files, by path.
+        told: given a parameter that has its values now.
     """
 
-    def __init__(self, module: nn.Module, pieces: Mapping[str, ExpertPieces], told: Callable[[nn.Parameter], None]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        pieces: Mapping[str, ExpertPieces],
+        identities: Mapping[str, Any],
+        told: Callable[[nn.Parameter], None],
+    ) -> None:
         self._module = module
         self._pieces = pieces
         self._told = told
-        self._identities = {piece.path: identity(piece.path) for parts in pieces.values() for part in parts for piece in part}
+        self._identities = identities
         self._filled = WeakSet[nn.Module]()
         self._hooks = [module.register_state_dict_pre_hook(lambda owner, *call: self.fill(owner))]
 
@@ -57,8 +65,8 @@ class ExpertStandIns:
         """
         if module in self._filled:
             return
-        for path, known in self._identities.items():
-            if not os.path.exists(path) or identity(path) != known:
+        for path in paths_of(self._pieces.values()):
+            if not os.path.exists(path) or identity(path) != self._identities[path]:
                 raise CheckpointChanged(f"{path} was changed, and the model's experts are still to be read from it")
         writer = BlockFileWriter(spill_folder())
         parameters = {name: getattr(module, name) for name in self._pieces}
@@ -77,6 +85,11 @@ class ExpertStandIns:
         self._filled.add(module)
         while module is self._module and self._hooks:
             self._hooks.pop().remove()
+
+
+def paths_of(pieces: Iterable[ExpertPieces]) -> set[str]:
+    """The files that experts lie in."""
+    return {piece.path for parts in pieces for part in parts for piece in part}
 
 
 def _read(pieces: Sequence[FileRange]) -> torch.Tensor:

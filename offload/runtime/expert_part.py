@@ -8,7 +8,7 @@ from torch import nn
 
 from offload.config import Progress
 from offload.model.experts import ExpertPieces, ExpertsUnit
-from offload.model.stand_ins import ExpertStandIns
+from offload.model.stand_ins import ExpertStandIns, paths_of
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.expert_placement import EXPERTS, ExpertPlacement
@@ -24,6 +24,7 @@ from scheduler.expert_policies import ADMISSION, LFU, make_policy
 from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import ExpertsSpec
 from scheduler.plan import Plan
+from storage.checkpoint import identity
 from storage.device import Device
 from storage.errors import ConfigError
 from storage.ledger import MemoryLedger
@@ -143,11 +144,12 @@ class ExpertPart:
         """Bring the experts to their tiers."""
         stack.callback(self._tiers.close)
         self._sources = self._tiers.apply(plan)
+        identities = {path: identity(path) for path in paths_of(self._pieces.values())}
         for unit in self.units:
             prefix = f"{unit.key}." if unit.key else ""
             pieces = {name.removeprefix(prefix): self._pieces[name] for name in unit.parameters if name in self._pieces}
             if pieces:
-                stack.callback(ExpertStandIns(unit.module, pieces, self._accept).keep)
+                stack.callback(ExpertStandIns(unit.module, pieces, identities, self._accept).keep)
 
     def take_slots(self, plan: Plan) -> None:
         """Empty slots, as many as the plan says."""

@@ -7,6 +7,7 @@ import torch
 
 from offload.model.experts import ExpertLayout, ExpertPieces, ExpertsUnit
 from offload.model.homes import ParameterHome
+from offload.model.stand_ins import paths_of
 from offload.runtime.weights import Arrival, CopyArrival, DirectSource, SlotRegion, StagedSource, Waits
 from storage.arena import HostBuffer
 from storage.blocks import FileRange
@@ -47,7 +48,7 @@ class FileExperts:
         device: Device,
     ) -> None:
         self._unit, self._pieces, self._reader, self._staged, self._device = unit, pieces, reader, staged, device
-        for path in {piece.path for parts in pieces for part in parts for piece in part}:
+        for path in paths_of(pieces):
             reader.engine.open(path)
 
     def start(self, expert: int, tensors: Sequence[int], region: SlotRegion, after: Event | None) -> Arrival:

@@ -19,6 +19,7 @@ from offload.runtime.slotted import SlottedModule, SlottedWeight
 from scheduler.expert_cache import ExpertCache
 from scheduler.expert_cost import MissRule, ahead_of_a_prompt
 from storage.device import Device
+from storage.errors import SessionError
 
 
 @dataclass(slots=True)
@@ -222,9 +223,18 @@ class ExpertStreaming:
             self._executor.charge_waits(waited)
 
     def _see_changes(self, layer: int) -> None:
-        """What the user wrote to a parameter counts from now on."""
-        homes = self._homes[layer]
-        for home in homes:
+        """What the user wrote to a parameter counts from now on.
+
+        Raises:
+            SessionError: if there is something else in its place.
+        """
+        homes, unit = self._homes[layer], self._units[layer]
+        for home, tensor in zip(homes, unit.layout.tensors, strict=True):
+            if unit.module._parameters.get(tensor.name) is not home.parameter:
+                raise SessionError(
+                    f"{home.name} was replaced or parametrised (an adapter on experts, perhaps), and its experts are brought "
+                    "one by one from where they were; give expert_policy='layers' (--expert-policy layers)"
+                )
             home.notice_changes()
         state = tuple((home.version, home.tensor.data_ptr()) for home in homes)
         if any(home.modified for home in homes) and self._changes.get(layer) != state:

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 import transformers as hf
+from torch.nn.utils import parametrize
 
-from offload import BudgetTooSmall, ConfigError, offload
+from offload import BudgetTooSmall, ConfigError, SessionError, offload
 from offload.cli.main import main
 from offload.model.experts import find_experts
 from scheduler.routing import Routing
@@ -113,6 +114,21 @@ def test_what_is_written_to_an_expert_counts(tmp_path):
                 each.model.layers[1].mlp.experts.down_proj[2].add_(1)
         assert torch.equal(generate(model, tokens()), generate(twin, tokens()))
     assert torch.equal(model.model.layers[1].mlp.experts.down_proj, twin.model.layers[1].mlp.experts.down_proj)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_an_adapter_on_experts_is_refused_and_not_passed_over(saved):
+    folder, model = saved("mixtral")
+    with offload(folder, plan=plan_for(model, 4), **OPTIONS) as session:
+        experts = session.model.model.layers[1].mlp.experts
+        parametrize.register_parametrization(experts, "down_proj", Doubled(), unsafe=True)
+        with pytest.raises(SessionError, match="expert_policy='layers'"):
+            generate(session.model, tokens())
+        parametrize.remove_parametrizations(experts, "down_proj", leave_parametrized=False)
 
 
 def test_backward_is_refused(saved):
