@@ -22,6 +22,9 @@ _HALF_LIFE_TOKENS = 12
 _LEAD = 0.7
 """Of uses, by which a newcomer must be ahead of what it would displace to be worth a copy."""
 
+MOST_ADMITTED = 1
+"""Of a layer's misses in one pass, where they may be declined."""
+
 _TAIL_TOKENS = 8 * _HALF_LIFE_TOKENS
 """Of a prompt, what still counts at its end."""
 

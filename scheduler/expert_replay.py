@@ -6,15 +6,12 @@ from dataclasses import dataclass, field
 import numpy
 
 from scheduler.expert_cache import ExpertCache
-from scheduler.expert_policies import BELADY, ONLINE, Belady, ExpertPolicy, make_policy
+from scheduler.expert_policies import BELADY, MOST_ADMITTED, ONLINE, Belady, ExpertPolicy, make_policy
 from scheduler.routing import DECODE, Routing, Visit
 from storage.errors import ConfigError
 
 POLICIES = (*ONLINE, BELADY)
 SCOPES = ("global", "layer")
-
-MOST_ADMITTED = 1
-"""Of a token's misses in one layer, where they may be declined."""
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from offload.model.experts import ExpertsUnit
 from offload.runtime.expert_store import ExpertStore
 from scheduler.expert_cache import ExpertCache
 from scheduler.expert_cost import MissRule
-from scheduler.expert_replay import MOST_ADMITTED
+from scheduler.expert_policies import MOST_ADMITTED
 
 _LANES = 4
 """As many parts of experts on their way as the disk has threads."""
@@ -90,7 +90,7 @@ class ExpertCall:
         """One expert's part of a parameter, on the device; valid until the next call."""
         self._take_back()
         if expert in self.computed_elsewhere:
-            return self._store.host_pools[self._layer][name][expert]
+            return self._store.host_pool(self._layer)[name][expert]
         pool = self._store.pools[self._layer][name]
         if expert in self._slots:
             self._wait([self._slots[expert]])

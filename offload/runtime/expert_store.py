@@ -144,10 +144,11 @@ class ExpertStore:
         source = self.sources[layer]
         return isinstance(source, HostExperts) and expert < source.count
 
-    @property
-    def host_pools(self) -> list[Pool]:
-        """Of each layer: its parameters with the experts that are in CPU memory."""
-        return [source.pool if isinstance(source, HostExperts) else {} for source in self.sources]
+    def host_pool(self, layer: int) -> Pool:
+        """A layer's parameters with the experts that are in CPU memory, where there are some."""
+        source = self.sources[layer]
+        assert isinstance(source, HostExperts)
+        return source.pool
 
     def slot(self, slot: int) -> torch.Tensor:
         """The bytes of one slot."""
