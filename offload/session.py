@@ -202,7 +202,11 @@ class Session:
 
     def routing(self) -> Routing:
         """Which experts each token chose so far, layer by layer: empty unless single experts are brought."""
-        return Routing("", 0, 0, ()) if self._experts is None else self._experts.record.routing()
+        if self._experts is None:
+            return Routing("", 0, 0, ())
+        if not self._experts.record.is_whole:
+            self._tell("the run was too long to keep which experts all of its tokens chose: the later ones are left out")
+        return self._experts.record.routing()
 
     def trace(self) -> Trace:
         """When each resource was busy, so far: spans and memory over time. Sums are in `report`."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from scheduler.hardware import HardwareProfile
+from scheduler.model_spec import asked_for
 
 _MOST_TOKENS = 4096
 _NEARLY_ALL = 0.95
@@ -38,7 +39,7 @@ def ahead_of_a_prompt(rows: int, count: int, chosen: int, room: int) -> int:
     Where nearly all of them will be asked for, as a long prompt does, none of these is in vain, and the link has no pause
     between layers: whole layers, double-buffered, as far as there is room. Else the router is waited for.
     """
-    if count * (1.0 - (1.0 - chosen / count) ** rows) < _NEARLY_ALL * count:
+    if asked_for(rows, count, chosen) < _NEARLY_ALL * count:
         return 0
     return min(_MOST_AHEAD, room // 2)
 

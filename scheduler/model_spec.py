@@ -77,6 +77,11 @@ class Temporaries:
     between_bytes: int = 0
 
 
+def asked_for(rows: int, count: int, chosen: int) -> float:
+    """How many of `count` experts so many tokens ask for, if each chooses `chosen` of them by chance."""
+    return count * (1.0 - (1.0 - chosen / count) ** rows)
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:
     """The experts of a model that are brought one by one.
@@ -113,8 +118,7 @@ class ExpertsSpec:
 
     def needed(self, rows: int, layer: int) -> float:
         """Experts of a layer that a pass of so many tokens asks for, if all were equally likely."""
-        count = self.counts[layer]
-        return count * (1.0 - (1.0 - self.chosen / count) ** rows)
+        return asked_for(rows, self.counts[layer], self.chosen)
 
     @property
     def token_slots(self) -> int:

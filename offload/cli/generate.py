@@ -130,9 +130,9 @@ def _generate(
             view.close()
             for completion in () if request.json else done:
                 _print_rest(completion, len(prompts.texts) > 1, streamed=False)
-        report = session.report()
         if request.expert_trace:
             _save_routing(session, request.expert_trace)
+        report = session.report()
         if not (request.json or request.quiet):
             say(f"\n{report}")
         return done, Record.of(report, session.trace())

@@ -76,7 +76,8 @@ def decide(
         return replace(found, fallbacks=(*found.fallbacks, *told))
     if isinstance(whole, Decision):
         # Of a model so small that single experts, read in whole units, take more than a layer.
-        return whole
+        said = "single experts would take more than the budget has room for: whole layers are streamed"
+        return replace(whole, fallbacks=(*whole.fallbacks, said))
     ways = parts_of(model, workload) if in_parts else []
     apart = _fitting(model, budgets, ways, slot_bytes, temporaries, candidates, units) if ways else None
     if isinstance(apart, Decision):

@@ -129,9 +129,12 @@ class ExpertPart:
         if options.policy == AUTO:
             self.policy = ADMISSION if self.misses == CPU else LFU
         self.record = RoutingRecord(name, spec.counts, spec.expert_bytes)
-        self._routers = [find_router(model, unit.key) for unit in units]
         self._prompts_ahead = options.prefetch != OFF
-        self._predictor = NextRouter(self._routers) if options.prefetch == ON else None
+        self._predictor: NextRouter | None = None
+        if options.prefetch == ON:
+            self._predictor = NextRouter([find_router(model, unit.key) for unit in units], told)
+        if self.policy == ADMISSION and self.misses == LOAD:
+            told("every expert that is missing must be brought here, so that the policy admission keeps what lfu keeps")
         self.homes = [placement.homes_of(unit) for unit in units]
         self._tiers = ExpertPlacement(placement, units, pieces, reader, device, progress)
         self._sources: list[ExpertSource] = []
@@ -199,8 +202,8 @@ class ExpertPart:
 
     def _window(self, layer: int) -> Callable[[Callable[..., object]], Callable[..., object]]:
         def make(forward: Callable[..., object]) -> Callable[..., object]:
-            # The slots may be others by the time of the call.
-            return lambda *args, **kwargs: self._current().wrap(layer)(forward)(*args, **kwargs)
+            # Not the forward of the module, whose class's is run; and the slots may be others by the time of the call.
+            return lambda *args, **kwargs: self._current().compute(layer, *args, **kwargs)
 
         return make
 

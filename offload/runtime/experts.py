@@ -13,7 +13,6 @@ from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.expert_call import ExpertCall
 from offload.runtime.expert_store import ExpertStore, HomeExperts
-from offload.runtime.hooks import Forward
 from offload.runtime.look_ahead import Accuracy, Prediction, Predictor
 from offload.runtime.slotted import SlottedModule, SlottedWeight
 from scheduler.expert_cache import ExpertCache
@@ -124,17 +123,12 @@ class ExpertStreaming:
         self._changes: dict[int, Any] = {}
         """What was seen last of parameters that the user changed."""
 
-    def wrap(self, layer: int) -> Callable[[Forward], Forward]:
-        """The window of one layer's experts, around the module's `forward`."""
-
-        def make(forward: Forward) -> Forward:
-            def routed(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
-                with self._executor.lock:
-                    return self._run(layer, hidden_states, top_k_index, top_k_weights)
-
-            return routed
-
-        return make
+    def compute(
+        self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What the module of a layer's experts computes; arguments and result are those of its `forward`."""
+        with self._executor.lock:
+            return self._run(layer, hidden_states, top_k_index, top_k_weights)
 
     def settle(self) -> None:
         """Nothing is on its way afterwards."""
@@ -143,7 +137,7 @@ class ExpertStreaming:
             if expert >= 0:
                 self.cache.drop(layer, expert)
 
-    def _run(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
+    def _run(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         self._see_changes(layer)
         choices = index.detach().to("cpu").numpy()
         shares = weights.detach().to("cpu", torch.float64).numpy()
@@ -160,8 +154,8 @@ class ExpertStreaming:
             self._tally.add(layer, len(needed), len(call.hits), len(call.computed_elsewhere), unit.nbytes)
             self._observer(Visit(layer, self._clock.phase, choices, shares, call.hits))
             self._look_ahead(layer, *choices.shape)
-            # The model's own code, with other weights: `forward` is bound to the module that has none.
-            output = type(unit.module).forward(self._slotted(unit, call, hidden.device), hidden, index, weights)
+            # The model's own code, on weights that lie in slots.
+            output: torch.Tensor = type(unit.module).forward(self._slotted(unit, call, hidden.device), hidden, index, weights)
         except BaseException:
             call.end()
             self._start_over(layer)

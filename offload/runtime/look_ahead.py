@@ -67,10 +67,14 @@ class NextRouter:
 
     Args:
         routers: of each layer; None where there is none that could be asked.
+        told: where nothing can be predicted.
     """
 
-    def __init__(self, routers: Sequence[nn.Module | None]) -> None:
+    def __init__(self, routers: Sequence[nn.Module | None], told: Callable[[str], None]) -> None:
         self._routers = list(routers)
+        self._told = told
+        if None in self._routers:
+            told(f"{self._routers.count(None)} layers have no router beside their experts that could be asked early")
         self._seen: list[tuple[Any, Any] | None] = [None] * len(routers)
         self._forwards: list[Forward | None] = [None] * len(routers)
 
@@ -94,8 +98,9 @@ class NextRouter:
         try:
             with torch.no_grad():
                 ahead = forward(given)
-        except Exception:  # a router that takes more than hidden states
-            self._routers[following] = self._forwards[following] = None
+        except Exception as error:  # a router that takes more than hidden states
+            self._forwards[following] = None
+            self._told(f"the router of the layer with experts number {following} cannot be asked early: {error}")
             return None
         return _prediction(following, ahead, chosen.shape[-1])
 

@@ -116,6 +116,19 @@ def test_what_is_written_to_an_expert_counts(tmp_path):
     assert torch.equal(model.model.layers[1].mlp.experts.down_proj, twin.model.layers[1].mlp.experts.down_proj)
 
 
+def test_what_was_asked_for_and_cannot_be_is_told(saved, monkeypatch):
+    folder, model = saved("qwen3_moe")
+    options = {"plan": plan_for(model, 5), "expert_policy": "admission", "expert_prefetch": "on"}
+    monkeypatch.setattr("offload.runtime.expert_part.find_router", lambda model, key: None)
+    monkeypatch.setattr("offload.runtime.expert_record._MOST_BYTES", 0)
+    with offload(folder, **options, **OPTIONS) as session:
+        generate(session.model, tokens())
+        assert session.routing().visits
+        said = " ".join(session.report().fallbacks)
+        for words in ("admission keeps what lfu keeps", "no router beside their experts", "later ones are left out"):
+            assert words in said
+
+
 class Doubled(torch.nn.Module):
     def forward(self, weight):
         return 2 * weight
