@@ -1,0 +1,199 @@
+"""One layer's keys and values, as a list of stretches of pages."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from offload.kv.policy import Choice, LayerPolicy
+from offload.kv.shape import PageShape, Pair
+from offload.kv.store import KvStore, Reading, Stretch
+from storage.blocks import Tier
+from storage.page_pool import Page
+
+
+class PagedLayer:
+    """Keys and values of one layer of one cache.
+
+    Args:
+        store: where the pages are.
+        policy: which of them are kept, and read.
+        order: all layers of the cache, in the order in which they compute; this one comes after them.
+    """
+
+    def __init__(self, store: KvStore, policy: LayerPolicy, order: "list[PagedLayer]") -> None:
+        self.store = store
+        self.policy = policy
+        self.length = 0
+        """Tokens of each sequence so far, dropped ones included: the next one's position."""
+        self.stretches: list[Stretch] = []
+        self.kind: PageShape | None = None
+        """What its tokens are like; None before the first one."""
+        self.order = order
+        order.append(self)
+        self._open: Stretch | None = None
+
+    # -- what comes in
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add tokens to every sequence.
+
+        Args:
+            keys, values: [batch, heads, tokens, dim].
+        """
+        done, count = 0, keys.shape[2]
+        like = PageShape.of(keys[:, :, :1], values[:, :, :1])
+        if self._open is not None and self._open.shape != self.store.page_shape(like):
+            self._close()
+        self.kind = like
+        while done < count:
+            if self._open is None:
+                self._open = self.store.open(self.store.page_shape(like), self.length)
+                self.stretches.append(self._open)
+            begin = self._open.tokens
+            end = min(begin + count - done, self._open.shape.tokens)
+            pair, part = self.store.pair(self._open), slice(done, done + end - begin)
+            pair.keys[:, :, begin:end].copy_(keys[:, :, part])
+            pair.values[:, :, begin:end].copy_(values[:, :, part])
+            self._open.tokens = end
+            self.length += end - begin
+            done += end - begin
+            if end == self._open.shape.tokens:
+                self._close()
+        for stretch in self.policy.dropped(self.stretches, self.length):
+            self._remove(stretch)
+
+    # -- how it is read
+
+    @property
+    def batch_size(self) -> int:
+        return self.stretches[-1].batch_size if self.stretches else 0
+
+    def positions(self) -> list[range]:
+        """Of the tokens that are kept."""
+        return [range(stretch.start, stretch.end) for stretch in self.stretches]
+
+    def assembled(self) -> Pair:
+        """All of it in one piece: keys [batch, heads, length, key dim] and values, contiguous, in memory of their own."""
+        kind = self.kind
+        assert kind is not None
+        device = self.store.raw.device.torch_device
+        lines = (self.batch_size, kind.heads, self.length)
+        whole = Pair(
+            torch.empty((*lines, kind.key_dim), dtype=kind.dtype, device=device),
+            torch.empty((*lines, kind.value_dim), dtype=kind.dtype, device=device),
+        )
+        for reading in self.readings([Choice(stretch) for stretch in self.stretches]):
+            stretch = reading.stretch
+            for part, target in zip(reading.pair, whole, strict=True):
+                part = part if stretch.rows is None else part.index_select(0, stretch.rows)
+                target[:, :, stretch.start : stretch.end].copy_(part)
+            reading.done()
+        return whole
+
+    def chosen(self, query: torch.Tensor) -> list[Choice]:
+        """What a query is to see.
+
+        Args:
+            query: [batch, heads, tokens, dim].
+        """
+        return self.policy.chosen(self.stretches, self.length, query)
+
+    def readings(self, choices: Sequence[Choice]) -> Iterator[Reading]:
+        """The stretches, those of lower tiers brought one after another; each to be ended by `done`."""
+        stretches = [choice.stretch for choice in choices]
+        if self.policy.reads_all:
+            layers = [layer.stretches for layer in self.order]
+            here = next(index for index, layer in enumerate(self.order) if layer is self)
+            layers[here] = stretches
+        else:
+            layers, here = [stretches], 0
+        begun = False
+        for index, stretch in enumerate(stretches):
+            if not begun and self.store.comes(stretch):
+                self.store.ahead(self._coming(layers, here, index))
+                begun = True
+            yield self.store.read(stretch, lambda index=index: self._coming(layers, here, index + 1))
+        if self.policy.reads_all:
+            self.store.ahead(self._coming(layers, here, len(stretches)))
+
+    def _coming(self, layers: Sequence[Sequence[Stretch]], layer: int, done: int) -> Iterator[Page]:
+        return self.store.coming(layers, layer, done)
+
+    def bytes_by_tier(self) -> dict[Tier, int]:
+        """Of the pages that it holds, those that it shares included."""
+        held = dict.fromkeys(Tier, 0)
+        for stretch in self.stretches:
+            held[stretch.page.tier] += stretch.page.pool.page_bytes
+        return held
+
+    # -- what `generate` does to it
+
+    def truncate(self, count: int) -> None:
+        """Take the last `count` tokens of every sequence away.
+
+        Raises:
+            ConfigError: if what would have to be read again was dropped.
+        """
+        length = max(0, self.length - count)
+        self.policy.check_truncation(self.stretches, length)
+        while self.stretches and self.stretches[-1].end > length:
+            last = self.stretches[-1]
+            last.tokens = max(0, length - last.start)
+            if last.tokens:
+                break
+            self._remove(last)
+        self.length = length
+        self.policy.truncated(self.stretches)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Let the batch be these of its sequences, in this order, some of them several times perhaps.
+
+        Args:
+            rows: int64 [new batch].
+        """
+        rows = rows.to(self.store.raw.device.torch_device)
+        if self._open is not None and len(rows) != self._open.shape.rows:
+            self._close()
+        for stretch in self.stretches:
+            if stretch is self._open:
+                for tensor in self.store.pair(stretch):
+                    part = tensor[:, :, : stretch.tokens]
+                    part.copy_(part.index_select(0, rows))
+            else:
+                stretch.rows = rows if stretch.rows is None else stretch.rows.index_select(0, rows)
+        self.policy.selected(rows)
+
+    def repeat(self, count: int) -> None:
+        """Continue each sequence `count` times: no bytes are copied."""
+        self._close()
+        self.select(torch.arange(self.batch_size).repeat_interleave(count))
+
+    def clear(self) -> None:
+        for stretch in list(self.stretches):
+            self._remove(stretch)
+        self.length = 0
+        self.kind = None
+        self.policy.truncated(self.stretches)
+
+    def copied(self, order: "list[PagedLayer]") -> "PagedLayer":
+        """Another layer with the same tokens: full pages are shared."""
+        self._close()
+        other = PagedLayer(self.store, self.policy.copied(), order)
+        other.length, other.kind = self.length, self.kind
+        other.stretches = [self.store.share(stretch) for stretch in self.stretches]
+        return other
+
+    def _close(self) -> None:
+        """Nothing is added to the open page any more."""
+        if self._open is None:
+            return
+        closing, self._open = self._open, None
+        self.policy.sealed(closing, self.store.pair(closing), self.stretches)
+        self.store.seal(self, closing)
+
+    def _remove(self, stretch: Stretch) -> None:
+        self.stretches.remove(stretch)
+        filling = stretch is self._open
+        if filling:
+            self._open = None
+        self.store.release(stretch, filling)

@@ -1,0 +1,60 @@
+"""What the bytes of a page are."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+
+class Pair(NamedTuple):
+    """Keys [rows, heads, tokens, key dim] and values [rows, heads, tokens, value dim]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PageShape:
+    """Some tokens of one layer, of all sequences of a batch: keys, and after them values.
+
+    Attributes:
+        rows: sequences.
+        tokens: that there is room for, of each sequence.
+    """
+
+    rows: int
+    heads: int
+    tokens: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> "PageShape":
+        """For tokens like these, and as many."""
+        rows, heads, tokens, key_dim = keys.shape
+        return cls(rows, heads, tokens, key_dim, values.shape[-1], keys.dtype)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token of every sequence."""
+        return self.rows * self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens * self.token_bytes
+
+    def filling(self, page_bytes: int) -> "PageShape":
+        """With room for as many tokens as a page takes."""
+        return replace(self, tokens=page_bytes // self.token_bytes)
+
+    def views(self, memory: torch.Tensor) -> Pair:
+        """The page's tensors.
+
+        Args:
+            memory: uint8 [at least nbytes].
+        """
+        key_bytes = self.rows * self.heads * self.tokens * self.key_dim * self.dtype.itemsize
+        keys = memory[:key_bytes].view(self.dtype).view(self.rows, self.heads, self.tokens, self.key_dim)
+        values = memory[key_bytes : self.nbytes].view(self.dtype)
+        return Pair(keys, values.view(self.rows, self.heads, self.tokens, self.value_dim))

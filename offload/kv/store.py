@@ -1,0 +1,306 @@
+"""The pages of all KV caches of a session: taken, sealed, moved down, and brought in the order in which they are read."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from offload.kv.codec import Quantised
+from offload.kv.shape import PageShape, Pair
+from scheduler.kv_pages import Residency, coming
+from storage.blocks import BLOCK_ALIGNMENT_BYTES, Tier, align_up
+from storage.errors import ConfigError, gib
+from storage.page_pool import Landing, Page, PagePool
+
+
+@dataclass(slots=True, eq=False)
+class Stretch:
+    """Tokens that follow one another, in one page.
+
+    Attributes:
+        start: the position of the first one in its sequence.
+        tokens: how many of the page's tokens count.
+        rows: which of the page's rows each sequence of the batch reads, int64 [batch]; None: each its own.
+        coded: the page holds the codec's bytes.
+    """
+
+    page: Page
+    shape: PageShape
+    start: int
+    tokens: int = 0
+    rows: torch.Tensor | None = None
+    coded: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens
+
+    @property
+    def batch_size(self) -> int:
+        return self.shape.rows if self.rows is None else len(self.rows)
+
+
+class PageStream:
+    """Brings pages of lower tiers ahead of their use.
+
+    Args:
+        ring_pages: that may be on their way, or there, at once.
+    """
+
+    def __init__(self, ring_pages: int) -> None:
+        self._ring_pages = ring_pages
+        self._landed: OrderedDict[Page, Landing] = OrderedDict()
+
+    def take(self, page: Page) -> Landing:
+        """The page on its way; whoever takes it releases it."""
+        landing = self._landed.pop(page, None)
+        if landing is None:
+            if len(self._landed) >= self._ring_pages:
+                # Something else is read than was foreseen.
+                self.forget()
+            landing = page.pool.fetch(page)
+        return landing
+
+    def ahead(self, pages: Iterator[Page], in_use: int = 0) -> None:
+        """Start bringing what comes next, as far as there is room."""
+        room = self._ring_pages - in_use
+        wanted = list(dict.fromkeys(islice(pages, room)))
+        if len(self._landed) + sum(page not in self._landed for page in wanted) > room:
+            for page in [page for page in self._landed if page not in wanted]:
+                self._landed.pop(page).cancel()
+        for page in wanted:
+            if page not in self._landed and len(self._landed) < room:
+                self._landed[page] = page.pool.fetch(page)
+
+    def drop(self, page: Page) -> None:
+        if (landing := self._landed.pop(page, None)) is not None:
+            landing.cancel()
+
+    def forget(self) -> None:
+        while self._landed:
+            self._landed.popitem()[1].cancel()
+
+
+class KvStore:
+    """Where pages live.
+
+    Args:
+        raw: the pages that are filled, and that stay as they are.
+        ring_pages: for pages that are read from lower tiers.
+        resident_pages: full ones that may stay on the device.
+        codec: of full pages; None to keep them as they are.
+        coded_pool: makes the pool of the coded pages, given the bytes of one.
+        beside: pages in CPU memory are read there, by the CPU.
+        tell: told a sentence of what is otherwise than planned.
+    """
+
+    def __init__(
+        self,
+        raw: PagePool,
+        ring_pages: int,
+        resident_pages: int,
+        codec: Quantised | None = None,
+        coded_pool: Callable[[int], tuple[PagePool, int, int]] | None = None,
+        beside: bool = False,
+        tell: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self.raw = raw
+        self.beside = beside
+        self.tell = tell
+        self.is_open = True
+        self.broken: BaseException | None = None
+        self.kept_raw = 0
+        """Pages that no code was good enough for."""
+        self.sealed = 0
+        self.pools = [raw]
+        self.peak_bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
+        self._stream = PageStream(ring_pages)
+        self._residency = {raw: Residency(resident_pages)}
+        self._codec = codec
+        self._coded_pool = coded_pool
+        self._bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What fails in the middle leaves caches that are wrong: they are not used any more."""
+        if self.broken is not None:
+            raise ConfigError(f"a KV cache of this session broke off before: {self.broken}. Begin again with a new session")
+        try:
+            yield
+        except BaseException as error:
+            self.broken = error
+            raise
+
+    def page_shape(self, like: PageShape) -> PageShape:
+        """As many tokens like these as a page takes."""
+        shape = like.filling(self.raw.page_bytes)
+        if not shape.tokens:
+            raise ConfigError(
+                f"one token of {like.rows} sequences takes {gib(like.token_bytes)} of a layer's KV cache, and a page has "
+                f"{gib(self.raw.page_bytes)}: enter with the batch_size that is used, or give the KV cache more memory"
+            )
+        return shape
+
+    def open(self, shape: PageShape, start: int) -> Stretch:
+        """A page to be filled."""
+        return Stretch(self._page(self.raw), shape, start)
+
+    def seal(self, layer: object, stretch: Stretch) -> None:
+        """A page is full, or nothing is added to it any more: it is coded, and may go down a tier."""
+        self.sealed += 1
+        page = stretch.page
+        if self._codec is not None and stretch.tokens == stretch.shape.tokens and self._encode(layer, stretch):
+            page.pins -= 1
+            self._free(page)
+        else:
+            page.pins -= 1
+            self._stays(layer, page)
+
+    def pair(self, stretch: Stretch) -> Pair:
+        """The tensors of a page that is being filled."""
+        return stretch.shape.views(self.raw.tensor(stretch.page))
+
+    def read(self, stretch: Stretch, upcoming: Callable[[], Iterator[Page]] | None = None) -> "Reading":
+        """Begin to read a stretch, wherever it is.
+
+        Args:
+            upcoming: pages that will be read after this one, of lower tiers; None where that is not known.
+        """
+        page = stretch.page
+        if page.tier is Tier.DEVICE:
+            return Reading(self, stretch, page.pool.tensor(page), None)
+        if self.beside and page.tier is Tier.CPU and not stretch.coded:
+            return Reading(self, stretch, page.pool.tensor(page), None)
+        landing = self._stream.take(page)
+        if upcoming is not None:
+            self._stream.ahead(upcoming(), in_use=1)
+        return Reading(self, stretch, landing.wait(), landing)
+
+    def ahead(self, pages: Iterator[Page]) -> None:
+        self._stream.ahead(pages)
+
+    def forget_ahead(self) -> None:
+        """What was brought ahead is not wanted."""
+        self._stream.forget()
+
+    def comes(self, stretch: Stretch) -> bool:
+        """True if reading it takes a link."""
+        if stretch.page.tier is Tier.DEVICE:
+            return False
+        return not (self.beside and stretch.page.tier is Tier.CPU and not stretch.coded)
+
+    def coming(self, layers: Sequence[Sequence[Stretch]], layer: int, done: int) -> Iterator[Page]:
+        """The pages that will be read next, of lower tiers."""
+        pages = [[stretch.page for stretch in stretches if self.comes(stretch)] for stretches in layers]
+        read = sum(self.comes(stretch) for stretch in layers[layer][:done])
+        return coming(pages, layer, read)
+
+    def decode(self, memory: torch.Tensor, shape: PageShape) -> Pair:
+        assert self._codec is not None
+        return self._codec.decode(memory, shape)
+
+    def share(self, stretch: Stretch) -> Stretch:
+        """Another holder of the same page."""
+        page = stretch.page.pool.share(stretch.page)
+        return Stretch(page, stretch.shape, stretch.start, stretch.tokens, stretch.rows, stretch.coded)
+
+    def release(self, stretch: Stretch, filling: bool) -> None:
+        """A holder less. Args: filling: it is the page that is being filled."""
+        if filling:
+            stretch.page.pins -= 1
+        page = stretch.page
+        if page.references == 1:
+            self._stream.drop(page)
+            self._residency[page.pool].remove(page)
+            self._free(page)
+        else:
+            page.pool.drop(page)
+
+    def coded_bytes(self, shape: PageShape) -> int:
+        assert self._codec is not None
+        return align_up(self._codec.nbytes(shape), BLOCK_ALIGNMENT_BYTES)
+
+    def close(self) -> None:
+        self.is_open = False
+        self._stream.forget()
+        for pool in self.pools:
+            pool.close()
+
+    def _page(self, pool: PagePool) -> Page:
+        if not pool.has_room:
+            # More caches than were reserved for: what was brought ahead is in the way, or what stays.
+            self._stream.forget()
+            leaving = self._residency[pool].next_to_go(anyway=not pool.has_room)
+            if leaving is not None:
+                assert isinstance(leaving, Page)
+                self._demote(leaving)
+        page = pool.allocate()
+        self._count(Tier.DEVICE, pool.page_bytes)
+        return page
+
+    def _stays(self, layer: object, page: Page) -> None:
+        self._residency[page.pool].add(layer, page)
+        while (leaving := self._residency[page.pool].next_to_go()) is not None:
+            assert isinstance(leaving, Page)
+            self._demote(leaving)
+
+    def _demote(self, page: Page) -> None:
+        page.pool.demote(page)
+        self._count(Tier.DEVICE, -page.pool.page_bytes)
+        self._count(page.tier, page.pool.page_bytes)
+
+    def _free(self, page: Page) -> None:
+        self._count(page.tier, -page.pool.page_bytes)
+        page.pool.drop(page)
+
+    def _count(self, tier: Tier, nbytes: int) -> None:
+        self._bytes[tier] += nbytes
+        self.peak_bytes[tier] = max(self.peak_bytes[tier], self._bytes[tier])
+
+    def _encode(self, layer: object, stretch: Stretch) -> bool:
+        """Put the code of a full page in the place of the page."""
+        assert self._codec is not None
+        nbytes = self.coded_bytes(stretch.shape)
+        pool = next((pool for pool in self.pools[1:] if pool.page_bytes == nbytes), None)
+        if pool is None:
+            assert self._coded_pool is not None
+            pool, ring_pages, resident_pages = self._coded_pool(nbytes)
+            self._stream.forget()
+            self._stream = PageStream(ring_pages)
+            self.pools.append(pool)
+            self._residency[pool] = Residency(resident_pages)
+        page = self._page(pool)
+        if not self._codec.encode(self.pair(stretch), stretch.shape, pool.tensor(page)):
+            page.pins -= 1
+            self._free(page)
+            self.kept_raw += 1
+            return False
+        page.pins -= 1
+        self._stays(layer, page)
+        stretch.page, stretch.coded = page, True
+        return True
+
+
+class Reading:
+    """A stretch that can be read, until `done`."""
+
+    def __init__(self, store: KvStore, stretch: Stretch, memory: torch.Tensor, landing: Landing | None) -> None:
+        shape = stretch.shape
+        pair = store.decode(memory, shape) if stretch.coded else shape.views(memory)
+        self.stretch = stretch
+        self.pair = Pair(pair.keys[:, :, : stretch.tokens], pair.values[:, :, : stretch.tokens])
+        """Of the page's rows, which may be other ones than the batch's."""
+        self._landing = landing
+
+    @property
+    def is_lent(self) -> bool:
+        """Its memory is given back by `done`."""
+        return self._landing is not None
+
+    def done(self) -> None:
+        """The compute that reads it was submitted."""
+        if self._landing is not None:
+            self._landing.release()

@@ -1,0 +1,164 @@
+"""How a KV cache is cut into pages, and which of them go down a tier. Pure."""
+
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_down, align_up
+from storage.errors import BudgetTooSmall, gib
+
+_LARGEST_PAGE_BYTES = 2 << 20
+"""Larger ones move no faster, and each layer holds one that is being filled."""
+
+_OPEN_SHARE = 4
+"""Pages that are being filled take at most this part of the memory, where pages can be small enough."""
+
+_RING_SHARE = 3
+"""Of what is left, the part for pages that are brought to be read, at most; the rest stays."""
+
+_LEAST_RING = 2
+"""One is read while the next one comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What grows with every token.
+
+    Attributes:
+        layers: that keep keys and values of every token.
+        token_bytes: keys and values of one token of one sequence in one of them.
+    """
+
+    layers: int
+    token_bytes: int
+
+    @property
+    def all_token_bytes(self) -> int:
+        return self.layers * self.token_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KvPages:
+    """How the device's part of a KV cache is used.
+
+    Attributes:
+        page_bytes: of one page: some tokens of one layer, of all sequences.
+        device_pages: how many the device has room for.
+        ring_pages: of those, how many are for pages that are brought to be read; one a layer is being filled.
+        assembled_bytes: beside the pages, one layer's keys and values in one piece, as the stock kernel reads them; 0 where
+            attention reads page after page.
+    """
+
+    page_bytes: int
+    device_pages: int
+    ring_pages: int
+    assembled_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.page_bytes * self.device_pages + self.assembled_bytes
+
+    def resident_pages(self, layers: int) -> int:
+        """Those that may stay, of all layers together."""
+        return self.device_pages - self.ring_pages - layers
+
+
+def cut(
+    shape: KvShape, batch_size: int, total_tokens: int, kv_bytes: int, segments: bool, page_tokens: int | None = None
+) -> KvPages:
+    """Divide `kv_bytes` of device memory among pages that are filled, that stay, and that come and go.
+
+    Args:
+        total_tokens: of one sequence, at the end.
+        segments: attention reads page after page; else a layer is put together first.
+        page_tokens: of each sequence in one page; None for what suits the memory.
+
+    Raises:
+        BudgetTooSmall: if it is too little for a page a layer and two that come and go.
+    """
+    row_bytes = batch_size * shape.token_bytes
+    assembled = 0 if segments else total_tokens * row_bytes
+    least_page = align_up((page_tokens or 1) * row_bytes, BLOCK_ALIGNMENT_BYTES)
+    least = assembled + (shape.layers + _LEAST_RING) * least_page
+    if kv_bytes < least:
+        whole = "" if segments else f"a layer's {gib(assembled)} in one piece, and "
+        raise BudgetTooSmall(
+            f"{gib(kv_bytes)} are for the KV cache, and it takes at least {gib(least)} ({least} bytes): {whole}"
+            f"{shape.layers + _LEAST_RING} pages of {gib(least_page)} for {batch_size} sequences. Give it more "
+            "(--kv-memory, kv_memory=)",
+            least,
+        )
+    room = kv_bytes - assembled
+    page_bytes = least_page
+    if page_tokens is None:
+        wanted = align_down(room // (_OPEN_SHARE * shape.layers), BLOCK_ALIGNMENT_BYTES)
+        most = align_up(total_tokens * row_bytes, BLOCK_ALIGNMENT_BYTES)
+        page_bytes = max(least_page, min(wanted, _LARGEST_PAGE_BYTES, most))
+    count = room // page_bytes
+    layer_pages = -(-total_tokens * row_bytes // page_bytes)
+    free = count - shape.layers
+    ring = max(_LEAST_RING, min(layer_pages, free // _RING_SHARE))
+    return KvPages(page_bytes, count, ring, assembled)
+
+
+class Residency:
+    """Which full pages stay on the device: any fixed set would do, since all are read in turn; an even one among layers
+    gives the link something to do while every layer computes.
+
+    Args:
+        limit: pages that may stay.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._layers: dict[Hashable, deque[Hashable]] = {}
+        self._layer_of: dict[Hashable, Hashable] = {}
+
+    def add(self, layer: Hashable, page: Hashable) -> None:
+        """A page of a layer is full, and on the device."""
+        self._layers.setdefault(layer, deque()).append(page)
+        self._layer_of[page] = layer
+
+    def remove(self, page: Hashable) -> None:
+        """A page is freed; nothing happens if it had gone already."""
+        layer = self._layer_of.pop(page, None)
+        if layer is not None:
+            self._layers[layer].remove(page)
+            if not self._layers[layer]:
+                del self._layers[layer]
+
+    def next_to_go(self, anyway: bool = False) -> Hashable | None:
+        """The page to move down now, taken off the list; None if all may stay.
+
+        Args:
+            anyway: more room is needed than was meant.
+        """
+        if len(self._layer_of) <= (0 if anyway else max(0, self.limit)):
+            return None
+        layer = max(self._layers, key=lambda key: len(self._layers[key]))
+        page = self._layers[layer][0]
+        self.remove(page)
+        return page
+
+
+def coming(layers: Sequence[Sequence[Hashable]], layer: int, done: int) -> Iterator[Hashable]:
+    """Pages of lower tiers in the order in which they will be read.
+
+    Args:
+        layers: of each layer, in the order in which layers compute, its pages of lower tiers.
+        layer: which one is being read.
+        done: how many of its pages were read.
+
+    Yields:
+        What is left of this layer, then of the next ones, and round to the next token's first layers.
+    """
+    yield from layers[layer][done:]
+    for step in range(1, len(layers)):
+        yield from layers[(layer + step) % len(layers)]
+
+
+def streamed_bytes(shape: KvShape, pages: KvPages, batch_size: int, tokens: int) -> int:
+    """Bytes of full pages that a pass after `tokens` reads from lower tiers: the least there is, since all are read."""
+    page_tokens = max(1, pages.page_bytes // (batch_size * shape.token_bytes))
+    full = shape.layers * (max(0, tokens - 1) // page_tokens)
+    return max(0, full - pages.resident_pages(shape.layers)) * pages.page_bytes
