@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from offload.config import EXACTNESS, IDENTICAL, Progress, resolve_device
+from offload.config import EXACTNESS, IDENTICAL, Progress, parse_bytes, resolve_device
+from offload.kv.budget import KvBudget
+from offload.kv.options import NONE, PLAIN, KvOptions
 from offload.runtime.decision import load_plan
 from offload.runtime.expert_part import AUTO, CPU, ExpertOptions
 from offload.session import Request, Session
@@ -32,6 +34,11 @@ def offload(
     expert_policy: str = AUTO,
     expert_misses: str = AUTO,
     expert_prefetch: str = AUTO,
+    kv_memory: str | int | None = None,
+    kv_policy: str = NONE,
+    kv_budget: str | float | int | None = None,
+    prefix_cache: str | Path | None = None,
+    shared_prefix: int = 0,
     progress: Progress | None = None,
     **loading: Any,
 ) -> Session:
@@ -58,6 +65,13 @@ def offload(
             level rounding), `auto`.
         expert_prefetch: `auto` brings experts of the next layer ahead while a long prompt is computed; `on` also asks the next
             layer's router a layer early in decode, and brings what it names; `off` does neither.
+        kv_memory: device memory for keys and values, `"2GiB"` or bytes: what does not fit goes to CPU memory and disk; by
+            default all of them stay where that fits, else as many as do.
+        kv_policy: `none` is exact; the others are lossy: `int8` and `int4` pages, a `window` of recent tokens, `retrieve`
+            (all are kept, and each query sees those that it is likely to attend to).
+        kv_budget: what a query sees by `window` and `retrieve`: a share like 0.25 (the default) or a number of tokens.
+        prefix_cache: a folder where beginnings of prompts are kept for other runs: see `Session.kv_cache`.
+        shared_prefix: tokens that all sequences of a batch begin with, to be kept and read once; with exactness `rounding`.
         progress: told (what, done bytes, total bytes) during long steps.
         loading: for a path, what `from_pretrained` takes: `dtype`, `revision`, `trust_remote_code`...
 
@@ -69,6 +83,18 @@ def offload(
     if exactness not in EXACTNESS:
         raise ConfigError(f"exactness={exactness!r} is not known; give one of {', '.join(EXACTNESS)}")
     experts = ExpertOptions(expert_policy, expert_misses, expert_prefetch)
+    kv = KvOptions(
+        parse_bytes(kv_memory, "kv_memory"),
+        kv_policy,
+        None if kv_budget is None else KvBudget.parse(kv_budget),
+        shared_prefix,
+        None if prefix_cache is None else str(prefix_cache),
+    )
+    if shared_prefix < 0 or (shared_prefix and exactness == IDENTICAL):
+        raise ConfigError(
+            f"shared_prefix={shared_prefix} is read once for all sequences, which rounds otherwise than the plain model; give "
+            "exactness='rounding' with it"
+        )
     chosen = resolve_device(device)
     if expert_misses == CPU and chosen.host_memory:
         raise ConfigError("expert_misses='cpu' computes experts beside a GPU, and the CPU is what computes here: leave it out")
@@ -76,6 +102,8 @@ def offload(
         raise ConfigError(f"batch_size={batch_size}, max_tokens={max_tokens} and new_tokens={new_tokens} must be at least 1")
     if training and exactness != IDENTICAL:
         raise ConfigError(f"training=True is exact, and exactness={exactness!r} was asked for; leave one of them out")
+    if training and kv != PLAIN:
+        raise ConfigError("training keeps no KV cache: leave kv_memory, kv_policy and kv_budget out")
     if isinstance(model_or_path, nn.Module) and any(value.is_meta for value in model_or_path.parameters()):
         raise ConfigError(
             "the model has parameters on torch's meta device, which have no values; load it first, or give its path"
@@ -100,6 +128,7 @@ def offload(
             training=Training() if training is True else training or None,
             managed=isinstance(training, Training),
             experts=experts,
+            kv=kv,
             progress=progress or (lambda what, done, total: None),
             loading=loading,
         )

@@ -10,6 +10,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from storage.errors import CheckpointError, ConfigError
 
+LEAST_SHARED_TOKENS = 64
+"""Fewer are computed sooner than they are shared."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -83,12 +86,36 @@ class Prompts:
     def longest(self) -> int:
         return max(len(ids) for ids in self._ids)
 
-    def batches(self, size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-        """Indices of the prompts, and the model's inputs, `size` prompts at a time."""
+    def batches(self, size: int) -> Iterator[list[int]]:
+        """Indices of the prompts, `size` at a time."""
         for start in range(0, len(self._ids), size):
-            indices = list(range(start, min(start + size, len(self._ids))))
-            padded = self.tokenizer.pad({"input_ids": [self._ids[index] for index in indices]}, return_tensors="pt")
-            yield indices, dict(padded)
+            yield list(range(start, min(start + size, len(self._ids))))
+
+    def beginning(self, indices: Sequence[int]) -> list[int]:
+        """The tokens that these prompts begin with, all of them, and more follows in each."""
+        first, *others = (self._ids[index] for index in indices)
+        length = min(len(first), *(len(ids) for ids in others)) - 1 if others else len(first) - 1
+        for ids in others:
+            length = next((place for place in range(length) if ids[place] != first[place]), length)
+        return first[:length]
+
+    def shared(self, size: int) -> int:
+        """Tokens that the prompts of each batch begin with, in the batch where they are fewest; 0 for single prompts."""
+        return min(len(self.beginning(indices)) if len(indices) > 1 else 0 for indices in self.batches(size))
+
+    def inputs(self, indices: Sequence[int], begun: int) -> dict[str, torch.Tensor]:
+        """What the model takes of these prompts, padded on the left.
+
+        Args:
+            begun: tokens that all of them begin with and that a cache holds: padding comes after these.
+        """
+        rest = [self._ids[index][begun:] for index in indices]
+        padded = dict(self.tokenizer.pad({"input_ids": rest}, return_tensors="pt"))
+        if begun:
+            same = torch.tensor([self._ids[indices[0]][:begun]]).expand(len(indices), -1)
+            padded["input_ids"] = torch.cat([same, padded["input_ids"]], dim=1)
+            padded["attention_mask"] = torch.cat([torch.ones_like(same), padded["attention_mask"]], dim=1)
+        return padded
 
     def _encode(self, text: str, chat: bool) -> list[int]:
         if chat:
@@ -119,6 +146,7 @@ def complete(
     batch_size: int = 1,
     on_text: Callable[[str], None] | None = None,
     on_token: Callable[[int], None] | None = None,
+    begin: Callable[[Sequence[int], int], Any] | None = None,
 ) -> Iterator[Completion]:
     """Complete the prompts, one after another or in batches.
 
@@ -126,14 +154,19 @@ def complete(
         model: any that has `generate`.
         on_text: told each piece of text as it is made; only where a batch is a single prompt.
         on_token: told how many tokens each step made.
+        begin: given the tokens that a batch of prompts begins with and how many prompts there are, a cache that holds some of
+            them; None to compute every prompt as a whole.
     """
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     tokenizer = prompts.tokenizer
-    for indices, inputs in prompts.batches(batch_size):
+    for indices in prompts.batches(batch_size):
+        cache = None if begin is None else begin(prompts.beginning(indices), len(indices))
+        inputs: dict[str, Any] = prompts.inputs(indices, 0 if cache is None else cache.get_seq_length())
         streamer = _Streamer(tokenizer, on_text if len(indices) == 1 else None, on_token)
         with torch.inference_mode():
-            output = model.generate(**inputs, **sampling.options(), streamer=streamer, pad_token_id=tokenizer.pad_token_id)
+            options = sampling.options() | {"streamer": streamer, "pad_token_id": tokenizer.pad_token_id}
+            output = model.generate(**inputs, **options, **({} if cache is None else {"past_key_values": cache}))
         start = inputs["input_ids"].shape[1]
         for index, row in zip(indices, output[:, start:].tolist(), strict=True):
             text = tokenizer.decode(row, skip_special_tokens=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from offload.config import HOST_MARGIN_BYTES, Budgets, parse_bytes, resolve_budgets, resolve_device
+from offload.config import HOST_MARGIN_BYTES, ROUNDING, Budgets, parse_bytes, resolve_budgets, resolve_device
+from offload.kv.options import PLAIN, KvOptions
 from offload.model.loading import CheckpointLoader, find_outline
 from offload.model.sizing import count_temporaries
 from offload.probe import hardware_profile
@@ -29,6 +30,7 @@ class Asked:
         gpu_memory, cpu_memory: budgets, as a user writes them; None for what there is.
         exactness: `identical` or `rounding`.
         expert_policy: `layers` to stream whole layers, anything else to bring experts one by one.
+        kv: how keys and values are kept.
     """
 
     prompt_tokens: int = 512
@@ -38,6 +40,7 @@ class Asked:
     cpu_memory: str | int | None = None
     exactness: str = "identical"
     expert_policy: str = AUTO
+    kv: KvOptions = PLAIN
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "batch_size"):
@@ -118,10 +121,21 @@ class Planner:
         workload = Workload(asked.batch_size, total, asked.prompt_tokens)
         temporaries = count_temporaries(self._model, workload)
         experts = Experts.IN_LAYERS if asked.expert_policy == IN_LAYERS else Experts.WHERE_IT_HELPS
-        decision = decide(self._model, budgets, workload, self._loader.slot_bytes, temporaries, experts=experts)
+        decision = decide(
+            self._model,
+            budgets,
+            workload,
+            self._loader.slot_bytes,
+            temporaries,
+            experts=experts,
+            kv=asked.kv,
+            exactness=asked.exactness,
+        )
+        # What had to be taken apart is; where rounding is allowed, all ways are weighed.
+        kept = decision.plan.kept_as if asked.exactness == ROUNDING else decision.plan.asked
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         forecast = Forecast(self._model, decision.split, self.hardware, dtype)
-        order = Order(workload, asked.prompt_tokens, asked.new_tokens, budgets, asked.exactness)
+        order = Order(kept(workload), asked.prompt_tokens, asked.new_tokens, budgets, asked.exactness)
         plan, prediction = forecast.best(decision.spec, order)
         notes = [*decision.fallbacks]
         if forecast.failure is not None:
@@ -164,4 +178,4 @@ def _host_bytes(plan: Plan, spec: ModelSpec) -> int:
     held = sum(blocks[key].slot_bytes for key in (*plan.in_host_memory, *plan.computed_on_host))
     largest = max((blocks[key].slot_bytes for key in plan.streamed), default=0)
     experts = (plan.experts_in_host_memory + plan.expert_staging_count) * plan.expert_slot_bytes
-    return held + plan.staging_count * largest + experts
+    return held + plan.staging_count * largest + experts + plan.kv_host_bytes

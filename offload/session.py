@@ -14,6 +14,8 @@ from torch import nn
 
 from offload.config import IDENTICAL, ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
 from offload.interrupts import HeldInterrupts
+from offload.kv.options import KvOptions
+from offload.kv.prefix import BLOCK_TOKENS
 from offload.model.blocks import Unit, find_structure
 from offload.model.experts import ExpertsUnit
 from offload.model.guise import Guise
@@ -28,6 +30,7 @@ from offload.report.learning import Outlook
 from offload.report.live import Snapshot
 from offload.report.meters import Meters
 from offload.report.report import Peak, Report, phase_uses
+from offload.runtime.beginnings import Beginnings
 from offload.runtime.buffers import DeviceBuffers
 from offload.runtime.changes import RegistrationWatch
 from offload.runtime.clock import BACKWARD, PassClock
@@ -36,6 +39,7 @@ from offload.runtime.executor import LayerExecutor
 from offload.runtime.expert_part import CPU, IN_LAYERS, ExpertOptions, ExpertPart, rule_for_misses
 from offload.runtime.forecast import Forecast, Order
 from offload.runtime.hooks import ForwardWrap, UnitWindow, Windows
+from offload.runtime.kv_part import KvPart, new_cache
 from offload.runtime.kv_reserve import KvReserve
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
@@ -48,13 +52,15 @@ from scheduler.hardware import HardwareProfile
 from scheduler.model_spec import Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
+from scheduler.prediction import predict
 from scheduler.routing import Routing
 from scheduler.trace import Trace
 from storage.arena import HostBuffer
+from storage.block_file import check_folder
 from storage.device import Device
 from storage.engines.gds import choose_engine
 from storage.engines.posix import PosixEngine
-from storage.errors import BudgetExceeded, BudgetTooSmall, ProfileError, SessionError, gib
+from storage.errors import BudgetExceeded, BudgetTooSmall, ConfigError, ProfileError, SessionError, gib
 from storage.reader import DiskReader
 from storage.transfer import Link
 
@@ -84,6 +90,7 @@ class Request:
     training: Training | None
     managed: bool
     experts: ExpertOptions
+    kv: KvOptions
     progress: Progress
     loading: dict[str, Any]
 
@@ -114,14 +121,21 @@ class Session:
         self._inside = False
         self._training: TrainingPart | None = None
         self._experts: ExpertPart | None = None
+        self._kv: KvPart | None = None
         self._needs = TrainingNeeds()
         self._sources: frozenset[str] = frozenset()
+        self._source_key: str | None = None
 
     def __enter__(self) -> "Session":
         if self._stack is not None:
             raise SessionError("this session was entered already; call offload(...) again for another one")
         self._stack = ExitStack()
         loader = self._look()
+        if self._request.kv.prefix_dir is not None:
+            check_folder(self._request.kv.prefix_dir)
+            if loader is None:
+                raise ConfigError("prefix_cache needs a model by its path: what a model in memory was made of is not known")
+            self._source_key = loader.key
         try:
             with HeldInterrupts() as interrupts:
                 self._progress = partial(_told_between_interrupts, interrupts, self._progress)
@@ -150,7 +164,7 @@ class Session:
             model=self._target if isinstance(self._target, str) else type(self.model).__name__,
             device=self._device.name,
             engine=self._engine.name,
-            exactness=ROUNDING if self.plan.rounds or self._chunks_loss or self._splits_experts else IDENTICAL,
+            exactness=self._level,
             parameters=self._parameters,
             weight_bytes=self._weight_bytes,
             blocks={
@@ -169,7 +183,13 @@ class Session:
             },
             slots={"count": self.plan.slot_count, "bytes": self.plan.slot_bytes},
             streamed_bytes_per_pass=self.plan.streamed_bytes,
-            kv={"reserved_bytes": self.plan.kv_bytes, "peak_bytes": self._reserve.peak_bytes},
+            kv={
+                "reserved_bytes": self.plan.kv_bytes,
+                "peak_bytes": self._reserve.peak_bytes,
+                **({} if self._kv is None else self._kv.use()),
+                "prefix_loaded_tokens": self._beginnings.loaded_tokens,
+                "prefix_computed_tokens": self._beginnings.computed_tokens,
+            },
             tiers=self._meters.tier_uses(self._process_bytes),
             links=links,
             **phase_uses(self._clock.phases),
@@ -181,6 +201,41 @@ class Session:
             fallbacks=self._all_fallbacks(),
             experts=None if self._experts is None else ExpertUse.of(self._experts, self.plan),
         )
+
+    def kv_cache(self, prefix: Sequence[int] = (), batch_size: int = 1) -> Any:
+        """A new cache for `model.generate(past_key_values=...)`, or for calls of the model: kept as the session was asked to.
+
+        Where all keys and values stay on the device it is transformers' own.
+
+        Args:
+            prefix: token ids that prompts begin with: computed now, or loaded from `prefix_cache`, whose whole blocks are used
+                only. `get_seq_length()` of the cache tells how many it holds; a prompt must have more.
+            batch_size: sequences that begin so.
+
+        Raises:
+            SessionError: outside of the context.
+        """
+        if not self._inside:
+            raise SessionError("a KV cache lives in a session: enter it first, `with offload(...) as session:`")
+        cache = new_cache(self.model) if self._kv is None else self._kv.new_cache(self.model)
+        return self._beginnings.fill(cache, prefix, batch_size) if len(prefix) else cache
+
+    @property
+    def keeps_beginnings(self) -> bool:
+        """A prompt's beginning may be on disk, or is to be: `kv_cache(prefix=...)` is worth its while for one prompt too."""
+        return self._request.kv.prefix_dir is not None
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """What all sequences of a batch begin with is kept and read once."""
+        return self._kv is not None and self._request.kv.shared_tokens > 0
+
+    @property
+    def _level(self) -> str:
+        if self._request.kv.is_lossy:
+            return self._request.kv.level
+        begun = self._beginnings.loaded_tokens + self._beginnings.computed_tokens
+        return ROUNDING if self.plan.rounds or begun or self._chunks_loss or self._splits_experts else IDENTICAL
 
     @property
     def _splits_experts(self) -> bool:
@@ -284,6 +339,9 @@ class Session:
         if decision.experts:
             self._experts = self._expert_part(decision, loaded)
             self._experts.place(self.plan, stack)
+        if self.plan.kv_memory_bytes:
+            self._kv = self._kv_part()
+            self._kv.open(self.model, stack)
         self._ledger.charge("KV cache", self.plan.kv_bytes)
         self._ledger.charge("temporaries", self.plan.activation_bytes)
         self._ledger.charge(INPUTS, self._needs.set_aside_bytes)
@@ -390,6 +448,23 @@ class Session:
             self._tell,
         )
 
+    def _kv_part(self) -> KvPart:
+        assert self._spec.kv is not None
+        return KvPart(
+            self._request.kv,
+            self.plan,
+            self._spec.kv,
+            self._reserve.workload,
+            self._device,
+            self._clock,
+            self._link,
+            self._written,
+            self._disk_dir,
+            self._meters.host_ledger,
+            self._meters.disk_ledger,
+            self._tell,
+        )
+
     def _experts_wanted(self) -> Experts:
         """Backward needs all experts of a layer: training streams layers."""
         if self._request.training is not None or self._request.experts.policy == IN_LAYERS:
@@ -406,7 +481,17 @@ class Session:
     def _decided(self, model: nn.Module, slot_bytes: Callable[[Unit], int], experts: Experts) -> Decision:
         if self._request.training is None:
             workload = self._workload(model)
-            return decide(model, self._budgets, workload, slot_bytes, self._temporaries, experts=experts)
+            asked = self._request
+            return decide(
+                model,
+                self._budgets,
+                workload,
+                slot_bytes,
+                self._temporaries,
+                experts=experts,
+                kv=asked.kv,
+                exactness=asked.exactness,
+            )
         workload = self._workload(model)
         training, temporaries = self._request.training, self._temporaries
         decision, self._needs = decide_to_train(model, training, self._budgets, workload, slot_bytes, temporaries)
@@ -433,16 +518,23 @@ class Session:
         if self._request.plan is not None:
             self.plan = given_plan(self._request.plan, self._spec, workload, self._budgets, self._request.exactness)
             check_parts(self.model, self.plan)
+            if self._request.kv.asks_pages and not self.plan.kv_memory_bytes:
+                raise ConfigError(
+                    "the plan keeps all keys and values on the device (kv_memory_bytes is 0): leave the options of "
+                    "the KV cache out, or make the plan with them"
+                )
         elif (
             self._request.training is None
             and self._forecast is not None
             and (self._budgets.host_bytes is not None or self._request.exactness == ROUNDING)
         ):
-            self.plan, _ = self._forecast.best(self._spec, self._order())
+            # What had to be taken apart is; where rounding is allowed, all ways are weighed.
+            kept = self.plan.kept_as if self._request.exactness == ROUNDING else self.plan.asked
+            self.plan, _ = self._forecast.best(self._spec, self._order(kept(workload)))
         self._reserve = KvReserve(self._spec, self.plan.asked(workload), self._grow, self._budgets.device_bytes)
 
-    def _order(self) -> Order:
-        workload = self._workload(self.model)
+    def _order(self, workload: Workload | None = None) -> Order:
+        workload = workload or self.plan.asked(self._workload(self.model))
         new_tokens = min(self._request.new_tokens or max(1, workload.total_tokens // 2), workload.total_tokens - 1)
         return Order(workload, max(1, workload.total_tokens - new_tokens), new_tokens, self._budgets, self._request.exactness)
 
@@ -473,7 +565,7 @@ class Session:
         stack.callback(self._watch.close)
         chunk = self.plan.prefill_chunk
         self._root = ModelPass(
-            self._device, self._executor, self._clock, self._reserve, self._before_pass, self._meters.look, chunk
+            self._device, self._executor, self._clock, self._reserve, self._before_pass, self._meters.look, chunk, self._kv
         )
         if chunk:
             stack.callback(PrefillChunks(self.model, chunk).undo)
@@ -485,6 +577,17 @@ class Session:
             self._experts.open_windows(stack)
         self._windows = self._windows_of(self._structure.units)
         stack.callback(lambda: self._windows.undo())
+        self._beginnings = Beginnings(
+            self.model, self._device, self._root, self._request.kv, self.plan, self._source_key, self._worth_loading, self._tell
+        )
+
+    def _worth_loading(self, nbytes: int) -> bool:
+        """Of a block of a beginning: whether the disk gives it faster than it is computed, as far as is known."""
+        if self._forecast is None or self._hardware is None:
+            return True
+        prefill, decode = self._forecast.work(self._spec, 1, BLOCK_TOKENS, BLOCK_TOKENS)
+        computed = predict(self.plan, self._spec, self._forecast.cost, prefill, decode).prefill_seconds
+        return self._hardware.disk_read.seconds(nbytes) < computed
 
     def _windows_of(self, units: list[Unit]) -> Windows:
         placement = self._placement

@@ -16,6 +16,9 @@ _OPEN_SHARE = 4
 _RING_SHARE = 3
 """Of what is left, the part for pages that are brought to be read, at most; the rest stays."""
 
+_ROOM_TO_STAY = 1.5
+"""Of what all takes, so that all stays: pages that are being filled are half empty."""
+
 _LEAST_RING = 2
 """One is read while the next one comes."""
 
@@ -38,6 +41,21 @@ class KvShape:
 
 
 @dataclass(frozen=True, slots=True)
+class PagedKv:
+    """That keys and values are kept in pages, and what for.
+
+    Attributes:
+        memory_bytes: of the device, for pages and for a layer that is put together.
+        segments: attention reads page after page: of level *rounding*; else a layer is put together for the stock kernel.
+        stored_percent: of what a token takes in the model's dtype, what it takes in a full page.
+    """
+
+    memory_bytes: int
+    segments: bool = False
+    stored_percent: int = 100
+
+
+@dataclass(frozen=True, slots=True)
 class KvPages:
     """How the device's part of a KV cache is used.
 
@@ -45,8 +63,8 @@ class KvPages:
         page_bytes: of one page: some tokens of one layer, of all sequences.
         device_pages: how many the device has room for.
         ring_pages: of those, how many are for pages that are brought to be read; one a layer is being filled.
-        assembled_bytes: beside the pages, one layer's keys and values in one piece, as the stock kernel reads them; 0 where
-            attention reads page after page.
+        assembled_bytes: beside the pages, one layer's keys and values in one piece, as the stock kernel reads them, or what a
+            policy chooses by; 0 where attention reads page after page.
     """
 
     page_bytes: int
@@ -64,7 +82,14 @@ class KvPages:
 
 
 def cut(
-    shape: KvShape, batch_size: int, total_tokens: int, kv_bytes: int, segments: bool, page_tokens: int | None = None
+    shape: KvShape,
+    batch_size: int,
+    total_tokens: int,
+    kv_bytes: int,
+    segments: bool,
+    page_tokens: int | None = None,
+    index_share: float = 0.0,
+    stored_percent: int = 100,
 ) -> KvPages:
     """Divide `kv_bytes` of device memory among pages that are filled, that stay, and that come and go.
 
@@ -72,16 +97,19 @@ def cut(
         total_tokens: of one sequence, at the end.
         segments: attention reads page after page; else a layer is put together first.
         page_tokens: of each sequence in one page; None for what suits the memory.
+        index_share: of all bytes, what a policy keeps besides to choose by.
+        stored_percent: of a full page's bytes, what it takes once it is coded.
 
     Raises:
         BudgetTooSmall: if it is too little for a page a layer and two that come and go.
     """
     row_bytes = batch_size * shape.token_bytes
     assembled = 0 if segments else total_tokens * row_bytes
+    assembled += int(index_share * shape.layers * total_tokens * row_bytes)
     least_page = align_up((page_tokens or 1) * row_bytes, BLOCK_ALIGNMENT_BYTES)
     least = assembled + (shape.layers + _LEAST_RING) * least_page
     if kv_bytes < least:
-        whole = "" if segments else f"a layer's {gib(assembled)} in one piece, and "
+        whole = f"{gib(assembled)} for what attention needs in one piece, and " if assembled else ""
         raise BudgetTooSmall(
             f"{gib(kv_bytes)} are for the KV cache, and it takes at least {gib(least)} ({least} bytes): {whole}"
             f"{shape.layers + _LEAST_RING} pages of {gib(least_page)} for {batch_size} sequences. Give it more "
@@ -94,11 +122,58 @@ def cut(
         wanted = align_down(room // (_OPEN_SHARE * shape.layers), BLOCK_ALIGNMENT_BYTES)
         most = align_up(total_tokens * row_bytes, BLOCK_ALIGNMENT_BYTES)
         page_bytes = max(least_page, min(wanted, _LARGEST_PAGE_BYTES, most))
+        # What it is coded to takes whole units of the disk too.
+        coded = align_up(BLOCK_ALIGNMENT_BYTES * 100 // stored_percent, BLOCK_ALIGNMENT_BYTES)
+        if coded * (shape.layers + _LEAST_RING) <= room:
+            page_bytes = max(page_bytes, coded)
     count = room // page_bytes
     layer_pages = -(-total_tokens * row_bytes // page_bytes)
     free = count - shape.layers
     ring = max(_LEAST_RING, min(layer_pages, free // _RING_SHARE))
+    if shape.layers * layer_pages + _LEAST_RING <= free:
+        # Everything stays.
+        ring = _LEAST_RING
     return KvPages(page_bytes, count, ring, assembled)
+
+
+def paged_ways(
+    shape: KvShape,
+    batch_size: int,
+    total_tokens: int,
+    memory_bytes: int | None,
+    segments: Sequence[bool],
+    stored_percent: int = 100,
+    seen_share: float = 1.0,
+    page_tokens: int | None = None,
+    index_share: float = 0.0,
+) -> list[PagedKv]:
+    """How keys and values could be kept in pages; what is computed with as they are first, then by how much stays.
+
+    Args:
+        memory_bytes: that was asked for; None: try a half of what all takes, a quarter, and so on.
+        segments: which ways to read them there are.
+        seen_share: of the tokens, those that are on the device by a policy.
+        page_tokens: of each sequence in one page; None for what suits the memory.
+        index_share: of all bytes, what a policy keeps on the device to choose by.
+
+    Raises:
+        BudgetTooSmall: if what was asked for is too little either way.
+    """
+    whole = _ROOM_TO_STAY * batch_size * total_tokens * shape.all_token_bytes
+    most = int(whole * (seen_share * stored_percent / 100 + index_share)) + int(whole) // total_tokens
+    found, refusals = [], []
+    for one in segments:
+        tried = [memory_bytes] if memory_bytes is not None else [most >> step for step in range(most.bit_length())]
+        for size in tried:
+            try:
+                cut(shape, batch_size, total_tokens, size, one, page_tokens, index_share, stored_percent)
+            except BudgetTooSmall as error:
+                refusals.append(error)
+                break
+            found.append(PagedKv(size, one, stored_percent))
+    if not found and memory_bytes is not None:
+        raise min(refusals, key=lambda error: error.least_bytes)
+    return found
 
 
 class Residency:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from scheduler.kv_pages import KvShape, PagedKv
 from storage.blocks import TENSOR_ALIGNMENT_BYTES, BlockKey
 
 
@@ -143,11 +144,14 @@ class ModelSpec:
         blocks: in the order in which the model runs them, as far as its structure tells.
         windows: the sets of blocks that are in use at the same moment.
         pinned_bytes: buffers, and parameters that no block holds; they always stay on the device.
-        kv_bytes_per_token: of one sequence; 0 if the model keeps no KV cache or its config does not tell.
+        kv_bytes_per_token: of one sequence, in the layers that keep all tokens; 0 if the model keeps no KV cache or its config
+            does not tell.
         state_bytes_per_sequence: of state-space and linear-attention layers, whatever the sequence's length.
         temporaries: what a pass holds beside weights and KV cache.
         logits_bytes_per_sequence: what the head and the sampling hold, for each sequence of a pass.
         experts: those that are brought one by one, beside the blocks; None if they are part of them, or there are none.
+        kv_windows: (tokens, bytes a token) of the layers that keep so many tokens at most.
+        kv: of the layers that keep all tokens, those that can be kept in pages; None if there are none.
     """
 
     blocks: tuple[PlacedBlock, ...]
@@ -158,6 +162,8 @@ class ModelSpec:
     temporaries: Temporaries = Temporaries()
     logits_bytes_per_sequence: int = 0
     experts: ExpertsSpec | None = None
+    kv_windows: tuple[tuple[int, int], ...] = ()
+    kv: KvShape | None = None
 
     @property
     def layers(self) -> tuple[PlacedBlock, ...]:
@@ -180,6 +186,7 @@ class Workload:
         micro_batch: sequences of a prompt that a layer computes at once, one such part after another; 0 for all.
         prefill_chunk: tokens of the prompt that are computed at once, one such pass after another; 0 for all.
         context_tokens: that are attended to, where they are more than `total_tokens`.
+        paged: keys and values are kept in pages, most of them on lower tiers; None: all on the device.
     """
 
     batch_size: int
@@ -189,6 +196,7 @@ class Workload:
     micro_batch: int = 0
     prefill_chunk: int = 0
     context_tokens: int = 0
+    paged: PagedKv | None = None
 
     @property
     def tokens_at_once(self) -> int:
@@ -201,8 +209,23 @@ class Workload:
         return -(-self.batch_size // self.micro_batch) if self.micro_batch else 1
 
     def kv_bytes(self, model: ModelSpec) -> int:
-        sequence_bytes = model.state_bytes_per_sequence + self.total_tokens * model.kv_bytes_per_token
-        return max(self.least_kv_bytes, self.batch_size * sequence_bytes)
+        """On the device."""
+        # What a window keeps of a prompt is a part of a tensor that goes with the next pass.
+        windows = sum(
+            min(self.total_tokens, tokens + self.tokens_at_once) * token_bytes for tokens, token_bytes in model.kv_windows
+        )
+        sequence_bytes = model.state_bytes_per_sequence + windows + self.total_tokens * model.kv_bytes_per_token
+        whole = self.batch_size * sequence_bytes
+        if self.paged is not None and model.kv is not None:
+            whole += self.paged.memory_bytes - self.batch_size * self.total_tokens * model.kv.all_token_bytes
+        return max(self.least_kv_bytes, whole)
+
+    def kv_host_bytes(self, model: ModelSpec, host_bytes: int) -> int:
+        """Of CPU memory beside a device, for pages that the device has no room for; never more than half of it."""
+        if self.paged is None or model.kv is None:
+            return 0
+        stored = self.batch_size * self.total_tokens * model.kv.all_token_bytes * self.paged.stored_percent // 100
+        return max(0, min(stored - self.paged.memory_bytes, host_bytes // 2))
 
     def activation_bytes(self, model: ModelSpec) -> int:
         between = self.batch_size * self.tokens_at_once * model.temporaries.between_bytes
@@ -224,4 +247,7 @@ class Workload:
         """What one sequence holds inside of a layer in a pass of `tokens`."""
         each = model.temporaries
         context = max(self.pass_tokens, self.total_tokens, self.context_tokens)
+        if self.paged is not None and self.paged.segments:
+            # A piece at a time; only the first pass of a prompt is computed by the stock kernel.
+            context = tokens
         return tokens * (each.token_bytes - each.between_bytes) + context * each.context_bytes

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from scheduler.kv_pages import PagedKv
 from scheduler.model_spec import ModelSpec, PlacedBlock, Workload
 from storage.blocks import BlockKey
 from storage.errors import PlanError, gib
@@ -58,6 +59,10 @@ class Plan:
         expert_slot_bytes: of one of these.
         experts_in_host_memory: how many come from CPU memory; the others come from disk.
         expert_staging_count: host buffers between disk and a device with memory of its own, for experts.
+        kv_memory_bytes: of `kv_bytes`, what pages of keys and values have; 0 where all of them stay on the device.
+        kv_segments: 1 where attention reads these page after page.
+        kv_host_bytes: CPU memory for pages beside a device with memory of its own; the rest goes to disk.
+        kv_stored_percent: of a token's bytes, what it takes in a full page.
     """
 
     resident: tuple[BlockKey, ...]
@@ -82,6 +87,10 @@ class Plan:
     expert_slot_bytes: int = 0
     experts_in_host_memory: int = 0
     expert_staging_count: int = 0
+    kv_memory_bytes: int = 0
+    kv_segments: int = 0
+    kv_host_bytes: int = 0
+    kv_stored_percent: int = 100
 
     @property
     def host_compute(self) -> HostCompute:
@@ -100,6 +109,8 @@ class Plan:
             said.append(f"a layer computes {self.micro_batch} sequences at once{decode}")
         if self.prefill_chunk:
             said.append(f"a prompt is computed {self.prefill_chunk} tokens at once")
+        if self.kv_segments:
+            said.append("attention reads the KV cache piece by piece")
         return tuple(said)
 
     @property
@@ -146,7 +157,14 @@ class Plan:
 
     def asked(self, workload: Workload) -> Workload:
         """The workload in the parts that this plan takes it apart into."""
-        return replace(workload, micro_batch=self.micro_batch, prefill_chunk=self.prefill_chunk)
+        paged = None
+        if self.kv_memory_bytes:
+            paged = PagedKv(self.kv_memory_bytes, bool(self.kv_segments), self.kv_stored_percent)
+        return replace(workload, micro_batch=self.micro_batch, prefill_chunk=self.prefill_chunk, paged=paged)
+
+    def kept_as(self, workload: Workload) -> Workload:
+        """The workload with keys and values kept as by this plan, and nothing taken apart."""
+        return replace(workload, paged=self.asked(workload).paged)
 
     def completed(self, model: ModelSpec, workload: Workload) -> "Plan":
         """The same placement, with the sums that follow from it."""

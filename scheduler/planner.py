@@ -49,6 +49,22 @@ def make_plan(
     Raises:
         BudgetTooSmall: if not even one block at a time fits; `least_bytes` is the budget that would do.
     """
+    if host_bytes is not None and workload.paged is not None:
+        pages = workload.kv_host_bytes(model, host_bytes)
+        plan = _make_plan(model, budget_bytes, workload, host_bytes - pages, candidates, beside)
+        return replace(plan, kv_host_bytes=pages)
+    return _make_plan(model, budget_bytes, workload, host_bytes, candidates, beside)
+
+
+def _make_plan(
+    model: ModelSpec,
+    budget_bytes: int,
+    workload: Workload,
+    host_bytes: int | None,
+    candidates: frozenset[BlockKey] | None,
+    beside: HostCompute,
+) -> Plan:
+    """Beside the KV cache's part of CPU memory."""
     experts = model.experts
     if experts is None:
         return _beside(model, budget_bytes, workload, host_bytes, candidates, beside)
@@ -284,6 +300,9 @@ def _assemble(
         micro_batch=workload.micro_batch,
         decode_micro_batch=workload.decode_micro_batch(model),
         prefill_chunk=workload.prefill_chunk,
+        kv_memory_bytes=0 if workload.paged is None else workload.paged.memory_bytes,
+        kv_segments=int(workload.paged is not None and workload.paged.segments),
+        kv_stored_percent=100 if workload.paged is None else workload.paged.stored_percent,
     )
 
 

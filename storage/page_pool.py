@@ -5,6 +5,7 @@ never written again. Who decides which ones go down is elsewhere; here bytes mov
 nothing is synchronised but what is waited for.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class PagePool:
         host_pages: slots in CPU memory beside a device with memory of its own; 0 where the device's memory is the host's.
         open_file: makes the file of the lowest tier when it is first needed.
         reads, writes: the disk's two queues.
-        on_wait: told (name of the link, seconds begun) before a wait for the disk; what it returns is called after.
+        on_wait: told (name of the link, begin, end) of each wait for the disk, by `time.perf_counter()`.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class PagePool:
         open_file: Callable[[int], PageFile],
         reads: Link,
         writes: Link,
-        on_wait: Callable[[Transfer], None] = lambda transfer: None,
+        on_wait: Callable[[str, float, float], None] = lambda *wait: None,
     ) -> None:
         self.device = device
         self.page_bytes = page_bytes
@@ -217,9 +218,12 @@ class PagePool:
         return landing
 
     def wait_for(self, transfer: Transfer) -> None:
-        if not transfer.over:
-            self._on_wait(transfer)
+        if transfer.over:
+            transfer.wait()
+            return
+        begun = time.perf_counter()
         transfer.wait()
+        self._on_wait(transfer.link.name, begun, time.perf_counter())
 
     def close(self) -> None:
         """Wait for what is under way, and give all memory back."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from offload.api import offload
+from offload.cli.kv import add_kv_arguments
 from offload.cli.terminal import check_writable, live_console, progress_bar, say
-from offload.config import EXACTNESS, Progress, resolve_device
-from offload.generate import Completion, Prompts, Sampling, complete, load_tokenizer
+from offload.config import EXACTNESS, ROUNDING, Progress, resolve_device
+from offload.generate import LEAST_SHARED_TOKENS, Completion, Prompts, Sampling, complete, load_tokenizer
 from offload.model.loading import find_folder
 from offload.probe import hardware_profile, kept_profile
 from offload.report.live import LiveView
@@ -75,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bring experts before they are asked for: in long prompts (auto), in decode too (on)",
     )
     add("--expert-trace", metavar="FILE.csv", help="write which experts each token chose, for `offload experts replay`")
+    add_kv_arguments(add)
+    add("--prefix-cache", metavar="DIR", help="keep beginnings of prompts there, for other runs with the same model")
     add("--plan", metavar="FILE.json", help="what lives where, from `offload plan --output` (default: planned here)")
     add("--report", metavar="FILE", help="write the report there: .html for a page, else JSON that `offload report` reads")
     add("--trace", metavar="FILE.json", help="write what happened when, for ui.perfetto.dev")
@@ -113,15 +116,16 @@ def _generate(
     with ExitStack() as stack:
         # The bar is gone before the first token, which would tear it.
         with progress_bar() as show:
-            session = stack.enter_context(_session(request, folder, batch_size, prompts.longest, sampling, show))
+            session = stack.enter_context(_session(request, folder, batch_size, prompts, sampling, show))
         model = session.model if request.adapter is None else load_adapters(session.model, request.adapter)
         view = stack.enter_context(LiveView(session.snapshot, live_console())) if request.live else None
         done = []
         stream = None if request.json or batch_size > 1 else _print_now
+        begin = session.kv_cache if session.keeps_beginnings or session.shares_beginnings else None
         if view is not None:
             stream = view.add_text
         on_token = None if view is None else view.add_tokens
-        for completion in complete(model, prompts, sampling, batch_size, stream, on_token):
+        for completion in complete(model, prompts, sampling, batch_size, stream, on_token, begin):
             done.append(completion)
             if not request.json and view is None:
                 _print_rest(completion, len(prompts.texts) > 1, streamed=stream is not None)
@@ -147,7 +151,7 @@ def _save_routing(session: Session, path: str) -> None:
 
 
 def _session(
-    request: argparse.Namespace, folder: str, batch_size: int, prompt_tokens: int, sampling: Sampling, show: Progress
+    request: argparse.Namespace, folder: str, batch_size: int, prompts: Prompts, sampling: Sampling, show: Progress
 ) -> Session:
     device = resolve_device(request.device)
     if kept_profile(device, request.disk) is None:
@@ -156,6 +160,7 @@ def _session(
             hardware_profile(device, request.disk, progress=show)
         except (OSError, ConfigError) as error:
             say(f"the machine could not be measured, so nothing is predicted: {error}")
+    shared = prompts.shared(batch_size) if request.exactness == ROUNDING else 0
     return offload(
         folder,
         device=request.device,
@@ -163,13 +168,18 @@ def _session(
         cpu_memory=request.cpu_memory,
         disk_dir=request.disk,
         batch_size=batch_size,
-        max_tokens=prompt_tokens + sampling.max_new_tokens,
+        max_tokens=prompts.longest + sampling.max_new_tokens,
         new_tokens=sampling.max_new_tokens,
         exactness=request.exactness,
         plan=request.plan,
         expert_policy=request.expert_policy,
         expert_misses=request.expert_misses,
         expert_prefetch=request.expert_prefetch,
+        kv_memory=request.kv_memory,
+        kv_policy=request.kv_policy,
+        kv_budget=request.kv_budget,
+        prefix_cache=request.prefix_cache,
+        shared_prefix=shared if shared >= LEAST_SHARED_TOKENS else 0,
         progress=show,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,

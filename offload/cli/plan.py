@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from offload.cli.kv import add_kv_arguments, kv_options
 from offload.cli.terminal import check_writable, print_table, progress_bar, say
 from offload.config import EXACTNESS
 from offload.planning import Asked, Planned, Planner
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
     add("--exactness", default="identical", choices=EXACTNESS, help="rounding allows layers on the CPU (default: identical)")
     add("--expert-policy", default=AUTO, choices=POLICIES, help="as for generate; `layers` streams whole layers")
+    add_kv_arguments(add)
     add("--hardware", metavar="FILE.json", help="plan for the machine that this profile describes (default: this one)")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
     add("--output", metavar="FILE.json", help="write the plan there, to edit it and give it to `generate --plan`")
@@ -47,6 +49,7 @@ def run(request: argparse.Namespace) -> None:
         request.cpu_memory,
         request.exactness,
         request.expert_policy,
+        kv_options(request),
     )
     hardware = None if request.hardware is None else HardwareProfile.load(request.hardware)
     with progress_bar(counted=False) as show:
@@ -138,6 +141,7 @@ def _memory(planned: Planned) -> Table:
     computing = next(iter(planned.budget_bytes))
     for tier, budget in planned.budget_bytes.items():
         named = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-        what = named if tier == computing else "weights, staging"
+        pages = f", pages of the KV cache {gib(plan.kv_host_bytes)}" if plan.kv_host_bytes else ""
+        what = named if tier == computing else f"weights, staging{pages}"
         table.add_row(tier, gib(budget), gib(planned.peak_bytes[tier]), what)
     return table

@@ -23,6 +23,10 @@ class Quantised:
 
     bits: int
 
+    def percent(self, element_bytes: int) -> int:
+        """Of a page's bytes, what its code takes, about."""
+        return -(-100 * self._line_bytes(_GROUP) // (_GROUP * element_bytes))
+
     def nbytes(self, shape: PageShape) -> int:
         """What a page takes."""
         lines = shape.rows * shape.heads

@@ -8,6 +8,7 @@ from offload.kv.policy import Choice, LayerPolicy
 from offload.kv.shape import PageShape, Pair
 from offload.kv.store import KvStore, Reading, Stretch
 from storage.blocks import Tier
+from storage.errors import ConfigError
 from storage.page_pool import Page
 
 
@@ -89,6 +90,21 @@ class PagedLayer:
                 target[:, :, stretch.start : stretch.end].copy_(part)
             reading.done()
         return whole
+
+    def part(self, start: int, end: int) -> Pair:
+        """Some positions of it, in memory of their own. Raises ConfigError if some were dropped."""
+        found = [stretch for stretch in self.stretches if stretch.start < end and stretch.end > start]
+        if sum(min(end, stretch.end) - max(start, stretch.start) for stretch in found) < end - start:
+            raise ConfigError("keys and values that a policy dropped were asked for")
+        keys, values = [], []
+        for stretch in found:
+            reading = self.store.read(stretch)
+            inside = slice(max(start, stretch.start) - stretch.start, min(end, stretch.end) - stretch.start)
+            for part, parts in zip(reading.pair, (keys, values), strict=True):
+                rows = part if stretch.rows is None else part.index_select(0, stretch.rows)
+                parts.append(rows[:, :, inside].clone())
+            reading.done()
+        return Pair(torch.cat(keys, dim=2), torch.cat(values, dim=2))
 
     def chosen(self, query: torch.Tensor) -> list[Choice]:
         """What a query is to see.

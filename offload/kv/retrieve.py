@@ -1,8 +1,8 @@
 """Retrieval: all pages are kept, on whatever tier, and a query sees those that it is likely to attend to.
 
-After ShadowKV (arXiv 2410.21465): each few tokens have a landmark, the mean of their keys; a query's products with the landmarks
-tell which pages it wants. Pages whose keys are unlike their landmark (outliers) are always seen. Nothing is deleted, so that a
-later query can want what earlier ones did not.
+After ShadowKV (arXiv 2410.21465): each few tokens have a landmark, the mean of their keys; a query's products with the
+landmarks tell which pages it wants. Pages whose keys are unlike their landmark (outliers) are always seen. Nothing is deleted,
+so that a later query can want what earlier ones did not.
 """
 
 from collections.abc import Sequence

@@ -175,9 +175,7 @@ class CheckpointLoader:
         """
         total_bytes = sum(item.spec.nbytes for item in self.stored.values())
         singles = SingleExperts(dict(experts or {}))
-        conversions = _Conversions(
-            self._converted_key(), disk_dir, lambda done: progress("converting", done, total_bytes), singles
-        )
+        conversions = _Conversions(self.key, disk_dir, lambda done: progress("converting", done, total_bytes), singles)
         with _loading, _threads_off(), _bar_off(), conversions:
             model, found = self._from_pretrained()
             self._check_whole(found)
@@ -257,7 +255,9 @@ class CheckpointLoader:
         kinds = [getattr(torch, name) for name in self._dtypes]
         return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
-    def _converted_key(self) -> str:
+    @property
+    def key(self) -> str:
+        """Stands for the checkpoint's files, and how the model is made of them."""
         facts = {
             "files": [identity(path) for path in weight_files(self.folder)],
             "class": self._class().__name__,

@@ -1,15 +1,19 @@
 """What the planner must know of a model: the bytes of its blocks, its KV cache and its temporaries."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from offload.model.blocks import Structure, Unit, divisible_modules
 from offload.model.dry_run import DryRun, DryRunFailed
 from offload.model.experts import ExpertsUnit, expert_slot_bytes
 from offload.model.parts import LEAST_CHUNK
+from scheduler.kv_pages import KvShape
 from scheduler.model_spec import BlockRole, DivisibleWeight, ExpertsSpec, ModelSpec, PlacedBlock, Temporaries, Workload
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, align_up
 
@@ -52,19 +56,27 @@ def model_spec(
         experts: those that are brought one by one.
     """
     config = getattr(model, "config", None)
-    dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
-    element_bytes = DTYPE_BYTES[str(dtype).removeprefix("torch.")]
+    element_bytes = element_bytes_of(model)
+    kv = kv_sizes(config, element_bytes) if generates(model) else KvSizes()
     owned = {unit.key for unit in structure.units if unit.parameters}
     return ModelSpec(
         blocks=tuple(_placed(unit, slot_bytes) for unit in structure.units if unit.parameters),
         windows=tuple(tuple(key for key in unit.uses if key in owned) for unit in structure.units if not unit.gathers),
         pinned_bytes=sum(value.nbytes for value in (*structure.pinned.values(), *model.buffers())),
-        kv_bytes_per_token=kv_bytes_per_token(config, element_bytes) if _generates(model) else 0,
-        state_bytes_per_sequence=state_bytes_per_sequence(config) if _generates(model) else 0,
+        kv_bytes_per_token=kv.token_bytes,
+        kv_windows=kv.windows,
+        kv=kv.shape,
+        state_bytes_per_sequence=state_bytes_per_sequence(config) if generates(model) else 0,
         temporaries=temporaries or Temporaries(_activation_bytes(config, element_bytes)),
         logits_bytes_per_sequence=_LOGITS_BYTES_EACH * int(getattr(_text_config(config), "vocab_size", 0) or 0),
         experts=experts_spec(model, experts) if experts else None,
     )
+
+
+def element_bytes_of(model: nn.Module) -> int:
+    """Of one number, in the model's dtype."""
+    dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+    return DTYPE_BYTES[str(dtype).removeprefix("torch.")]
 
 
 def experts_spec(model: nn.Module, units: Sequence[ExpertsUnit]) -> ExpertsSpec:
@@ -86,22 +98,47 @@ def chosen_experts(model: nn.Module) -> int:
     return max(1, counts[0]) if counts else _CHOSEN_DEFAULT
 
 
-def kv_bytes_per_token(config: Any, element_bytes: int) -> int:
-    """Keys and values of one token in all layers; 0 where the config does not tell.
+@dataclass(frozen=True, slots=True)
+class KvSizes:
+    """What a model's KV cache takes, as its config tells.
 
-    An upper bound: sliding windows and layers without a cache are counted as full ones.
+    Attributes:
+        token_bytes: keys and values of one token, in all layers that keep every token.
+        windows: (tokens, bytes a token) of the layers that keep so many tokens at most.
+        shape: of the layers that keep every token in transformers' plain way, which pages can take the place of.
     """
+
+    token_bytes: int = 0
+    windows: tuple[tuple[int, int], ...] = ()
+    shape: KvShape | None = None
+
+
+def kv_sizes(config: Any, element_bytes: int) -> KvSizes:
+    """Nothing where the config does not tell."""
     text = _text_config(config)
     hidden, heads = _field(text, "hidden_size"), _field(text, "num_attention_heads")
     layers = _field(text, "decoder_layers") or _field(text, "num_hidden_layers")
     if not (hidden and heads and layers):
-        return 0
+        return KvSizes()
     head_dim = _field(text, "head_dim") or hidden // heads
     key_dim = (_field(text, "qk_nope_head_dim") or 0) + (_field(text, "qk_rope_head_dim") or 0) or head_dim
     value_dim = _field(text, "v_head_dim") or head_dim
     kv_heads = _field(text, "num_key_value_heads") or heads
-    attentions = 2 if getattr(config, "is_encoder_decoder", False) else 1
-    return int(attentions * layers * kv_heads * (key_dim + value_dim) * element_bytes)
+    each = int(kv_heads * (key_dim + value_dim) * element_bytes)
+    # Cross attention keeps the encoder's tokens, which are counted as if they were as many.
+    across = each * layers if getattr(config, "is_encoder_decoder", False) else 0
+    try:
+        kept = DynamicCache(config=config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return KvSizes(each * layers + across)
+    plain = sum(type(layer) is DynamicLayer for layer in kept)
+    windows = [int(layer.sliding_window) for layer in kept if isinstance(layer, DynamicSlidingWindowLayer)]
+    all_tokens = sum(isinstance(layer, DynamicLayer) for layer in kept) - len(windows)
+    return KvSizes(
+        each * all_tokens + across,
+        tuple((tokens, each * windows.count(tokens)) for tokens in sorted(set(windows))),
+        KvShape(plain, each) if plain else None,
+    )
 
 
 def state_bytes_per_sequence(config: Any) -> int:
@@ -125,7 +162,7 @@ def longest_sequence(config: Any) -> int | None:
 
 def takes_tokens(model: nn.Module) -> bool:
     """True if the model reads or makes text, whose length tells how large its temporaries will be."""
-    return _generates(model) or getattr(model, "main_input_name", None) in ("input_ids", "decoder_input_ids", "inputs_embeds")
+    return generates(model) or getattr(model, "main_input_name", None) in ("input_ids", "decoder_input_ids", "inputs_embeds")
 
 
 def count_temporaries(model: nn.Module, workload: Workload) -> Temporaries | None:
@@ -194,6 +231,6 @@ def _field(config: Any, name: str) -> Any:
         return max(values, default=None)
 
 
-def _generates(model: nn.Module) -> bool:
+def generates(model: nn.Module) -> bool:
     can_generate = getattr(model, "can_generate", None)
     return callable(can_generate) and bool(can_generate())

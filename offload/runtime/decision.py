@@ -7,16 +7,19 @@ from pathlib import Path
 
 from torch import nn
 
-from offload.config import ROUNDING, Budgets
+from offload.config import IDENTICAL, ROUNDING, Budgets
+from offload.kv.options import PLAIN, KvOptions
+from offload.kv.registered import takes_own_attention
 from offload.model.blocks import Structure, Unit, can_split, find_structure
 from offload.model.experts import ExpertsUnit, find_experts, undecorated_experts
 from offload.model.parts import parts_of
-from offload.model.sizing import model_spec
+from offload.model.sizing import element_bytes_of, generates, kv_sizes, model_spec
+from scheduler.kv_pages import KvShape, PagedKv, paged_ways
 from scheduler.model_spec import ModelSpec, Temporaries, Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
 from storage.blocks import BlockKey
-from storage.errors import BudgetTooSmall, PlanError, gib
+from storage.errors import BudgetTooSmall, ConfigError, PlanError, gib
 
 
 class Experts(Enum):
@@ -49,6 +52,8 @@ def decide(
     in_parts: bool = True,
     candidates: frozenset[BlockKey] | None = None,
     experts: Experts = Experts.IN_LAYERS,
+    kv: KvOptions = PLAIN,
+    exactness: str = IDENTICAL,
 ) -> Decision:
     """Plan; where the budget is too small for the largest blocks, take those apart and plan again.
 
@@ -60,10 +65,17 @@ def decide(
         in_parts: passes may be taken apart.
         candidates: the blocks that may stay on the device; None for all.
         experts: whether they are brought one by one.
+        kv: what was asked of the KV cache.
+        exactness: `identical` or `rounding`.
 
     Raises:
         BudgetTooSmall: if it is too small for the largest module that cannot be taken apart.
+        ConfigError: if the KV cache cannot be kept as it was asked for.
     """
+    paged = _paged(model, workload, kv, exactness)
+    asked = kv.is_lossy or (kv.asks_pages and bool(paged))
+    if asked:
+        workload, paged = replace(workload, paged=paged[0]), paged[1:]
     units = tuple(find_experts(model)) if experts is not Experts.IN_LAYERS else ()
     whole: Decision | list[BudgetTooSmall] = []
     if units and experts is Experts.WHERE_IT_HELPS:
@@ -78,13 +90,86 @@ def decide(
         # Of a model so small that single experts, read in whole units, take more than a layer.
         said = "single experts would take more than the budget has room for: whole layers are streamed"
         return replace(whole, fallbacks=(*whole.fallbacks, said))
-    ways = parts_of(model, workload) if in_parts else []
-    apart = _fitting(model, budgets, ways, slot_bytes, temporaries, candidates, units) if ways else None
-    if isinstance(apart, Decision):
-        said = f"nothing else fits the budget: {' and '.join(apart.plan.rounds)}; exactness is rounding"
-        return replace(apart, fallbacks=(*apart.fallbacks, said))
+    # The KV cache goes to lower tiers before passes are taken apart: in one piece, that is exact.
+    below = [replace(workload, paged=way) for way in paged]
+    exact = [way for way in below if way.paged is not None and not way.paged.segments]
+    rest = [way for way in below if way not in exact]
+    steps = [lambda: exact, lambda: rest]
+    if in_parts:
+        steps[1:1] = [lambda: parts_of(model, workload)]
+        steps += [lambda: _chunked(model, exact[-1:]), lambda: _chunked(model, rest[-1:])]
+    for step in steps:
+        ways = step()
+        apart = _fitting(model, budgets, ways, slot_bytes, temporaries, candidates, units) if ways else []
+        if isinstance(apart, Decision):
+            return replace(apart, fallbacks=(*apart.fallbacks, *_forced(apart.plan)))
+        found += apart
     # Taken apart further, a model may need more: what lies beside the parts stays on the device.
     raise min(found, key=lambda refusal: refusal.least_bytes)
+
+
+def _forced(plan: Plan) -> list[str]:
+    """What was done because nothing else fits."""
+    said = []
+    if plan.kv_memory_bytes:
+        said.append(
+            f"the KV cache does not fit the budget: {gib(plan.kv_memory_bytes)} of it stay, the rest goes to lower tiers"
+        )
+    if plan.rounds:
+        said.append(f"nothing else fits the budget: {' and '.join(plan.rounds)}; exactness is rounding")
+    return said
+
+
+def _chunked(model: nn.Module, workloads: Sequence[Workload]) -> list[Workload]:
+    """A cache in pages is not cut by sequences."""
+    return [way for workload in workloads for way in parts_of(model, workload) if not way.micro_batch]
+
+
+def _paged(model: nn.Module, workload: Workload, kv: KvOptions, exactness: str) -> list[PagedKv]:
+    """The ways to keep the KV cache in pages, the best first; none where that was asked for and everything fits anyway.
+
+    Raises:
+        ConfigError: if a method was asked for that the model cannot take.
+        BudgetTooSmall: if the memory that was asked for is too little.
+    """
+    element_bytes = element_bytes_of(model)
+    shape = kv_sizes(getattr(model, "config", None), element_bytes).shape if generates(model) else None
+    if shape is None:
+        if kv.is_lossy or kv.memory_bytes is not None:
+            raise ConfigError(
+                f"{type(model).__name__} has no layers that keep keys and values of all tokens (they are sliding, recurrent, "
+                "or there are none), so that kv_memory and kv_policy say nothing: leave them out"
+            )
+        return []
+    own_attention = takes_own_attention(model)
+    shares = kv.shared_tokens > 0 and own_attention
+    if kv.memory_bytes is not None and not (kv.is_lossy or shares) and _whole(workload, shape) <= kv.memory_bytes:
+        return []
+    if kv.method.takes_budget and not own_attention:
+        raise ConfigError(
+            f"kv_policy={kv.policy!r} chooses what a query sees, and the attention of {type(model).__name__} is its own code, "
+            "which cannot be told; give kv_policy='none', 'int8' or 'int4'"
+        )
+    segments = [False, True] if own_attention else [False]
+    if kv.method.takes_budget or shares:
+        segments = [True]
+    elif exactness == ROUNDING:
+        segments.reverse()
+    percent = kv.stored_percent(element_bytes)
+    sizes = workload.batch_size, workload.total_tokens
+    share = kv.seen_share
+    if shares:
+        share *= 1 - (1 - 1 / sizes[0]) * min(kv.shared_tokens, sizes[1]) / sizes[1]
+    ways = paged_ways(shape, *sizes, kv.memory_bytes, segments, percent, share, kv.tokens_a_page, kv.index_share)
+    if not ways and kv.is_lossy:
+        raise ConfigError(
+            f"{sizes[0]} x {sizes[1]} tokens are too few for kv_policy={kv.policy!r}: not even a page is full; leave it out"
+        )
+    return ways
+
+
+def _whole(workload: Workload, shape: KvShape) -> int:
+    return workload.batch_size * workload.total_tokens * shape.all_token_bytes
 
 
 def _fitting(

@@ -164,7 +164,8 @@ class Forecast:
             return []
         if workload not in self._parts:
             self._parts[workload] = parts_of(self._dry_run.model, workload)
-        return [way for way in self._parts[workload] if self._whole or not way.micro_batch]
+        whole = self._whole and workload.paged is None
+        return [way for way in self._parts[workload] if whole or not way.micro_batch]
 
     def what_if(self, spec: ModelSpec, order: Order, now: Prediction, batch: bool = False) -> list[WhatIf]:
         """What changes would give: a plan is made for each (shadow prices, by trying). The largest help first.

@@ -31,21 +31,23 @@ class KvReserve:
         self._budget_bytes = budget_bytes
         self._bytes_per_token: float | None = None
 
-    def prepare(self, cache: Any, batch_size: int, tokens: int, cached_tokens: int = 0) -> None:
+    def prepare(self, cache: Any, batch_size: int, tokens: int, cached_tokens: int = 0, paged: bool = False) -> None:
         """A pass begins.
 
         Args:
             cache: as passed to the model; None or empty at first.
             tokens: positions that the pass adds, of each of the `batch_size` sequences.
             cached_tokens: positions that the cache holds already.
+            paged: it takes no more than it has, however long it gets.
 
         Raises:
             BudgetExceeded: if the cache cannot fit after it, whatever is given up.
         """
-        needed = self._expected_bytes(cache, batch_size, tokens)
         reserved = self.workload.kv_bytes(self._spec)
+        needed = reserved if paged else self._expected_bytes(cache, batch_size, tokens)
         context = max(self.workload.context_tokens, self.workload.total_tokens, cached_tokens + tokens)
-        wanted = Workload(batch_size, 0, tokens, 0, self.workload.micro_batch, context_tokens=context)
+        micro_batch, kv = self.workload.micro_batch, self.workload.paged
+        wanted = Workload(batch_size, 0, tokens, 0, micro_batch, context_tokens=context, paged=kv)
         if needed <= reserved and wanted.activation_bytes(self._spec) <= self.workload.activation_bytes(self._spec):
             return
         at_once = max(self.workload.batch_size * self.workload.tokens_at_once, batch_size * tokens)

@@ -10,6 +10,7 @@ from offload.model.nested import moved
 from offload.runtime.clock import DECODE, PREFILL, PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.hooks import Forward
+from offload.runtime.kv_part import KvPart
 from offload.runtime.kv_reserve import KvReserve, cache_bytes, cached_tokens
 from storage.device import Device
 
@@ -24,6 +25,7 @@ class ModelPass:
         before: run first; sees to what changed since the last pass.
         after: run last.
         prefill_chunk: tokens of a prompt that one pass computes; 0 for all.
+        kv: keeps keys and values in pages; None where they stay on the device.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class ModelPass:
         before: Callable[[], None],
         after: Callable[[], None],
         prefill_chunk: int,
+        kv: KvPart | None = None,
     ) -> None:
         self._device = device
         self._executor = executor
@@ -43,10 +46,16 @@ class ModelPass:
         self._before = before
         self._after = after
         self._prefill_chunk = prefill_chunk
+        self._kv = kv
         self._last_tokens = 0
         """Of the prompt's last chunk; 0 once it is decoding."""
+        self._prompt_passes_left = 0
         self._running = False
         self._together = False
+
+    def prompt_goes_on(self, passes: int) -> None:
+        """After the next pass so many are of the same prompt."""
+        self._prompt_passes_left = passes
 
     @contextmanager
     def as_one(self) -> Iterator[None]:
@@ -86,11 +95,16 @@ class ModelPass:
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         batch_size, tokens = _shape_of(args, kwargs)
         held, length = cache_bytes(cache), cached_tokens(cache)
-        self._reserve.prepare(cache, batch_size, tokens, length or 0)
+        paged = self._kv is not None and self._kv.adopt(cache)
+        if self._kv is not None and paged:
+            self._kv.check(batch_size, (length or 0) + tokens)
+        self._reserve.prepare(cache, batch_size, tokens, length or 0, paged)
         # A cache that was made in advance holds bytes and no tokens.
         cached = bool(length) if length is not None else bool(held)
         # A chunk of a prompt follows a whole one; what checks guessed tokens follows anything.
-        continues = cached and tokens > 1 and self._last_tokens == self._prefill_chunk
+        announced = self._prompt_passes_left > 0
+        self._prompt_passes_left -= int(announced and cached)
+        continues = cached and tokens > 1 and (announced or self._last_tokens == self._prefill_chunk)
         self._last_tokens = tokens if continues or not cached else 0
         self._clock.begin_pass(DECODE if cached and not continues else PREFILL, tokens, batch_size, length or 0, continues)
         try:
@@ -103,6 +117,8 @@ class ModelPass:
                 self._clock.charge_wait(self._device.copy_link, begin, end)
             self._clock.end_pass()
             self._after()
+        if self._kv is not None and paged:
+            self._kv.observe()
         self._reserve.observe(cache if cache is not None else _cache_in(output), held, tokens)
         return output
 

@@ -170,10 +170,10 @@ def test_the_least_budget_is_told_and_works(folder):
         enter(folder, cpu_memory=refusal.value.least_bytes // 2, batch_size=2, max_tokens=16)
 
 
-def test_a_prompt_whose_kv_cannot_fit_is_refused_before_loading(folder, monkeypatch):
+def test_what_cannot_fit_is_refused_before_loading(folder, monkeypatch):
     monkeypatch.setattr("offload.model.loading.CheckpointLoader.load", lambda *args: pytest.fail("it was loaded"))
     with pytest.raises(BudgetTooSmall, match=r"KV cache of 1 x 100000 tokens"):
-        enter(folder, cpu_memory="1MiB", max_tokens=100_000)
+        enter(folder, cpu_memory="50KiB", max_tokens=100_000)
 
 
 @pytest.mark.parametrize(

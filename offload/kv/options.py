@@ -1,0 +1,129 @@
+"""What a user may ask of the KV cache."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from offload.kv.budget import KvBudget
+from offload.kv.codec import Quantised
+from offload.kv.policy import KeepAll, LayerPolicy
+from offload.kv.retrieve import CHUNK_TOKENS, Retrieve
+from offload.kv.window import Window
+from storage.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to keep and read keys and values: what a full page becomes, which pages are kept, how they are read.
+
+    Attributes:
+        codec: of full pages; None to keep them as they are.
+        policy: makes what one layer remembers, given the budget; of `KeepAll`'s kind where nothing is left out.
+        takes_budget: there is something to choose.
+        page_tokens: of each sequence in one page, where the method depends on it.
+        index_share: of all bytes, what is kept on the device to choose by.
+    """
+
+    codec: Quantised | None = None
+    policy: Callable[[KvBudget], LayerPolicy] | None = None
+    page_tokens: int | None = None
+    index_share: float = 0.0
+
+    @property
+    def takes_budget(self) -> bool:
+        return self.policy is not None
+
+
+NONE = "none"
+
+METHODS = {
+    NONE: Method(),
+    "int8": Method(codec=Quantised(8)),
+    "int4": Method(codec=Quantised(4)),
+    "window": Method(policy=Window),
+    "retrieve": Method(policy=Retrieve, page_tokens=4 * CHUNK_TOKENS, index_share=0.5 / CHUNK_TOKENS),
+}
+
+_DEFAULT_BUDGET = KvBudget(share=0.25)
+
+
+@dataclass(frozen=True, slots=True)
+class KvOptions:
+    """How keys and values are kept.
+
+    Attributes:
+        memory_bytes: device memory for pages; None: as the planner decides.
+        policy: a name of `METHODS`; anything but `none` is lossy.
+        budget: what queries see, of the methods that choose; None for a quarter of the context.
+        shared_tokens: that all sequences of a batch begin with: kept once, and read once for all of them.
+        prefix_dir: a folder where beginnings of prompts are kept for other runs.
+        page_tokens: of each sequence in one page; None for what suits the memory and the method.
+    """
+
+    memory_bytes: int | None = None
+    policy: str = NONE
+    budget: KvBudget | None = None
+    shared_tokens: int = 0
+    prefix_dir: str | None = None
+    page_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in METHODS:
+            raise ConfigError(f"kv_policy={self.policy!r} is not known; give one of {', '.join(METHODS)}")
+        if self.budget is not None and not self.method.takes_budget:
+            raise ConfigError(
+                f"kv_budget={self.budget} was given, and kv_policy={self.policy!r} keeps and reads everything; it is for "
+                f"{' and '.join(name for name, method in METHODS.items() if method.takes_budget)}"
+            )
+
+    @property
+    def asks_pages(self) -> bool:
+        """Keys and values are to be kept otherwise than all of them on the device."""
+        return self.is_lossy or self.memory_bytes is not None or self.shared_tokens > 0
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.policy]
+
+    @property
+    def index_share(self) -> float:
+        """Of all bytes, what is kept on the device to choose by."""
+        return self.method.index_share
+
+    @property
+    def is_lossy(self) -> bool:
+        return self.policy != NONE
+
+    @property
+    def tokens_a_page(self) -> int | None:
+        return self.page_tokens or self.method.page_tokens
+
+    @property
+    def level(self) -> str:
+        """`lossy`, and by what; nothing where it is not."""
+        if not self.is_lossy:
+            return ""
+        seen = f", queries see {self._budget}" if self.method.takes_budget else ""
+        return f"lossy: KV cache {self.policy}{seen}"
+
+    @property
+    def _budget(self) -> KvBudget:
+        return self.budget or _DEFAULT_BUDGET
+
+    def layer_policy(self) -> Callable[[], LayerPolicy]:
+        """Makes what one layer remembers."""
+        policy = self.method.policy
+        return KeepAll if policy is None else partial(policy, self._budget)
+
+    def stored_percent(self, element_bytes: int) -> int:
+        """Of what a token takes in the model's dtype, what it takes in a full page."""
+        codec = self.method.codec
+        return 100 if codec is None else codec.percent(element_bytes)
+
+    @property
+    def seen_share(self) -> float:
+        """Of the tokens, those that are kept on the device where nothing else is said."""
+        return self._budget.share or 0.25 if self.method.takes_budget else 1.0
+
+
+PLAIN = KvOptions()
