@@ -5,6 +5,7 @@ never written again. Who decides which ones go down is elsewhere; here bytes mov
 nothing is synchronised but what is waited for.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -117,6 +118,10 @@ class PagePool:
         self._writes = writes
         self._on_wait = on_wait
         self._leaving: deque[Page] = deque()
+        """Pages whose writes to disk may be under way."""
+        self._slots_leaving = 0
+        """Slots that will be free when these are over."""
+        self._counting = threading.Lock()
 
     @property
     def host_bytes(self) -> int:
@@ -136,7 +141,7 @@ class PagePool:
     @property
     def has_room(self) -> bool:
         """A slot is free, or will be when a page has left."""
-        return bool(self.slots.free or self._leaving)
+        return bool(self._slots_leaving or self.slots.free)
 
     def allocate(self) -> Page:
         """A page in device memory, for compute to write; pinned.
@@ -238,13 +243,18 @@ class PagePool:
             self._file.close()
 
     def _slot(self) -> int:
-        while (slot := self.slots.take()) is None:
-            if not self._leaving:
-                raise BudgetExceeded(
-                    f"all {self.slots.limit} pages of {gib(self.page_bytes)} that the KV cache has in device memory are in "
-                    "use; give it more (--kv-memory, kv_memory=)"
-                )
-            self._settle(self._leaving[0])
+        # Read first: a slot that leaves meanwhile is free by then.
+        leaving = self._slots_leaving
+        slot = self.slots.take()
+        if slot is None and not leaving:
+            raise BudgetExceeded(
+                f"all {self.slots.limit} pages of {gib(self.page_bytes)} that the KV cache has in device memory are in use; "
+                "give it more (--kv-memory, kv_memory=)"
+            )
+        if slot is None:
+            begun = time.perf_counter()
+            slot = self.slots.wait_take()
+            self._on_wait(self._writes.name, begun, time.perf_counter())
         return slot
 
     def _settle(self, page: Page) -> None:
@@ -262,7 +272,9 @@ class PagePool:
         if self.device.host_memory:
             memory = self.slots.memory(slot)
             transfer = self._writes.submit(self.page_bytes, [lambda: file.write(place, memory)], name="KV page")
-            transfer.when_over(lambda: self.slots.give(slot))
+            with self._counting:
+                self._slots_leaving += 1
+            transfer.when_over(lambda: self._left(slot))
         else:
             staging = self._staging.wait_take()
             after = self._staging.after(staging)
@@ -281,6 +293,11 @@ class PagePool:
         while self._leaving and self._leaving[0].leaving is not None and self._leaving[0].leaving.over:
             self._settle(self._leaving[0])
         self._leaving.append(page)
+
+    def _left(self, slot: int) -> None:
+        self.slots.give(slot)
+        with self._counting:
+            self._slots_leaving -= 1
 
     def _read(self, landing: Landing, target: torch.Tensor, after: Event | None) -> None:
         file, place, slot = self.file, landing.page.place, landing._slot

@@ -44,11 +44,11 @@ class PagedLayer:
         done, count = 0, keys.shape[2]
         like = PageShape.of(keys[:, :, :1], values[:, :, :1])
         if self._open is not None and self._open.shape != self.store.page_shape(like):
-            self._close()
+            self.close()
         self.kind = like
         while done < count:
             if self._open is None:
-                self._open = self.store.open(self.store.page_shape(like), self.length)
+                self._open = self.store.open(self, self.store.page_shape(like), self.length)
                 self.stretches.append(self._open)
             begin = self._open.tokens
             end = min(begin + count - done, self._open.shape.tokens)
@@ -59,7 +59,7 @@ class PagedLayer:
             self.length += end - begin
             done += end - begin
             if end == self._open.shape.tokens:
-                self._close()
+                self.close()
         for stretch in self.policy.dropped(self.stretches, self.length):
             self._remove(stretch)
 
@@ -169,7 +169,7 @@ class PagedLayer:
         """
         rows = rows.to(self.store.raw.device.torch_device)
         if self._open is not None and len(rows) != self._open.shape.rows:
-            self._close()
+            self.close()
         for stretch in self.stretches:
             if stretch is self._open:
                 for tensor in self.store.pair(stretch):
@@ -181,7 +181,7 @@ class PagedLayer:
 
     def repeat(self, count: int) -> None:
         """Continue each sequence `count` times: no bytes are copied."""
-        self._close()
+        self.close()
         self.select(torch.arange(self.batch_size).repeat_interleave(count))
 
     def clear(self) -> None:
@@ -193,13 +193,13 @@ class PagedLayer:
 
     def copied(self, order: "list[PagedLayer]") -> "PagedLayer":
         """Another layer with the same tokens: full pages are shared."""
-        self._close()
+        self.close()
         other = PagedLayer(self.store, self.policy.copied(), order)
         other.length, other.kind = self.length, self.kind
         other.stretches = [self.store.share(stretch) for stretch in self.stretches]
         return other
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Nothing is added to the open page any more."""
         if self._open is None:
             return
@@ -212,4 +212,4 @@ class PagedLayer:
         filling = stretch is self._open
         if filling:
             self._open = None
-        self.store.release(stretch, filling)
+        self.store.release(self, stretch, filling)

@@ -3,8 +3,9 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any, Protocol
 
 import torch
 
@@ -43,6 +44,19 @@ class Stretch:
         return self.shape.rows if self.rows is None else len(self.rows)
 
 
+class Filler(Protocol):
+    """Who fills a page.
+
+    Attributes:
+        order: stands for the cache.
+    """
+
+    order: Any
+
+    def close(self) -> None:
+        """Nothing is added to the open page any more."""
+
+
 class PageStream:
     """Brings pages of lower tiers ahead of their use.
 
@@ -64,6 +78,9 @@ class PageStream:
             landing = page.pool.fetch(page)
         return landing
 
+    def has(self, page: Page) -> bool:
+        return page in self._landed
+
     def ahead(self, pages: Iterator[Page], in_use: int = 0) -> None:
         """Start bringing what comes next, as far as there is room."""
         room = self._ring_pages - in_use
@@ -72,7 +89,7 @@ class PageStream:
             for page in [page for page in self._landed if page not in wanted]:
                 self._landed.pop(page).cancel()
         for page in wanted:
-            if page not in self._landed and len(self._landed) < room:
+            if page not in self._landed and len(self._landed) < room and page.pool.slots.free:
                 self._landed[page] = page.pool.fetch(page)
 
     def drop(self, page: Page) -> None:
@@ -95,6 +112,7 @@ class KvStore:
         coded_pool: makes the pool of the coded pages, given the bytes of one.
         beside: pages in CPU memory are read there, by the CPU.
         tell: told a sentence of what is otherwise than planned.
+        page_tokens: the most tokens of each sequence in one page; None for as many as it has room for.
     """
 
     def __init__(
@@ -106,8 +124,10 @@ class KvStore:
         coded_pool: Callable[[int], tuple[PagePool, int, int]] | None = None,
         beside: bool = False,
         tell: Callable[[str], None] = lambda sentence: None,
+        page_tokens: int | None = None,
     ) -> None:
         self.raw = raw
+        self._page_tokens = page_tokens
         self.beside = beside
         self.tell = tell
         self.is_open = True
@@ -122,6 +142,8 @@ class KvStore:
         self._codec = codec
         self._coded_pool = coded_pool
         self._bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
+        self._filling: dict[Filler, None] = {}
+        """Layers that fill a page, by when they began it."""
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -142,14 +164,18 @@ class KvStore:
                 f"one token of {like.rows} sequences takes {gib(like.token_bytes)} of a layer's KV cache, and a page has "
                 f"{gib(self.raw.page_bytes)}: enter with the batch_size that is used, or give the KV cache more memory"
             )
-        return shape
+        return shape if self._page_tokens is None else replace(shape, tokens=min(shape.tokens, self._page_tokens))
 
-    def open(self, shape: PageShape, start: int) -> Stretch:
-        """A page to be filled."""
-        return Stretch(self._page(self.raw), shape, start)
+    def open(self, layer: "Filler", shape: PageShape, start: int) -> Stretch:
+        """A page to be filled by a layer."""
+        self._filling.pop(layer, None)
+        page = self._page(self.raw, layer)
+        self._filling[layer] = None
+        return Stretch(page, shape, start)
 
-    def seal(self, layer: object, stretch: Stretch) -> None:
+    def seal(self, layer: "Filler", stretch: Stretch) -> None:
         """A page is full, or nothing is added to it any more: it is coded, and may go down a tier."""
+        self._filling.pop(layer, None)
         self.sealed += 1
         page = stretch.page
         if self._codec is not None and stretch.tokens == stretch.shape.tokens and self._encode(layer, stretch):
@@ -174,6 +200,8 @@ class KvStore:
             return Reading(self, stretch, page.pool.tensor(page), None)
         if self.beside and page.tier is Tier.CPU and not stretch.coded:
             return Reading(self, stretch, page.pool.tensor(page), None)
+        if not self._stream.has(page):
+            self._make_room(page.pool, None)
         landing = self._stream.take(page)
         if upcoming is not None:
             self._stream.ahead(upcoming(), in_use=1)
@@ -207,9 +235,10 @@ class KvStore:
         page = stretch.page.pool.share(stretch.page)
         return Stretch(page, stretch.shape, stretch.start, stretch.tokens, stretch.rows, stretch.coded)
 
-    def release(self, stretch: Stretch, filling: bool) -> None:
-        """A holder less. Args: filling: it is the page that is being filled."""
+    def release(self, layer: "Filler", stretch: Stretch, filling: bool) -> None:
+        """A holder less. Args: filling: it is the page that the layer fills."""
         if filling:
+            self._filling.pop(layer, None)
             stretch.page.pins -= 1
         page = stretch.page
         if page.references == 1:
@@ -229,17 +258,30 @@ class KvStore:
         for pool in self.pools:
             pool.close()
 
-    def _page(self, pool: PagePool) -> Page:
-        if not pool.has_room:
-            # More caches than were reserved for: what was brought ahead is in the way, or what stays.
-            self._stream.forget()
-            leaving = self._residency[pool].next_to_go(anyway=not pool.has_room)
-            if leaving is not None:
-                assert isinstance(leaving, Page)
-                self._demote(leaving)
+    def _page(self, pool: PagePool, layer: "Filler") -> Page:
+        self._make_room(pool, layer.order)
         page = pool.allocate()
         self._count(Tier.DEVICE, pool.page_bytes)
         return page
+
+    def _make_room(self, pool: PagePool, order: object) -> None:
+        """More caches are in use than were reserved for: what was brought ahead is in the way, what stays, or what others fill.
+
+        Args:
+            order: stands for the cache that needs a page.
+        """
+        if not pool.has_room:
+            self._stream.forget()
+        while not pool.has_room:
+            leaving = self._residency[pool].next_to_go(anyway=True)
+            if leaving is not None:
+                assert isinstance(leaving, Page)
+                self._demote(leaving)
+                continue
+            other = next((layer for layer in self._filling if layer.order is not order), None)
+            if other is None or pool is not self.raw:
+                return
+            other.close()
 
     def _stays(self, layer: object, page: Page) -> None:
         self._residency[page.pool].add(layer, page)
@@ -260,7 +302,7 @@ class KvStore:
         self._bytes[tier] += nbytes
         self.peak_bytes[tier] = max(self.peak_bytes[tier], self._bytes[tier])
 
-    def _encode(self, layer: object, stretch: Stretch) -> bool:
+    def _encode(self, layer: "Filler", stretch: Stretch) -> bool:
         """Put the code of a full page in the place of the page."""
         assert self._codec is not None
         nbytes = self.coded_bytes(stretch.shape)
@@ -272,7 +314,7 @@ class KvStore:
             self._stream = PageStream(ring_pages)
             self.pools.append(pool)
             self._residency[pool] = Residency(resident_pages)
-        page = self._page(pool)
+        page = self._page(pool, layer)
         if not self._codec.encode(self.pair(stretch), stretch.shape, pool.tensor(page)):
             page.pins -= 1
             self._free(page)

@@ -86,6 +86,7 @@ class KvPart:
             self._coded_pool,
             beside=False,
             tell=tell,
+            page_tokens=options.tokens_a_page,
         )
         self._layers = PagedLayers(self.store, options.layer_policy(), bool(plan.kv_segments))
 
