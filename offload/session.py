@@ -463,6 +463,7 @@ class Session:
             self._meters.host_ledger,
             self._meters.disk_ledger,
             self._tell,
+            self._hardware,
         )
 
     def _experts_wanted(self) -> Experts:

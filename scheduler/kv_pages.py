@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
+from scheduler.hardware import HardwareProfile
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_down, align_up
 from storage.errors import BudgetTooSmall, gib
 
@@ -18,6 +19,9 @@ _RING_SHARE = 3
 
 _ROOM_TO_STAY = 1.5
 """Of what all takes, so that all stays: pages that are being filled are half empty."""
+
+_CPU_ATTENTION_SHARE = 0.5
+"""Of the memory bandwidth that was measured, what torch's attention reaches on a CPU (one query, bf16), about."""
 
 _LEAST_RING = 2
 """One is read while the next one comes."""
@@ -230,6 +234,16 @@ def coming(layers: Sequence[Sequence[Hashable]], layer: int, done: int) -> Itera
     yield from layers[layer][done:]
     for step in range(1, len(layers)):
         yield from layers[(layer + step) % len(layers)]
+
+
+def reads_beside(hardware: HardwareProfile | None) -> bool:
+    """Whether the CPU reads keys and values in its memory faster than the link brings them to the device.
+
+    What goes to and fro for it, queries and results, is nothing beside them.
+    """
+    if hardware is None or hardware.h2d is None:
+        return False
+    return _CPU_ATTENTION_SHARE * hardware.host.memory_bytes_per_second > hardware.h2d.bytes_per_second
 
 
 def streamed_bytes(shape: KvShape, pages: KvPages, batch_size: int, tokens: int) -> int:

@@ -12,7 +12,8 @@ from offload.kv.options import KvOptions
 from offload.kv.registered import OwnAttention
 from offload.kv.store import KvStore
 from offload.runtime.clock import PassClock
-from scheduler.kv_pages import KvPages, KvShape, cut
+from scheduler.hardware import HardwareProfile
+from scheduler.kv_pages import KvPages, KvShape, cut, reads_beside
 from scheduler.model_spec import Workload
 from scheduler.plan import Plan
 from storage.blocks import Tier
@@ -45,6 +46,7 @@ class KvPart:
         reads, writes: the disk's queues.
         disk_dir: where pages go; None for the folder of temporary files.
         tell: told a sentence of what is otherwise than planned.
+        hardware: tells whether the CPU reads pages in its memory sooner than the device gets them.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class KvPart:
         host_ledger: MemoryLedger,
         disk_ledger: MemoryLedger,
         tell: Callable[[str], None],
+        hardware: HardwareProfile | None,
     ) -> None:
         self.options = options
         self.shape = shape
@@ -84,7 +87,7 @@ class KvPart:
             pages.resident_pages(shape.layers) if options.method.codec is None else 1,
             options.method.codec,
             self._coded_pool,
-            beside=False,
+            beside=bool(plan.kv_segments) and not device.host_memory and reads_beside(hardware),
             tell=tell,
             page_tokens=options.tokens_a_page,
         )
