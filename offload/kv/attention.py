@@ -195,7 +195,8 @@ def _product(
     queries: torch.Tensor, pair: Pair, allowed: torch.Tensor | None, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 output [rows, heads, queries, value dim] and logarithm of the sum of exponents [rows, heads, queries]."""
-    keys, values = pair
+    # Called directly, torch's kernel takes it for granted that numbers of one token lie side by side.
+    keys, values = (part if part.stride(-1) == 1 else part.contiguous() for part in pair)
     blind = None if allowed is None else ~allowed.any(dim=-1)
     if keys.device.type == "cpu" and softcap is None and keys.shape[-1] == values.shape[-1]:
         # torch's kernel keeps scores in fp32 and tells their sum; it takes no grouped heads, which are folded here.

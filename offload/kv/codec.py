@@ -59,7 +59,8 @@ class Quantised:
         key_bytes = lines * shape.key_dim * self._line_bytes(shape.tokens)
         keys = self._decode(memory[:key_bytes], lines * shape.key_dim, shape.tokens)
         values = self._decode(memory[key_bytes : self.nbytes(shape)], lines * shape.tokens, shape.value_dim)
-        keys = keys.view(shape.rows, shape.heads, shape.key_dim, shape.tokens).transpose(-1, -2)
+        # Kernels take numbers of one key to lie side by side.
+        keys = keys.view(shape.rows, shape.heads, shape.key_dim, shape.tokens).transpose(-1, -2).contiguous()
         return Pair(keys.to(shape.dtype), values.view(shape.rows, shape.heads, shape.tokens, shape.value_dim).to(shape.dtype))
 
     def _line_bytes(self, length: int) -> int:

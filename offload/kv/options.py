@@ -7,7 +7,7 @@ from functools import partial
 from offload.kv.budget import KvBudget
 from offload.kv.codec import Quantised
 from offload.kv.policy import KeepAll, LayerPolicy
-from offload.kv.retrieve import CHUNK_TOKENS, Retrieve
+from offload.kv.retrieve import INDEX_SHARE, Retrieve, page_tokens
 from offload.kv.window import Window
 from storage.errors import ConfigError
 
@@ -20,13 +20,13 @@ class Method:
         codec: of full pages; None to keep them as they are.
         policy: makes what one layer remembers, given the budget; of `KeepAll`'s kind where nothing is left out.
         takes_budget: there is something to choose.
-        page_tokens: of each sequence in one page, where the method depends on it.
+        page_tokens: of each sequence in one page, given all there will be, where the method depends on it.
         index_share: of all bytes, what is kept on the device to choose by.
     """
 
     codec: Quantised | None = None
     policy: Callable[[KvBudget], LayerPolicy] | None = None
-    page_tokens: int | None = None
+    page_tokens: Callable[[int], int] | None = None
     index_share: float = 0.0
 
     @property
@@ -41,7 +41,7 @@ METHODS = {
     "int8": Method(codec=Quantised(8)),
     "int4": Method(codec=Quantised(4)),
     "window": Method(policy=Window),
-    "retrieve": Method(policy=Retrieve, page_tokens=4 * CHUNK_TOKENS, index_share=0.5 / CHUNK_TOKENS),
+    "retrieve": Method(policy=Retrieve, page_tokens=page_tokens, index_share=INDEX_SHARE),
 }
 
 _DEFAULT_BUDGET = KvBudget(share=0.25)
@@ -57,7 +57,6 @@ class KvOptions:
         budget: what queries see, of the methods that choose; None for a quarter of the context.
         shared_tokens: that all sequences of a batch begin with: kept once, and read once for all of them.
         prefix_dir: a folder where beginnings of prompts are kept for other runs.
-        page_tokens: of each sequence in one page; None for what suits the memory and the method.
     """
 
     memory_bytes: int | None = None
@@ -65,7 +64,6 @@ class KvOptions:
     budget: KvBudget | None = None
     shared_tokens: int = 0
     prefix_dir: str | None = None
-    page_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in METHODS:
@@ -94,9 +92,9 @@ class KvOptions:
     def is_lossy(self) -> bool:
         return self.policy != NONE
 
-    @property
-    def tokens_a_page(self) -> int | None:
-        return self.page_tokens or self.method.page_tokens
+    def tokens_a_page(self, total_tokens: int) -> int | None:
+        """Of each sequence, of so many in all; None for what suits the memory."""
+        return None if self.method.page_tokens is None else self.method.page_tokens(total_tokens)
 
     @property
     def level(self) -> str:

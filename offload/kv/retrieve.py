@@ -1,14 +1,14 @@
 """Retrieval: all pages are kept, on whatever tier, and a query sees those that it is likely to attend to.
 
-After ShadowKV (arXiv 2410.21465): each few tokens have a landmark, the mean of their keys; a query's products with the
-landmarks tell which pages it wants. Pages whose keys are unlike their landmark (outliers) are always seen. Nothing is deleted,
-so that a later query can want what earlier ones did not.
+Each few tokens have bounds, the least and the largest of their keys in every channel, from which follows the largest product
+that a query could have with one of them (Quest, arXiv 2406.10774). Pages are chosen by it, for each sequence; nothing is
+deleted, so that a later query can want what earlier ones did not. ShadowKV's landmarks (arXiv 2410.21465), means with pages of
+outliers beside them, were tried first: they found fewer facts (docs/kv.md).
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as functional
 
 from offload.kv.budget import KvBudget
 from offload.kv.policy import Choice, KeepAll
@@ -16,17 +16,27 @@ from offload.kv.shape import Pair
 from offload.kv.store import Stretch
 
 CHUNK_TOKENS = 4
-"""That share a landmark. The landmarks take an eighth of the cache, in device memory."""
+"""That share bounds."""
 
-_RECENT_SHARE = 4
+INDEX_SHARE = 0.5 / CHUNK_TOKENS
+"""Of the cache: two bounds in 8 bits for each 16-bit key of a chunk, and values have none."""
+
+_PAGES = 64
+_LARGEST_PAGE_TOKENS = 32
+
+_RECENT_SHARE = 8
 """The part of the budget that the last tokens have."""
 
-_OUTLIER_SHARE = 8
-"""The part of the budget that pages have which no landmark speaks for."""
+_CODE = torch.float8_e4m3fn
+
+
+def page_tokens(total_tokens: int) -> int:
+    """So few that there is something to choose among; no fewer than a chunk."""
+    return max(CHUNK_TOKENS, min(_LARGEST_PAGE_TOKENS, total_tokens // _PAGES))
 
 
 class Retrieve(KeepAll):
-    """Queries see the first page, the last ones, outliers, and what their landmarks say, of each sequence by itself.
+    """Queries see the first page, the last ones, and those whose bounds promise the most, of each sequence by itself.
 
     Args:
         budget: tokens that are seen in all.
@@ -38,39 +48,29 @@ class Retrieve(KeepAll):
     def __init__(self, budget: KvBudget) -> None:
         self._budget = budget
         self._starts: list[int] = []
-        """Where those pages begin that have landmarks."""
+        """Where those pages begin that have bounds."""
         self._chunk_page: list[int] = []
-        """The index of the page of each landmark."""
-        self._landmarks: torch.Tensor | None = None
-        """[batch, heads, chunks, key dim]."""
-        self._likeness: torch.Tensor | None = None
-        """[batch, pages]: cosine of the key that is least like its landmark."""
+        """The index of the page of each chunk."""
+        self._bounds: torch.Tensor | None = None
+        """[2, batch, heads, chunks, key dim]: least and largest."""
 
     def sealed(self, stretch: Stretch, pair: Pair, stretches: Sequence[Stretch]) -> None:
-        keys = pair.keys[:, :, : stretch.tokens]
-        chunks = keys.split(CHUNK_TOKENS, dim=2)
-        landmarks = torch.stack([chunk.float().mean(dim=2) for chunk in chunks], dim=2)
-        alike = [
-            functional.cosine_similarity(chunk.float(), landmarks[:, :, index : index + 1], dim=-1).amin(dim=-1)
-            for index, chunk in enumerate(chunks)
-        ]
-        likeness = torch.stack(alike, dim=-1).amin(dim=(1, 2)).unsqueeze(1)
+        chunks = pair.keys[:, :, : stretch.tokens].split(CHUNK_TOKENS, dim=2)
+        bounds = torch.stack([torch.stack([chunk.amin(dim=2), chunk.amax(dim=2)]) for chunk in chunks], dim=3)
+        limit = torch.finfo(_CODE).max
+        bounds = bounds.clamp(-limit, limit).to(_CODE)
         self._chunk_page += [len(self._starts)] * len(chunks)
         self._starts.append(stretch.start)
-        landmarks = landmarks.to(keys.dtype)
-        if self._landmarks is None or self._likeness is None:
-            self._landmarks, self._likeness = landmarks, likeness
-        else:
-            self._landmarks = torch.cat([self._landmarks, landmarks], dim=2)
-            self._likeness = torch.cat([self._likeness, likeness], dim=1)
+        if self._bounds is not None:
+            bounds = torch.cat([self._bounds.view(torch.uint8), bounds.view(torch.uint8)], dim=3).view(_CODE)
+        self._bounds = bounds
 
     def chosen(self, stretches: Sequence[Stretch], length: int, query: torch.Tensor) -> list[Choice]:
         room = self._budget.of(length)
-        always: set[int] = set()
-        always.update(index for index, stretch in enumerate(stretches) if stretch.start == 0)
-        recent, index = max(1, room // _RECENT_SHARE), len(stretches)
+        always = {0} if stretches and stretches[0].start == 0 else set()
+        index = len(stretches)
         # The tokens of the query itself are seen by it, however many they are.
-        recent = max(recent, query.shape[2])
+        recent = max(1, room // _RECENT_SHARE, query.shape[2])
         while index and recent > 0:
             index -= 1
             recent -= stretches[index].tokens
@@ -90,54 +90,40 @@ class Retrieve(KeepAll):
         self, stretches: Sequence[Stretch], candidates: Sequence[tuple[int, int]], room: int, query: torch.Tensor
     ) -> dict[int, torch.Tensor]:
         """Which pages each sequence sees besides: place in `stretches` -> bool [batch, 1, 1, 1]."""
-        assert self._landmarks is not None
-        assert self._likeness is not None
-        numbers = torch.tensor([number for number, _ in candidates], device=query.device)
-        sizes = [stretches[place].tokens for _, place in candidates]
-        count = min(len(candidates), max(0, room // max(sizes)))
+        largest = max(stretches[place].tokens for _, place in candidates)
+        count = min(len(candidates), room // largest)
         if not count:
             return {}
-        scores = self._page_scores(query)[:, numbers]
-        outliers = min(count, room // _OUTLIER_SHARE // max(sizes))
-        if outliers:
-            unlike = self._likeness[:, numbers].topk(outliers, dim=1, largest=False).indices
-            scores = scores.scatter(1, unlike, torch.inf)
-        seen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(count, dim=1).indices, True)
+        numbers = torch.tensor([number for number, _ in candidates], device=query.device)
+        best = self._page_scores(query)[:, numbers].topk(count, dim=1).indices
+        seen = torch.zeros(len(query), len(candidates), dtype=torch.bool, device=query.device).scatter(1, best, True)
         used = seen.any(dim=0).tolist()
         return {place: seen[:, index].view(-1, 1, 1, 1) for index, (_, place) in enumerate(candidates) if used[index]}
 
     def _page_scores(self, query: torch.Tensor) -> torch.Tensor:
-        """[batch, pages]: the largest share of attention that any head and token of the query would give a landmark of it."""
-        assert self._landmarks is not None
+        """[batch, pages]: the largest share of attention that any head and token of the query could give one of its chunks."""
+        assert self._bounds is not None
         batch, _, _, dim = query.shape
-        landmarks = self._landmarks.float()
-        grouped = query.float().reshape(batch, landmarks.shape[1], -1, dim)
-        shares = (grouped @ landmarks.transpose(-1, -2) * dim**-0.5).softmax(dim=-1)
-        best = shares.amax(dim=(1, 2))
+        least, largest = self._bounds.float()
+        grouped = query.float().reshape(batch, least.shape[1], -1, dim)
+        products = grouped.relu() @ largest.transpose(-1, -2) - (-grouped).relu() @ least.transpose(-1, -2)
+        shares = (products * dim**-0.5).softmax(dim=-1).amax(dim=(1, 2))
         owners = torch.tensor(self._chunk_page, device=query.device).expand(batch, -1)
-        return torch.zeros(batch, len(self._starts), device=query.device).scatter_reduce(1, owners, best, "amax")
+        return torch.zeros(batch, len(self._starts), device=query.device).scatter_reduce(1, owners, shares, "amax")
 
     def truncated(self, stretches: Sequence[Stretch]) -> None:
         last = stretches[-1].start if stretches else -1
-        # Only pages at the end go.
+        # Only pages at the end go. One that was cut keeps its bounds, which promise no less than what is left.
         count = sum(start <= last for start in self._starts)
         chunks = sum(page < count for page in self._chunk_page)
         self._starts, self._chunk_page = self._starts[:count], self._chunk_page[:chunks]
-        if not count:
-            self._landmarks = self._likeness = None
-        elif self._landmarks is not None and self._likeness is not None:
-            self._landmarks, self._likeness = self._landmarks[:, :, :chunks], self._likeness[:, :count].clone()
-            if self._starts[-1] == last:
-                # Its landmarks speak for tokens that are gone, perhaps: it is seen whatever they say.
-                self._likeness[:, -1] = -torch.inf
+        self._bounds = None if self._bounds is None or not count else self._bounds[:, :, :, :chunks]
 
     def selected(self, rows: torch.Tensor) -> None:
-        if self._landmarks is not None and self._likeness is not None:
-            self._landmarks = self._landmarks.index_select(0, rows)
-            self._likeness = self._likeness.index_select(0, rows)
+        if self._bounds is not None:
+            self._bounds = self._bounds.view(torch.uint8).index_select(1, rows).view(_CODE)
 
     def copied(self) -> "Retrieve":
         other = Retrieve(self._budget)
-        other._starts, other._chunk_page = list(self._starts), list(self._chunk_page)
-        other._landmarks, other._likeness = self._landmarks, self._likeness
+        other._starts, other._chunk_page, other._bounds = list(self._starts), list(self._chunk_page), self._bounds
         return other

@@ -21,6 +21,9 @@ from scheduler.planner import make_plan
 from storage.blocks import BlockKey
 from storage.errors import BudgetTooSmall, ConfigError, PlanError, gib
 
+_SHARED_ROOM = 1.5
+"""Of what a batch with a common beginning takes."""
+
 
 class Experts(Enum):
     """Whether experts are brought one by one."""
@@ -160,7 +163,9 @@ def _paged(model: nn.Module, workload: Workload, kv: KvOptions, exactness: str) 
     share = kv.seen_share
     if shares:
         share *= 1 - (1 - 1 / sizes[0]) * min(kv.shared_tokens, sizes[1]) / sizes[1]
-    ways = paged_ways(shape, *sizes, kv.memory_bytes, segments, percent, share, kv.tokens_a_page, kv.index_share)
+        # Each layer fills two pages more: the beginning's last one, and the first one after it.
+        share *= _SHARED_ROOM
+    ways = paged_ways(shape, *sizes, kv.memory_bytes, segments, percent, share, kv.tokens_a_page(sizes[1]), kv.index_share)
     if not ways and kv.is_lossy:
         raise ConfigError(
             f"{sizes[0]} x {sizes[1]} tokens are too few for kv_policy={kv.policy!r}: not even a page is full; leave it out"

@@ -89,7 +89,7 @@ class KvPart:
             self._coded_pool,
             beside=bool(plan.kv_segments) and not device.host_memory and reads_beside(hardware),
             tell=tell,
-            page_tokens=options.tokens_a_page,
+            page_tokens=options.tokens_a_page(workload.total_tokens),
         )
         self._layers = PagedLayers(self.store, options.layer_policy(), bool(plan.kv_segments))
 
@@ -159,7 +159,15 @@ class KvPart:
     def _cut(self, memory_bytes: int) -> KvPages:
         workload, options, percent = self._workload, self.options, self._plan.kv_stored_percent
         sizes = workload.batch_size, workload.total_tokens, memory_bytes
-        return cut(self.shape, *sizes, bool(self._plan.kv_segments), options.tokens_a_page, options.index_share, percent)
+        page_tokens = options.tokens_a_page(workload.total_tokens)
+        return cut(
+            self.shape,
+            *sizes,
+            bool(self._plan.kv_segments),
+            page_tokens,
+            options.index_share,
+            percent,
+        )
 
     def _pool(self, page_bytes: int, device_pages: int, host_pages: int) -> PagePool:
         reads, writes = self._links

@@ -33,7 +33,7 @@ DEVICE, BELOW, ACROSS = "device", "below", "across"
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch):
     """Pages of four tokens, so that short texts have several."""
-    monkeypatch.setitem(METHODS, "none", Method(page_tokens=PAGE_TOKENS))
+    monkeypatch.setitem(METHODS, "none", Method(page_tokens=lambda total: PAGE_TOKENS))
     # Paged, however much memory there is.
     monkeypatch.setattr("offload.runtime.decision._whole", lambda *sizes: 1 << 60)
 
@@ -322,12 +322,13 @@ def test_eight_times_the_memory_moves_no_byte_twice(segments, monkeypatch):
     with torch.inference_mode():
         expected = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
     # No page gets full in the seven steps.
-    monkeypatch.setitem(METHODS, "none", Method(page_tokens=64 if segments else 32))
+    page_tokens = 64 if segments else 32
+    monkeypatch.setitem(METHODS, "none", Method(page_tokens=lambda total: page_tokens))
     options = {"exactness": "rounding"} if segments else {}
     with offload(model, device="cpu", cpu_memory=PLENTY, max_tokens=total, kv_memory=memory, **options) as session:
         part = session._kv
         pages = part.pages
-        assert cut(part.shape, 1, total, memory, segments, METHODS["none"].page_tokens) == pages
+        assert cut(part.shape, 1, total, memory, segments, page_tokens) == pages
         with torch.inference_mode():
             cache = session.kv_cache()
             logits = session.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
