@@ -136,7 +136,7 @@ class Planner:
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         forecast = Forecast(self._model, decision.split, self.hardware, dtype)
         order = Order(kept(workload), asked.prompt_tokens, asked.new_tokens, budgets, asked.exactness)
-        plan, prediction = forecast.best(decision.spec, order)
+        plan, prediction = forecast.best(decision.spec, order, paged=decision.paged)
         notes = [*decision.fallbacks]
         if forecast.failure is not None:
             notes.append(f"the model's code does not run without values: its work is estimated ({forecast.failure})")

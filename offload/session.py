@@ -504,6 +504,7 @@ class Session:
     def _take(self, decision: Decision) -> None:
         self._spec, self._split, self.plan = decision.spec, decision.split, decision.plan
         self._structure = decision.structure
+        self._paged_ways = decision.paged
         self._fallbacks += decision.fallbacks
         self._owners = {id(value): unit.key for unit in decision.structure.units for value in unit.parameters.values()}
 
@@ -527,11 +528,11 @@ class Session:
         elif (
             self._request.training is None
             and self._forecast is not None
-            and (self._budgets.host_bytes is not None or self._request.exactness == ROUNDING)
+            and (self._budgets.host_bytes is not None or self._request.exactness == ROUNDING or self._paged_ways)
         ):
             # What had to be taken apart is; where rounding is allowed, all ways are weighed.
             kept = self.plan.kept_as if self._request.exactness == ROUNDING else self.plan.asked
-            self.plan, _ = self._forecast.best(self._spec, self._order(kept(workload)))
+            self.plan, _ = self._forecast.best(self._spec, self._order(kept(workload)), paged=self._paged_ways)
         self._reserve = KvReserve(self._spec, self.plan.asked(workload), self._grow, self._budgets.device_bytes)
 
     def _order(self, workload: Workload | None = None) -> Order:

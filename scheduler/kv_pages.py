@@ -20,7 +20,7 @@ _RING_SHARE = 3
 _ROOM_TO_STAY = 1.5
 """Of what all takes, so that all stays: pages that are being filled are half empty."""
 
-_CPU_ATTENTION_SHARE = 0.5
+CPU_ATTENTION_SHARE = 0.5
 """Of the memory bandwidth that was measured, what torch's attention reaches on a CPU (one query, bf16), about."""
 
 _LEAST_RING = 2
@@ -150,6 +150,7 @@ def paged_ways(
     seen_share: float = 1.0,
     page_tokens: int | None = None,
     index_share: float = 0.0,
+    anyway: bool = False,
 ) -> list[PagedKv]:
     """How keys and values could be kept in pages; what is computed with as they are first, then by how much stays.
 
@@ -159,6 +160,7 @@ def paged_ways(
         seen_share: of the tokens, those that are on the device by a policy.
         page_tokens: of each sequence in one page; None for what suits the memory.
         index_share: of all bytes, what a policy keeps on the device to choose by.
+        anyway: where a share of so few tokens is less than pages take, what they take.
 
     Raises:
         BudgetTooSmall: if what was asked for is too little either way.
@@ -177,6 +179,11 @@ def paged_ways(
             found.append(PagedKv(size, one, stored_percent))
     if not found and memory_bytes is not None:
         raise min(refusals, key=lambda error: error.least_bytes)
+    if not found and anyway:
+        least = min(error.least_bytes for error in refusals)
+        return paged_ways(
+            shape, batch_size, total_tokens, least, segments, stored_percent, page_tokens=page_tokens, index_share=index_share
+        )
     return found
 
 
@@ -243,7 +250,7 @@ def reads_beside(hardware: HardwareProfile | None) -> bool:
     """
     if hardware is None or hardware.h2d is None:
         return False
-    return _CPU_ATTENTION_SHARE * hardware.host.memory_bytes_per_second > hardware.h2d.bytes_per_second
+    return CPU_ATTENTION_SHARE * hardware.host.memory_bytes_per_second > hardware.h2d.bytes_per_second
 
 
 def streamed_bytes(shape: KvShape, pages: KvPages, batch_size: int, tokens: int) -> int:

@@ -63,6 +63,7 @@ class Plan:
         kv_segments: 1 where attention reads these page after page.
         kv_host_bytes: CPU memory for pages beside a device with memory of its own; the rest goes to disk.
         kv_stored_percent: of a token's bytes, what it takes in a full page.
+        kv_resident_bytes: of full pages, those that stay on the device.
     """
 
     resident: tuple[BlockKey, ...]
@@ -91,6 +92,7 @@ class Plan:
     kv_segments: int = 0
     kv_host_bytes: int = 0
     kv_stored_percent: int = 100
+    kv_resident_bytes: int = 0
 
     @property
     def host_compute(self) -> HostCompute:

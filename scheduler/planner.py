@@ -7,6 +7,7 @@ weighed by its cost is decided in `choice.py`.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from scheduler.kv_pages import cut
 from scheduler.model_spec import BlockRole, ExpertsSpec, ModelSpec, PlacedBlock, Workload
 from scheduler.plan import DEVICE_ALONE, HostCompute, Plan
 from storage.blocks import BlockKey, align_up
@@ -301,9 +302,22 @@ def _assemble(
         decode_micro_batch=workload.decode_micro_batch(model),
         prefill_chunk=workload.prefill_chunk,
         kv_memory_bytes=0 if workload.paged is None else workload.paged.memory_bytes,
+        kv_resident_bytes=_kv_resident_bytes(model, workload),
         kv_segments=int(workload.paged is not None and workload.paged.segments),
         kv_stored_percent=100 if workload.paged is None else workload.paged.stored_percent,
     )
+
+
+def _kv_resident_bytes(model: ModelSpec, workload: Workload) -> int:
+    if workload.paged is None or model.kv is None:
+        return 0
+    paged = workload.paged
+    try:
+        pages = cut(model.kv, workload.batch_size, workload.total_tokens, paged.memory_bytes, paged.segments)
+    except BudgetTooSmall:
+        # More is asked of it than it was laid out for: nothing can be counted on.
+        return 0
+    return max(0, pages.resident_pages(model.kv.layers)) * pages.page_bytes
 
 
 def _too_small(model: ModelSpec, budget_bytes: int, workload: Workload) -> BudgetTooSmall:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from scheduler.cost import ComputeTime, CostModel
+from scheduler.hardware import HardwareProfile
+from scheduler.kv_pages import CPU_ATTENTION_SHARE, reads_beside
 from scheduler.model_spec import ModelSpec
 from scheduler.plan import Plan
 from scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
@@ -63,6 +65,8 @@ class Simulation:
             self._rates[H2D] = hardware.h2d
         device = hardware.device
         self._misses = ExpertMisses(model, plan, hit_rate)
+        self._pages = KvReads(model, plan, hardware)
+        self._pages_at: dict[BlockKey, tuple[str, float]] = {}
         self._own_memory = device is not None
         self._asynchronous = device is not None and device.asynchronous
 
@@ -72,6 +76,7 @@ class Simulation:
         work = work.in_parts(self._plan.parts(work.batch_size, work.tokens), self._layers)
         self._compute_between(work)
         self._misses.begin_pass(work)
+        self._pages.begin_pass(work)
         for window in work.windows:
             self._window(window, work.phase)
         if self._asynchronous:
@@ -166,6 +171,7 @@ class Simulation:
 
     def _compute_window(self, window: WindowWork, arrivals: Sequence[_Arrival]) -> float:
         """Returns when the compute ends."""
+        self._bring_pages(window.key)
         divided = window.key in self._divided
         span = self._divided_time(window) if divided else self._time(window.work)
         if not self._asynchronous:
@@ -188,6 +194,28 @@ class Simulation:
             self._bring_experts(window.key, span.compute_seconds)
             self._device_free = self.now
         return self._device_free
+
+    def _bring_pages(self, key: BlockKey) -> None:
+        """Pages of a layer's keys and values were brought since the layer before began; those of the next one begin now."""
+        if not self._pages.brings(key):
+            return
+        link, arrived = self._pages_at.pop(key) if key in self._pages_at else self._move_pages(key)
+        if self._asynchronous:
+            self._device_free = self._idle(link, self._device_free, arrived)
+        else:
+            self._wait(link, arrived)
+        following = self._pages.following(key)
+        self._pages_at[following] = self._move_pages(following)
+
+    def _move_pages(self, key: BlockKey) -> tuple[str, float]:
+        """The link that is the last to end, and when."""
+        arrived = {DISK: self.now}
+        for link, nbytes in self._pages.by_link(self._own_memory).items():
+            begin = max(self.now, self._link_free[link])
+            arrived[link] = self._link_free[link] = begin + self._rates[link].seconds(nbytes)
+            self.trace.spans.append(Span(link, key, begin, arrived[link], round(nbytes)))
+        last = max(arrived, key=lambda link: arrived[link])
+        return last, arrived[last] + self._pages.beside_seconds
 
     def _bring_experts(self, key: BlockKey, compute_seconds: float) -> None:
         """Experts that were missing came while the layer computed with the others: from about its middle on."""
@@ -244,6 +272,47 @@ class Simulation:
         self.now += self._cost.gather_seconds(window)
         self.trace.spans.append(Span(WAIT, DISK, begin, self.now))
         self._compute_window(window, ())
+
+
+class KvReads:
+    """Pages of keys and values that a pass reads from lower tiers, the same for every layer."""
+
+    def __init__(self, model: ModelSpec, plan: Plan, hardware: HardwareProfile) -> None:
+        self._shape = model.kv if plan.kv_memory_bytes else None
+        self._plan = plan
+        self._keys = [block.key for block in model.layers]
+        self._places = {key: place for place, key in enumerate(self._keys)}
+        self._host = hardware.host.memory_bytes_per_second
+        self._beside = bool(plan.kv_segments) and reads_beside(hardware)
+        self._layer_bytes = 0.0
+        self._on_host = 0.0
+        self.beside_seconds = 0.0
+        """Of the CPU, for what it reads of a layer where it is."""
+
+    def begin_pass(self, work: PassWork) -> None:
+        if self._shape is None or not self._keys:
+            return
+        stored = work.batch_size * work.context_tokens * self._shape.all_token_bytes * self._plan.kv_stored_percent / 100
+        below = max(0.0, stored - self._plan.kv_resident_bytes)
+        self._on_host = min(1.0, self._plan.kv_host_bytes / below) if below else 0.0
+        # Layers that keep no tokens count as others: what is read is all there is, spread among all.
+        self._layer_bytes = below / len(self._keys)
+        if self._beside:
+            self.beside_seconds = self._layer_bytes * self._on_host / (self._host * CPU_ATTENTION_SHARE)
+
+    def brings(self, key: BlockKey) -> bool:
+        return self._layer_bytes > 0 and key in self._places
+
+    def following(self, key: BlockKey) -> BlockKey:
+        return self._keys[(self._places[key] + 1) % len(self._keys)]
+
+    def by_link(self, own_memory: bool) -> dict[str, float]:
+        """Bytes of a layer. Args: own_memory: the device has memory of its own."""
+        if not own_memory:
+            return {DISK: self._layer_bytes}
+        disk = self._layer_bytes * (1 - self._on_host)
+        crosses = disk if self._beside else self._layer_bytes
+        return {link: nbytes for link, nbytes in ((DISK, disk), (H2D, crosses)) if nbytes}
 
 
 class ExpertMisses:

@@ -81,6 +81,7 @@ class PassWork:
         between: what is computed outside of all windows.
         temporary_bytes: the most that is held at once beside weights and KV cache.
         between_bytes: of that, what lies between the layers.
+        context_tokens: of each sequence, what the KV cache holds before it, where that is known.
         exact: False where this was estimated from sizes, because the model could not be traced.
     """
 
@@ -92,6 +93,7 @@ class PassWork:
     temporary_bytes: int = 0
     between_bytes: int = 0
     exact: bool = True
+    context_tokens: int = 0
 
     def in_chunks(self, chunk: int) -> tuple["PassWork", ...]:
         """The passes of the same prompt, `chunk` tokens at once.

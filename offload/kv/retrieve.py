@@ -88,10 +88,12 @@ class Retrieve(KeepAll):
 
     def _wanted(
         self, stretches: Sequence[Stretch], candidates: Sequence[tuple[int, int]], room: int, query: torch.Tensor
-    ) -> dict[int, torch.Tensor]:
-        """Which pages each sequence sees besides: place in `stretches` -> bool [batch, 1, 1, 1]."""
-        largest = max(stretches[place].tokens for _, place in candidates)
-        count = min(len(candidates), room // largest)
+    ) -> dict[int, torch.Tensor | None]:
+        """Which pages each sequence sees besides: place in `stretches` -> bool [batch, 1, 1, 1], None for all."""
+        sizes = [stretches[place].tokens for _, place in candidates]
+        if sum(sizes) <= room:
+            return {place: None for _, place in candidates}
+        count = min(len(candidates), room // max(sizes))
         if not count:
             return {}
         numbers = torch.tensor([number for number, _ in candidates], device=query.device)

@@ -44,6 +44,8 @@ class Decision:
     fallbacks: tuple[str, ...]
     experts: tuple[ExpertsUnit, ...] = ()
     """Those that are brought one by one."""
+    paged: tuple[PagedKv, ...] = ()
+    """Other ways to keep keys and values in pages, of the same exactness, where they are."""
 
 
 def decide(
@@ -105,7 +107,10 @@ def decide(
         ways = step()
         apart = _fitting(model, budgets, ways, slot_bytes, temporaries, candidates, units) if ways else []
         if isinstance(apart, Decision):
-            return replace(apart, fallbacks=(*apart.fallbacks, *_forced(apart.plan)))
+            smaller = [
+                way.paged for way in ways if way.paged is not None and way.paged.memory_bytes < apart.plan.kv_memory_bytes
+            ]
+            return replace(apart, fallbacks=(*apart.fallbacks, *_forced(apart.plan)), paged=tuple(smaller))
         found += apart
     # Taken apart further, a model may need more: what lies beside the parts stays on the device.
     raise min(found, key=lambda refusal: refusal.least_bytes)
@@ -115,9 +120,7 @@ def _forced(plan: Plan) -> list[str]:
     """What was done because nothing else fits."""
     said = []
     if plan.kv_memory_bytes:
-        said.append(
-            f"the KV cache does not fit the budget: {gib(plan.kv_memory_bytes)} of it stay, the rest goes to lower tiers"
-        )
+        said.append("the KV cache does not fit the budget: a part of it goes to lower tiers")
     if plan.rounds:
         said.append(f"nothing else fits the budget: {' and '.join(plan.rounds)}; exactness is rounding")
     return said
@@ -165,12 +168,17 @@ def _paged(model: nn.Module, workload: Workload, kv: KvOptions, exactness: str) 
         share *= 1 - (1 - 1 / sizes[0]) * min(kv.shared_tokens, sizes[1]) / sizes[1]
         # Each layer fills two pages more: the beginning's last one, and the first one after it.
         share *= _SHARED_ROOM
-    ways = paged_ways(shape, *sizes, kv.memory_bytes, segments, percent, share, kv.tokens_a_page(sizes[1]), kv.index_share)
-    if not ways and kv.is_lossy:
-        raise ConfigError(
-            f"{sizes[0]} x {sizes[1]} tokens are too few for kv_policy={kv.policy!r}: not even a page is full; leave it out"
-        )
-    return ways
+    return paged_ways(
+        shape,
+        *sizes,
+        kv.memory_bytes,
+        segments,
+        percent,
+        share,
+        kv.tokens_a_page(sizes[1]),
+        kv.index_share,
+        anyway=kv.is_lossy or shares,
+    )
 
 
 def _whole(workload: Workload, shape: KvShape) -> int:

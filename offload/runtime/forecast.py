@@ -1,6 +1,6 @@
 """What the machine's profile says of a session: before it runs, and beside what was measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from offload.model.parts import parts_of
 from offload.runtime.clock import DECODE, PREFILL, PhaseTimes
 from scheduler.cost import CostModel
 from scheduler.hardware import HardwareProfile, LinkRate
+from scheduler.kv_pages import PagedKv
 from scheduler.model_spec import ModelSpec, Workload
 from scheduler.plan import Plan
 from scheduler.prediction import Prediction, predict
@@ -120,11 +121,14 @@ class Forecast:
             self._known[shape] = self._work(spec, *shape)
         return self._known[shape]
 
-    def best(self, spec: ModelSpec, order: Order, hardware: HardwareProfile | None = None) -> tuple[Plan, Prediction]:
+    def best(
+        self, spec: ModelSpec, order: Order, hardware: HardwareProfile | None = None, paged: Sequence[PagedKv] = ()
+    ) -> tuple[Plan, Prediction]:
         """The fastest plan for an order, and what it will give.
 
         Args:
             hardware: another machine than the forecast's.
+            paged: other ways to keep keys and values in pages than the order's.
 
         Raises:
             BudgetTooSmall: if none fits.
@@ -133,7 +137,8 @@ class Forecast:
 
         cost = self.cost if hardware is None else CostModel(hardware, self._dtype)
         rounding = order.exactness == ROUNDING
-        workloads = [order.workload, *(self._ways(order.workload) if rounding else ())]
+        kept = [order.workload, *(replace(order.workload, paged=way) for way in paged)]
+        workloads = [*kept, *(self._ways(order.workload) if rounding else ())]
         tasks = [self._task(spec, replace(order, workload=workload), cost) for workload in workloads]
         choice = choose_plan(tasks, allow_cpu=rounding)
         return choice.plan, choice.prediction
@@ -226,8 +231,9 @@ class Forecast:
         if self._dry_run is not None:
             try:
                 prefill, decode = self._dry_run.passes(batch_size, prompt_tokens, context_tokens)
-                return prefill.in_chunks(chunk), decode
+                return prefill.in_chunks(chunk), replace(decode, context_tokens=context_tokens)
             except DryRunFailed as error:
                 self.failure = str(error)
         prefill = estimated_pass(spec, PREFILL, batch_size, prompt_tokens)
-        return prefill.in_chunks(chunk), estimated_pass(spec, DECODE, batch_size, 1)
+        decode = replace(estimated_pass(spec, DECODE, batch_size, 1), context_tokens=context_tokens)
+        return prefill.in_chunks(chunk), decode
