@@ -17,6 +17,9 @@ _OPEN_SHARE = 4
 _RING_SHARE = 3
 """Of what is left, the part for pages that are brought to be read, at most; the rest stays."""
 
+_RING_BYTES = 32 << 20
+"""And no more than keeps a link busy while a layer computes, which is milliseconds."""
+
 _ROOM_TO_STAY = 1.5
 """Of what all takes, so that all stays: pages that are being filled are half empty."""
 
@@ -133,7 +136,7 @@ def cut(
     count = room // page_bytes
     layer_pages = -(-total_tokens * row_bytes // page_bytes)
     free = count - shape.layers
-    ring = max(_LEAST_RING, min(layer_pages, free // _RING_SHARE))
+    ring = max(_LEAST_RING, min(layer_pages, free // _RING_SHARE, _RING_BYTES // page_bytes))
     if shape.layers * layer_pages + _LEAST_RING <= free:
         # Everything stays.
         ring = _LEAST_RING

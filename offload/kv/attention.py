@@ -12,7 +12,7 @@ import torch
 from offload.kv.layer import PagedLayer
 from offload.kv.policy import Choice
 from offload.kv.shape import Pair
-from offload.kv.store import Reading
+from offload.kv.store import Reading, Rows
 
 _GATHERED_TOKENS = 512
 """Short segments are put together up to so many tokens: a product's start costs more than copying them."""
@@ -74,7 +74,7 @@ def merge(one: Partial, other: Partial) -> Partial:
     return Partial(one.output * ours + other.output * theirs, weight)
 
 
-Segment = tuple[Pair, torch.Tensor | None, torch.Tensor | None]
+Segment = tuple[Pair, torch.Tensor | None, Rows | None]
 """Keys and values; which of them each query sees; which row of them each sequence reads."""
 
 
@@ -108,8 +108,7 @@ def _copied(reading: Reading) -> Pair:
 def _alike(segment: Segment, next_one: Segment) -> bool:
     """Whether they can be one segment."""
     (pair, _, rows), (other, _, other_rows) = segment, next_one
-    same_rows = rows is other_rows or (rows is not None and other_rows is not None and torch.equal(rows, other_rows))
-    return same_rows and pair.keys.shape[0] == other.keys.shape[0] and pair.keys.device == other.keys.device
+    return rows is other_rows and pair.keys.shape[0] == other.keys.shape[0] and pair.keys.device == other.keys.device
 
 
 def _joined(segments: list[Segment]) -> Segment:
@@ -148,7 +147,7 @@ def _partial(
     query: torch.Tensor,
     pair: Pair,
     allowed: torch.Tensor | None,
-    rows: torch.Tensor | None,
+    rows: Rows | None,
     scale: float,
     softcap: float | None,
 ) -> Partial:
@@ -156,10 +155,9 @@ def _partial(
     device, home = pair.keys.device, query.device
     batch, heads, count, dim = query.shape
     stored, kv_heads = pair.keys.shape[0], pair.keys.shape[1]
-    shared = _sharing(rows, stored, batch)
-    if not shared:
-        assert rows is not None
-        pair = Pair(*(part.index_select(0, rows.to(device)) for part in pair))
+    shared = 1 if rows is None else rows.sharing(stored)
+    if rows is not None and not shared:
+        pair = Pair(*(rows.of(part) for part in pair))
         stored, shared = batch, 1
     groups = heads // kv_heads
     # The queries that read the same keys are rows of one product: those of a group of heads, of sequences that share them.
@@ -179,16 +177,6 @@ def _partial(
     output = output.view(*order, -1).permute(0, 2, 1, 3, 4, 5).reshape(batch, heads, count, -1)
     weight = weight.view(order).permute(0, 2, 1, 3, 4).reshape(batch, heads, count)
     return Partial(output.to(home), weight.to(home))
-
-
-def _sharing(rows: torch.Tensor | None, stored: int, batch: int) -> int:
-    """How many sequences, one after another, read each row; 0 if they do so otherwise."""
-    if rows is None:
-        return 1
-    if batch % stored:
-        return 0
-    each = batch // stored
-    return each if torch.equal(rows, torch.arange(stored, device=rows.device).repeat_interleave(each)) else 0
 
 
 def _product(

@@ -6,7 +6,7 @@ import torch
 
 from offload.kv.policy import Choice, LayerPolicy
 from offload.kv.shape import PageShape, Pair
-from offload.kv.store import KvStore, Reading, Stretch
+from offload.kv.store import KvStore, Reading, Rows, Stretch
 from storage.blocks import Tier
 from storage.errors import ConfigError
 from storage.page_pool import Page
@@ -86,7 +86,7 @@ class PagedLayer:
         for reading in self.readings([Choice(stretch) for stretch in self.stretches]):
             stretch = reading.stretch
             for part, target in zip(reading.pair, whole, strict=True):
-                part = part if stretch.rows is None else part.index_select(0, stretch.rows)
+                part = part if stretch.rows is None else stretch.rows.of(part)
                 target[:, :, stretch.start : stretch.end].copy_(part)
             reading.done()
         return whole
@@ -101,7 +101,7 @@ class PagedLayer:
             reading = self.store.read(stretch)
             inside = slice(max(start, stretch.start) - stretch.start, min(end, stretch.end) - stretch.start)
             for part, parts in zip(reading.pair, (keys, values), strict=True):
-                rows = part if stretch.rows is None else part.index_select(0, stretch.rows)
+                rows = part if stretch.rows is None else stretch.rows.of(part)
                 parts.append(rows[:, :, inside].clone())
             reading.done()
         return Pair(torch.cat(keys, dim=2), torch.cat(values, dim=2))
@@ -170,13 +170,17 @@ class PagedLayer:
         rows = rows.to(self.store.raw.device.torch_device)
         if self._open is not None and len(rows) != self._open.shape.rows:
             self.close()
+        made: dict[Rows | None, Rows] = {}
         for stretch in self.stretches:
             if stretch is self._open:
                 for tensor in self.store.pair(stretch):
                     part = tensor[:, :, : stretch.tokens]
                     part.copy_(part.index_select(0, rows))
             else:
-                stretch.rows = rows if stretch.rows is None else stretch.rows.index_select(0, rows)
+                before = stretch.rows
+                stretch.rows = made.get(before) or made.setdefault(
+                    before, Rows(rows if before is None else before.of_these(rows))
+                )
         self.policy.selected(rows)
 
     def repeat(self, count: int) -> None:

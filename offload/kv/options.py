@@ -101,8 +101,12 @@ class KvOptions:
         """`lossy`, and by what; nothing where it is not."""
         if not self.is_lossy:
             return ""
-        seen = f", queries see {self._budget}" if self.method.takes_budget else ""
-        return f"lossy: KV cache {self.policy}{seen}"
+        return f"lossy: KV cache {self.policy}" + (f", queries see {self.seen}" if self.seen else "")
+
+    @property
+    def seen(self) -> str:
+        """What a query sees, of the methods that choose."""
+        return str(self._budget) if self.method.takes_budget else ""
 
     @property
     def _budget(self) -> KvBudget:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from offload.report.experts import ExpertUse
+from offload.report.kv import kv_sentences
 from offload.report.learning import Learning
 from offload.report.record import Record
 from scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
@@ -67,6 +68,7 @@ def as_page(record: Record) -> str:
             _cards(report),
             _times(report),
             _learning(report.get("training")),
+            _kv(report["kv"]),
             _experts(report.get("experts")),
             _timeline(record.trace, report["tracing"]),
             _links(report),
@@ -108,6 +110,11 @@ def _cards(report: dict[str, Any]) -> str:
     return (
         f"<div class=cards>{''.join(f'<div class=card><b>{value}</b><span>{name}</span></div>' for value, name in facts)}</div>"
     )
+
+
+def _kv(content: dict[str, Any]) -> str:
+    said = "".join(f"<p>{_text(sentence)}</p>" for sentence in kv_sentences(content))
+    return f"<section><h2>KV cache</h2>{said}</section>" if said else ""
 
 
 def _experts(content: dict[str, Any] | None) -> str:

@@ -131,7 +131,7 @@ class Report:
     parts: dict[str, int]
     slots: dict[str, int]
     streamed_bytes_per_pass: int
-    kv: dict[str, int]
+    kv: dict[str, int | str]
     tiers: dict[str, TierUse]
     links: dict[str, LinkUse]
     prefill: PhaseUse

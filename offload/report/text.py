@@ -6,6 +6,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from offload.report.kv import kv_sentences
 from offload.report.report import Comparison, Peak, PhaseUse, Report, TierUse
 from storage.errors import duration, gib
 
@@ -32,6 +33,7 @@ def as_renderable(report: Report) -> RenderableType:
     ran = {name: use for name, use in phases.items() if use.seconds}
     if ran:
         parts.append(_phases(ran))
+    parts += [Text(sentence) for sentence in kv_sentences(report.kv)]
     if report.experts is not None:
         parts += [Text(sentence) for sentence in report.experts.sentences()]
     if report.training is not None:

@@ -143,10 +143,12 @@ class KvPart:
         """Of pages, to lower tiers."""
         return sum(pool.written_bytes for pool in self.store.pools)
 
-    def use(self) -> dict[str, int]:
+    def use(self) -> dict[str, int | str]:
         """For the report."""
         peaks = {f"peak_{tier.value}_bytes": self.store.peak_bytes[tier] for tier in Tier}
         return {
+            "policy": self.options.policy,
+            "budget": self.options.seen,
             "memory_bytes": self._plan.kv_memory_bytes,
             "page_bytes": self.pages.page_bytes,
             **peaks,

@@ -350,3 +350,54 @@ def test_eight_times_the_memory_moves_no_byte_twice(segments, monkeypatch):
         assert ahead <= pages.ring_pages * pages.page_bytes
         held = sum(pool.slots.held_bytes for pool in part.store.pools)
         assert held + pages.assembled_bytes <= memory == session.report().kv["memory_bytes"]
+
+
+# -- models with layers of other kinds
+
+_HYBRID = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+           "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0}  # fmt: skip
+
+
+@functools.cache
+def hybrid(name: str) -> Any:
+    torch.manual_seed(0)
+    if name == "lfm2":
+        kinds = ["conv", "full_attention", "conv", "full_attention"]
+        model = hf.Lfm2ForCausalLM(hf.Lfm2Config(**_HYBRID, layer_types=kinds, block_auto_adjust_ff_dim=False))
+    elif name == "qwen3_next":
+        kinds = ["linear_attention", "full_attention"] * 2
+        extra = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                 "num_experts": 0, "mlp_only_layers": [0, 1, 2, 3]}  # fmt: skip
+        model = hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(**_HYBRID, layer_types=kinds, **extra))
+    else:
+        shared = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB,
+                  "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 8}  # fmt: skip
+        fields = _HYBRID | {"num_hidden_layers": 6} | shared
+        model = hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**fields, laurel_rank=4, activation_sparsity_pattern=[0.0] * 6))
+    for value in model.parameters():
+        value.data = value.data.clone() * (2 if value.dim() > 1 else 1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "segments"),
+    # The attention of qwen3_next is its own code.
+    [("lfm2", False), ("lfm2", True), ("qwen3_next", False), ("gemma3n", False), ("gemma3n", True)],
+)
+@pytest.mark.parametrize("placement", [BELOW, ACROSS])
+def test_layers_of_other_kinds_stay_what_they_are(name, placement, segments):
+    """Convolutions, recurrent states, layers that share the keys of others: what keeps all tokens is paged, and nothing else."""
+    model = hybrid(name)
+    ids = tokens(2, 21)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    ways = [{"do_sample": False}, {"do_sample": False, "num_beams": 3}]
+    with torch.inference_mode():
+        expected = [model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=14, **way) for way in ways]
+        with paged(model, placement, segments, device="cpu") as session:
+            for way, theirs in zip(ways, expected, strict=True):
+                mine = session.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=14, **way)
+                assert torch.equal(mine, theirs)
+            report = session.report()
+            assert report.kv["sealed_pages"] > 8
+            assert report.exactness == ("rounding" if segments else "identical")

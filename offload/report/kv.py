@@ -1,0 +1,28 @@
+"""What became of the KV cache, in sentences."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from storage.errors import gib
+
+
+def kv_sentences(kv: Mapping[str, Any]) -> list[str]:
+    """The gist of `Report.kv`, for a terminal and a page; nothing where all of it stayed on the device."""
+    said = []
+    if "page_bytes" in kv:
+        seen = f", queries see {kv['budget']}" if kv["budget"] else ""
+        peaks = {"the device": "peak_gpu_bytes", "CPU memory": "peak_cpu_bytes", "disk": "peak_nvme_bytes"}
+        where = ", ".join(f"{gib(kv[key])} on {name}" for name, key in peaks.items() if kv[key])
+        said.append(
+            f"KV cache: {kv['policy']}{seen}; {gib(kv['memory_bytes'])} of the device for it, in pages of "
+            f"{gib(kv['page_bytes'])}; at most {where or 'nothing'}; {gib(kv['written_bytes'])} went down, "
+            f"{gib(kv['brought_bytes'])} were brought"
+        )
+        if kv["kept_raw_pages"]:
+            said.append(
+                f"{kv['kept_raw_pages']:,} of {kv['sealed_pages']:,} pages were kept as they are: no code was near enough"
+            )
+    loaded, computed = kv.get("prefix_loaded_tokens", 0), kv.get("prefix_computed_tokens", 0)
+    if loaded or computed:
+        said.append(f"beginnings of prompts: {loaded:,} tokens loaded, {computed:,} computed, block by block")
+    return said
