@@ -2,9 +2,10 @@
 
     python -m benchmarks.kv_offload [--tokens 65536] [--rounds 3] [--output FILE.json]
 
-Each round runs in a fresh control group whose limit is what Python and torch take and the memory that was asked for, so that nothing can
-be kept in the page cache. The cache is filled with random keys and values, layer by layer (reading a prompt so long would take
-hours on two cores); then tokens are decoded, and the same bytes are read from the same disk with nothing else to do. Needs root.
+Each round runs in a fresh control group whose limit is what Python and torch take and the memory that was asked for, so that
+nothing can be kept in the page cache. The cache is filled with random keys and values, layer by layer (reading a prompt so
+long would take hours on two cores); then tokens are decoded, and the same bytes are read from the same disk with nothing else
+to do. Needs root.
 """
 
 import argparse

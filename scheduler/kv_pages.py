@@ -55,11 +55,13 @@ class PagedKv:
         memory_bytes: of the device, for pages and for a layer that is put together.
         segments: attention reads page after page: of level *rounding*; else a layer is put together for the stock kernel.
         stored_percent: of what a token takes in the model's dtype, what it takes in a full page.
+        shelves: the state of layers that do not keep all tokens is in pages too, but for two layers at a time.
     """
 
     memory_bytes: int
     segments: bool = False
     stored_percent: int = 100
+    shelves: bool = False
 
 
 @dataclass(frozen=True, slots=True)

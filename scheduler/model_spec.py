@@ -6,6 +6,9 @@ from enum import Enum
 from scheduler.kv_pages import KvShape, PagedKv
 from storage.blocks import TENSOR_ALIGNMENT_BYTES, BlockKey
 
+_SHELVED_AT_ONCE = 2
+"""Layers whose state is on the device, where it is put away: the one that computes, and the one before it."""
+
 
 class BlockRole(Enum):
     """What a block is to the model, as far as placing it is concerned."""
@@ -218,6 +221,10 @@ class Workload:
         whole = self.batch_size * sequence_bytes
         if self.paged is not None and model.kv is not None:
             whole += self.paged.memory_bytes - self.batch_size * self.total_tokens * model.kv.all_token_bytes
+            if self.paged.shelves:
+                others = len(model.layers) - model.kv.layers
+                away = max(0, others - _SHELVED_AT_ONCE) / max(1, others)
+                whole -= int(self.batch_size * (windows + model.state_bytes_per_sequence) * away)
         return max(self.least_kv_bytes, whole)
 
     def kv_host_bytes(self, model: ModelSpec, host_bytes: int) -> int:

@@ -64,6 +64,7 @@ class Plan:
         kv_host_bytes: CPU memory for pages beside a device with memory of its own; the rest goes to disk.
         kv_stored_percent: of a token's bytes, what it takes in a full page.
         kv_resident_bytes: of full pages, those that stay on the device.
+        kv_shelves: 1 where the state of layers that do not keep all tokens is in pages too.
     """
 
     resident: tuple[BlockKey, ...]
@@ -93,6 +94,7 @@ class Plan:
     kv_host_bytes: int = 0
     kv_stored_percent: int = 100
     kv_resident_bytes: int = 0
+    kv_shelves: int = 0
 
     @property
     def host_compute(self) -> HostCompute:
@@ -161,7 +163,7 @@ class Plan:
         """The workload in the parts that this plan takes it apart into."""
         paged = None
         if self.kv_memory_bytes:
-            paged = PagedKv(self.kv_memory_bytes, bool(self.kv_segments), self.kv_stored_percent)
+            paged = PagedKv(self.kv_memory_bytes, bool(self.kv_segments), self.kv_stored_percent, bool(self.kv_shelves))
         return replace(workload, micro_batch=self.micro_batch, prefill_chunk=self.prefill_chunk, paged=paged)
 
     def kept_as(self, workload: Workload) -> Workload:

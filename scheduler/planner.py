@@ -303,6 +303,7 @@ def _assemble(
         prefill_chunk=workload.prefill_chunk,
         kv_memory_bytes=0 if workload.paged is None else workload.paged.memory_bytes,
         kv_resident_bytes=_kv_resident_bytes(model, workload),
+        kv_shelves=int(workload.paged is not None and workload.paged.shelves),
         kv_segments=int(workload.paged is not None and workload.paged.segments),
         kv_stored_percent=100 if workload.paged is None else workload.paged.stored_percent,
     )

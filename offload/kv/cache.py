@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, StaticLayer
 
 from offload.kv.handle import PagedTensor
 from offload.kv.layer import PagedLayer
 from offload.kv.policy import LayerPolicy
+from offload.kv.shelf import Shelf
 from offload.kv.store import KvStore
 
 
@@ -117,10 +118,14 @@ class PagedLayers:
     Args:
         policy: makes what one layer remembers of the policy.
         in_segments: as of `PagedCacheLayer`.
+        shelf: for the state of layers of other kinds; None where it stays on the device.
     """
 
-    def __init__(self, store: KvStore, policy: Callable[[], LayerPolicy], in_segments: bool) -> None:
+    def __init__(
+        self, store: KvStore, policy: Callable[[], LayerPolicy], in_segments: bool, shelf: Shelf | None = None
+    ) -> None:
         self._store = store
+        self._shelf = shelf
         self._policy = policy
         self._in_segments = in_segments
 
@@ -139,6 +144,9 @@ class PagedLayers:
         if any(isinstance(layer, PagedCacheLayer) for layer in cache.layers):
             return True
         order: list[PagedLayer] = []
+        for layer in cache.layers if self._shelf is not None else ():
+            if type(layer) is not DynamicLayer and not isinstance(layer, (StaticLayer, DummyLayer)):
+                self._shelf.keep(layer)
         for index, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer and not layer.is_initialized:
                 cache.layers[index] = self._layer(order)

@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from offload.kv.cache import PagedCacheLayer
+from offload.kv.shelf import bring_back
 from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of, path_of
 from storage.errors import CorruptCheckpoint, DiskFull, ReadError
 
@@ -147,7 +148,9 @@ def _state_of(layer: Any, start: int, end: int) -> Parts:
         assert layer.keys is not None
         assert layer.values is not None
         return {"keys": layer.keys[:, :, start:end], "values": layer.values[:, :, start:end]}
-    return dict(_tensors(vars(layer), ""))
+    bring_back(layer)
+    own = {name: value for name, value in vars(layer).items() if not name.startswith("_shelf")}
+    return dict(_tensors(own, ""))
 
 
 def _tensors(values: dict[Any, Any], before: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -280,6 +280,29 @@ class KvStore:
         else:
             page.pool.drop(page)
 
+    def keep_bytes(self, owner: "Filler", content: torch.Tensor) -> Page:
+        """A page with these bytes, uint8 [at most page_bytes] on the device: on whatever tier."""
+        page = self._page(self.raw, owner)
+        self.raw.tensor(page)[: content.numel()].copy_(content)
+        page.pins -= 1
+        self._stays(owner, page)
+        return page
+
+    def give_back(self, page: Page, wanted: bool = True) -> torch.Tensor:
+        """The bytes of such a page, uint8 [page_bytes] in memory of their own, where `wanted`; the page is free then."""
+        content = torch.empty(0, dtype=torch.uint8)
+        if wanted and page.tier is Tier.DEVICE:
+            content = self.raw.tensor(page).clone()
+        elif wanted:
+            if not self._stream.has(page):
+                self._make_room(page.pool, None)
+            landing = self._stream.take(page)
+            content = landing.wait().clone()
+            landing.release()
+        self._residency[page.pool].remove(page)
+        self._free(page)
+        return content
+
     def coded_bytes(self, shape: PageShape) -> int:
         assert self._codec is not None
         return align_up(self._codec.nbytes(shape), BLOCK_ALIGNMENT_BYTES)

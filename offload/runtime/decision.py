@@ -89,8 +89,7 @@ def decide(
             return whole
     found = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates, units)
     if isinstance(found, Decision):
-        told = () if experts is Experts.IN_LAYERS else _other_experts(model, found)
-        return replace(found, fallbacks=(*found.fallbacks, *told))
+        return replace(found, fallbacks=(*found.fallbacks, *_other_experts(model, found, experts)))
     if isinstance(whole, Decision):
         # Of a model so small that single experts, read in whole units, take more than a layer.
         said = "single experts would take more than the budget has room for: whole layers are streamed"
@@ -103,14 +102,17 @@ def decide(
     if in_parts:
         steps[1:1] = [lambda: parts_of(model, workload)]
         steps += [lambda: _chunked(model, exact[-1:]), lambda: _chunked(model, rest[-1:])]
+    # The state of other layers, which is written anew in each pass, comes last.
+    steps += [lambda: _shelving(exact[-1:]), lambda: _shelving(rest[-1:])]
     for step in steps:
         ways = step()
         apart = _fitting(model, budgets, ways, slot_bytes, temporaries, candidates, units) if ways else []
         if isinstance(apart, Decision):
+            told = (*_forced(apart.plan), *_other_experts(model, apart, experts))
             smaller = [
                 way.paged for way in ways if way.paged is not None and way.paged.memory_bytes < apart.plan.kv_memory_bytes
             ]
-            return replace(apart, fallbacks=(*apart.fallbacks, *_forced(apart.plan)), paged=tuple(smaller))
+            return replace(apart, fallbacks=(*apart.fallbacks, *told), paged=tuple(smaller))
         found += apart
     # Taken apart further, a model may need more: what lies beside the parts stays on the device.
     raise min(found, key=lambda refusal: refusal.least_bytes)
@@ -129,6 +131,10 @@ def _forced(plan: Plan) -> list[str]:
 def _chunked(model: nn.Module, workloads: Sequence[Workload]) -> list[Workload]:
     """A cache in pages is not cut by sequences."""
     return [way for workload in workloads for way in parts_of(model, workload) if not way.micro_batch]
+
+
+def _shelving(workloads: Sequence[Workload]) -> list[Workload]:
+    return [replace(way, paged=replace(way.paged, shelves=True)) for way in workloads if way.paged is not None]
 
 
 def _paged(model: nn.Module, workload: Workload, kv: KvOptions, exactness: str) -> list[PagedKv]:
@@ -214,9 +220,9 @@ def _fitting(
         split |= largest
 
 
-def _other_experts(model: nn.Module, decision: Decision) -> list[str]:
+def _other_experts(model: nn.Module, decision: Decision, experts: Experts) -> list[str]:
     """That experts are streamed with their layers, because they cannot be told apart."""
-    names = undecorated_experts(model) if decision.plan.streamed else []
+    names = undecorated_experts(model) if decision.plan.streamed and experts is not Experts.IN_LAYERS else []
     if not names:
         return []
     return [f"{' and '.join(names)} hold experts otherwise than transformers' interface for them: whole layers are streamed"]

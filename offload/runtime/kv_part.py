@@ -10,6 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from offload.kv.cache import PagedLayers
 from offload.kv.options import KvOptions
 from offload.kv.registered import OwnAttention
+from offload.kv.shelf import Shelf
 from offload.kv.store import KvStore
 from offload.runtime.clock import PassClock
 from scheduler.hardware import HardwareProfile
@@ -91,7 +92,8 @@ class KvPart:
             tell=tell,
             page_tokens=options.tokens_a_page(workload.total_tokens),
         )
-        self._layers = PagedLayers(self.store, options.layer_policy(), bool(plan.kv_segments))
+        shelf = Shelf(self.store) if plan.kv_shelves else None
+        self._layers = PagedLayers(self.store, options.layer_policy(), bool(plan.kv_segments), shelf)
 
     def open(self, model: nn.Module, stack: ExitStack) -> None:
         """Take memory, and the place of the model's attention where that is needed; all undone by `stack`."""

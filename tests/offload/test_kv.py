@@ -3,6 +3,7 @@
 import copy
 import functools
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from offload import offload
 from offload.kv.attention import attend
 from offload.kv.options import METHODS, Method
 from offload.model.sizing import element_bytes_of, kv_sizes
+from offload.runtime import decision
 from scheduler.kv_pages import cut, streamed_bytes
 from scheduler.model_spec import Workload
 from storage.blocks import Tier
@@ -401,3 +403,35 @@ def test_layers_of_other_kinds_stay_what_they_are(name, placement, segments):
             report = session.report()
             assert report.kv["sealed_pages"] > 8
             assert report.exactness == ("rounding" if segments else "identical")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "lfm2", "qwen3_next"])
+def test_the_state_of_other_layers_goes_down_too(name, monkeypatch):
+    """Windows, convolutions and recurrent states are in pages while other layers have their turn: the plain cache's bits."""
+    real = decision.paged_ways
+    shelving = lambda *sizes, **options: [replace(way, shelves=True) for way in real(*sizes, **options)]  # noqa: E731
+    monkeypatch.setattr(decision, "paged_ways", shelving)
+    model = model_of(name, torch.float32) if name in SLIDING else hybrid(name)
+    ids = tokens(2, 21)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    ways = [{"do_sample": False}, {"do_sample": False, "num_beams": 3}]
+    if name in SLIDING:
+        ways += [{"do_sample": False, "prompt_lookup_num_tokens": 2}]
+    with torch.inference_mode():
+        rows = [1 if "prompt_lookup_num_tokens" in way else 2 for way in ways]
+        inputs = [{"input_ids": ids[:count], "attention_mask": mask[:count], "max_new_tokens": 14} for count in rows]
+        expected = [model.generate(**given, **way) for given, way in zip(inputs, ways, strict=True)]
+        with paged(model, BELOW, device="cpu") as session:
+            assert session.plan.kv_shelves
+            for given, way, theirs in zip(inputs, ways, expected, strict=True):
+                assert torch.equal(session.model.generate(**given, **way), theirs)
+            cache = session.kv_cache()
+            session.model(input_ids=ids, past_key_values=cache)
+            away = [layer for layer in cache.layers if "_put_away" in vars(layer)]
+            assert away and session._kv.written_bytes > 0
+            # Whoever looks finds it.
+            found = getattr(away[0], next(iter(vars(away[0])["_put_away"])))
+            assert isinstance(found, (torch.Tensor, dict)) and "_put_away" not in vars(away[0])
+            del cache, away, found
+            assert sum(session._kv.store._bytes.values()) == 0
