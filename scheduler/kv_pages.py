@@ -5,13 +5,13 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from scheduler.hardware import HardwareProfile
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_down, align_up
+from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
 from storage.errors import BudgetTooSmall, gib
 
 _LARGEST_PAGE_BYTES = 2 << 20
 """Larger ones move no faster, and each layer holds one that is being filled."""
 
-_OPEN_SHARE = 4
+_OPEN_SHARE = 3
 """Pages that are being filled take at most this part of the memory, where pages can be small enough."""
 
 _RING_SHARE = 3
@@ -128,7 +128,8 @@ def cut(
     room = kv_bytes - assembled
     page_bytes = least_page
     if page_tokens is None:
-        wanted = align_down(room // (_OPEN_SHARE * shape.layers), BLOCK_ALIGNMENT_BYTES)
+        # A power of two: a disk reads 511 units more slowly than 512.
+        wanted = 1 << max(0, (room // (_OPEN_SHARE * shape.layers)).bit_length() - 1)
         most = align_up(total_tokens * row_bytes, BLOCK_ALIGNMENT_BYTES)
         page_bytes = max(least_page, min(wanted, _LARGEST_PAGE_BYTES, most))
         # What it is coded to takes whole units of the disk too.

@@ -74,14 +74,17 @@ class PagedLayer:
         return [range(stretch.start, stretch.end) for stretch in self.stretches]
 
     def assembled(self) -> Pair:
-        """All of it in one piece: keys [batch, heads, length, key dim] and values, contiguous, in memory of their own."""
+        """All of it in one piece: keys [batch, heads, length, key dim] and values, contiguous.
+
+        Their memory is used again when nobody holds them any more.
+        """
         kind = self.kind
         assert kind is not None
         device = self.store.raw.device.torch_device
         lines = (self.batch_size, kind.heads, self.length)
         whole = Pair(
-            torch.empty((*lines, kind.key_dim), dtype=kind.dtype, device=device),
-            torch.empty((*lines, kind.value_dim), dtype=kind.dtype, device=device),
+            self.store.whole.empty((*lines, kind.key_dim), kind.dtype, device),
+            self.store.whole.empty((*lines, kind.value_dim), kind.dtype, device),
         )
         for reading in self.readings([Choice(stretch) for stretch in self.stretches]):
             stretch = reading.stretch

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from offload.kv.codec import Quantised
+from offload.kv.reused import ReusedMemory
 from offload.kv.shape import PageShape, Pair
 from scheduler.kv_pages import Residency, coming
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, Tier, align_up
@@ -168,6 +169,8 @@ class KvStore:
         """Pages that no code was good enough for."""
         self.sealed = 0
         self.pools = [raw]
+        self.whole = ReusedMemory()
+        """For layers that are put together."""
         self.peak_bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
         self._stream = PageStream(ring_pages)
         self._residency = {raw: Residency(resident_pages)}
@@ -309,6 +312,7 @@ class KvStore:
 
     def close(self) -> None:
         self.is_open = False
+        self.whole.forget()
         self._stream.forget()
         for pool in self.pools:
             pool.close()
