@@ -56,7 +56,7 @@ from scheduler.prediction import predict
 from scheduler.routing import Routing
 from scheduler.trace import Trace
 from storage.arena import HostBuffer
-from storage.block_file import check_folder
+from storage.block_file import make_folder
 from storage.device import Device
 from storage.engines.gds import choose_engine
 from storage.engines.posix import PosixEngine
@@ -132,7 +132,7 @@ class Session:
         self._stack = ExitStack()
         loader = self._look()
         if self._request.kv.prefix_dir is not None:
-            check_folder(self._request.kv.prefix_dir)
+            make_folder(self._request.kv.prefix_dir)
             if loader is None:
                 raise ConfigError("prefix_cache needs a model by its path: what a model in memory was made of is not known")
             self._source_key = loader.key

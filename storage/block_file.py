@@ -47,6 +47,16 @@ def check_folder(folder: str) -> None:
         raise DiskFolderError(f"the disk folder {folder} cannot be written; name another")
 
 
+def make_folder(folder: str) -> None:
+    """Make a folder in one that exists, if it is not there. Raises DiskFolderError as `check_folder` does."""
+    try:
+        os.mkdir(folder)
+    except OSError:
+        # There already, or not to be made: that is told next.
+        pass
+    check_folder(folder)
+
+
 def spill_folder() -> str:
     """Where weights are spilled that nobody named a folder for: the system's temporary folder, if that is on a disk.
 

@@ -43,12 +43,13 @@ def _commands():
 def test_the_commands_of_the_readme_run(line, tmp_path):
     """As written, but for what a test cannot have: a model on the hub, a GPU, gigabytes, a folder of its own."""
     (tmp_path / "questions.jsonl").write_text('"Who was"\n{"prompt": "And the"}\n')
+    (tmp_path / "book.txt").write_text("In the beginning was the word, and the king said unto him, Speak. " * 12)
     line = line.replace("org/model", "demo").replace("--gpu-memory 8GiB --cpu-memory 24GiB", "--device cpu --cpu-memory 24GiB")
     line = line.replace("/tmp/model", shlex.quote(str(tmp_path / "model"))).replace(
         "4GiB", "40MiB" if "synth" in line else "24GiB"
     )
     line = re.sub(r"\boffload (?=generate|synth)", f"{sys.executable} -m offload.cli.main ", line)
-    line = line.replace(" demo ", " demo --max-new-tokens 5 ")
+    line = line.replace(" demo ", " demo --max-new-tokens 5 ").replace("~/", f"{shlex.quote(str(tmp_path))}/")
     run(["bash", "-o", "pipefail", "-c", line], tmp_path)
     if "answers.json" in line:
         assert len(json.loads((tmp_path / "answers.json").read_text())["completions"]) == 2
