@@ -103,7 +103,8 @@ def _improved(task: Task, rule: Choice, allow_cpu: bool) -> Choice:
     if task.host_bytes is None or not rule.plan.streamed:
         return rule
     choices = [rule]
-    layers = _layers_apart(task.model) if allow_cpu else []
+    # A layer that the CPU computes would want its keys and values there.
+    layers = _layers_apart(task.model) if allow_cpu and task.workload.paged is None else []
     for beside in (*_candidates(task, layers), *_divided(rule.plan, layers)) if layers else ():
         try:
             choices.append(evaluate(task, beside))

@@ -3,10 +3,14 @@
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 from scheduler.hardware import HardwareProfile
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
 from storage.errors import BudgetTooSmall, gib
+
+Item = TypeVar("Item")
 
 _LARGEST_PAGE_BYTES = 2 << 20
 """Larger ones move no faster, and each layer holds one that is being filled."""
@@ -233,18 +237,18 @@ class Residency:
         return page
 
 
-def coming(layers: Sequence[Sequence[Hashable]], layer: int, done: int) -> Iterator[Hashable]:
-    """Pages of lower tiers in the order in which they will be read.
+def coming(layers: Sequence[Sequence[Item]], layer: int, done: int) -> Iterator[Item]:
+    """What will be read, in that order.
 
     Args:
-        layers: of each layer, in the order in which layers compute, its pages of lower tiers.
+        layers: of each layer, in the order in which layers compute, what it reads.
         layer: which one is being read.
-        done: how many of its pages were read.
+        done: how much of it was read.
 
     Yields:
         What is left of this layer, then of the next ones, and round to the next token's first layers.
     """
-    yield from layers[layer][done:]
+    yield from islice(layers[layer], done, None)
     for step in range(1, len(layers)):
         yield from layers[(layer + step) % len(layers)]
 

@@ -206,6 +206,11 @@ class Plan:
             raise PlanError("the plan has slots for single experts, and the model's experts are not brought one by one")
         if model.experts is not None and not self.expert_slots:
             raise PlanError("the plan has no slot for experts, which are brought one by one: expert_slots must be at least 1")
+        if self.kv_memory_bytes and (self.micro_batch or self.computed_on_host or model.kv is None):
+            raise PlanError(
+                "the plan keeps keys and values in pages (kv_memory_bytes), and computes layers on the CPU or their batch in "
+                "parts, or the model has no layers that keep all tokens: one of them must go"
+            )
         for window in model.windows:
             streamed = [blocks[key].slot_bytes for key in window if key in self.streamed]
             needed = sum(-(-size // self.slot_bytes) for size in streamed) if self.slot_bytes else len(streamed)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from storage.arena import HostBuffer
 from storage.blocks import Tier
 from storage.device import Device, Event
-from storage.errors import BudgetExceeded, gib
+from storage.errors import BudgetExceeded, OffloadError, ReadError, gib
 from storage.page_file import PageFile
 from storage.page_slots import PageSlots
 from storage.transfer import Link, Transfer
@@ -44,6 +45,8 @@ class Page:
     """The write to disk that is under way."""
     copied: Event | None = None
     """The copy to CPU memory that may be under way."""
+    lost: BaseException | None = None
+    """Why it is nowhere: writing it failed."""
 
 
 class Landing:
@@ -172,7 +175,9 @@ class PagePool:
         page.references -= 1
         if page.references:
             return
-        self._settle(page)
+        with suppress(OffloadError):
+            # What could not be written is not wanted any more.
+            self._settle(page)
         match page.tier:
             case Tier.DEVICE:
                 # Compute that reads it may be under way.
@@ -211,6 +216,8 @@ class PagePool:
             BudgetExceeded: if every slot is in use.
         """
         self._settle(page)
+        if page.lost is not None:
+            raise ReadError(f"a page of the KV cache could not be written before ({page.lost}), and is lost") from page.lost
         landing = Landing(self, page, self._slot())
         page.pins += 1
         after = self.slots.after(landing._slot)
@@ -265,7 +272,11 @@ class PagePool:
         if page.leaving is not None:
             leaving, page.leaving = page.leaving, None
             self._leaving.remove(page)
-            self.wait_for(leaving)
+            try:
+                self.wait_for(leaving)
+            except BaseException as error:
+                page.lost = error
+                raise
 
     def _write(self, page: Page, slot: int, place: int, source: torch.Tensor) -> None:
         file = self.file

@@ -13,6 +13,7 @@ from offload.config import EXACTNESS
 from offload.planning import Asked, Planned, Planner
 from offload.runtime.expert_part import AUTO, POLICIES
 from scheduler.hardware import HardwareProfile
+from scheduler.plan import Plan
 from storage.errors import duration, gib
 
 SUMMARY = "Plan a run without loading the model: what lives where, how fast, what holds it back, what would help."
@@ -77,6 +78,8 @@ def _print(planned: Planned, asked: Asked) -> None:
     print_table(_memory(planned))
     shares = ", ".join(f"{cause} {share:.0%}" for cause, share in prediction.decode_shares.items() if share >= 0.005)
     print(f"a token: {shares}; {gib(plan.streamed_bytes)} streamed, {plan.slot_count} slots of {gib(plan.slot_bytes)}\n")
+    if plan.kv_memory_bytes:
+        _print_pages(plan)
     if planned.by_hit_rate:
         _print_hit_rates(planned)
     changes = Table(box=None, pad_edge=False, header_style="bold")
@@ -87,6 +90,12 @@ def _print(planned: Planned, asked: Asked) -> None:
     print_table(changes)
     for note in planned.notes:
         print(f"note: {note}")
+
+
+def _print_pages(plan: Plan) -> None:
+    beside = f", {gib(plan.kv_host_bytes)} in CPU memory" if plan.kv_host_bytes else ""
+    read = "read piece by piece" if plan.kv_segments else "a layer put together at a time"
+    print(f"KV cache: {gib(plan.kv_memory_bytes)} on the device{beside}, the rest on disk; {read}\n")
 
 
 def _print_hit_rates(planned: Planned) -> None:

@@ -8,7 +8,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, StaticLayer
 
 from offload.kv.handle import PagedTensor
-from offload.kv.layer import PagedLayer
+from offload.kv.layer import Order, PagedLayer
 from offload.kv.policy import LayerPolicy
 from offload.kv.shelf import Shelf
 from offload.kv.store import KvStore
@@ -59,7 +59,7 @@ class PagedCacheLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         paged, first = self.paged, self.paged.length == 0
-        with paged.store.guarded(), torch.no_grad():
+        with paged.order.guarded(), torch.no_grad():
             paged.append(key_states, value_states)
             if first:
                 # All there is to attend to is at hand.
@@ -106,7 +106,7 @@ class PagedCacheLayer(DynamicLayer):
             self.paged.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCacheLayer":
-        order = memo.setdefault(id(self.paged.order), [])
+        order = memo.setdefault(id(self.paged.order), Order())
         made = PagedCacheLayer(self.paged.copied(order), self.in_segments)
         made.dtype, made.device, made.is_initialized = self.dtype, self.device, self.is_initialized
         return made
@@ -143,7 +143,7 @@ class PagedLayers:
             return False
         if any(isinstance(layer, PagedCacheLayer) for layer in cache.layers):
             return True
-        order: list[PagedLayer] = []
+        order = Order()
         for layer in cache.layers if self._shelf is not None else ():
             if type(layer) is not DynamicLayer and not isinstance(layer, (StaticLayer, DummyLayer)):
                 self._shelf.keep(layer)
@@ -155,5 +155,5 @@ class PagedLayers:
             return True
         return bool(order)
 
-    def _layer(self, order: list[PagedLayer]) -> PagedCacheLayer:
+    def _layer(self, order: Order) -> PagedCacheLayer:
         return PagedCacheLayer(PagedLayer(self._store, self._policy(), order), self._in_segments)

@@ -1,6 +1,7 @@
 """One layer's keys and values, as a list of stretches of pages."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -12,16 +13,37 @@ from storage.errors import ConfigError
 from storage.page_pool import Page
 
 
+class Order(list["PagedLayer"]):
+    """The layers of one cache, in the order in which they compute.
+
+    Attributes:
+        broken: what failed in the middle of a pass; the layers do not hold the same tokens since.
+    """
+
+    broken: BaseException | None = None
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What fails leaves a cache that is wrong: it is not used any more."""
+        if self.broken is not None:
+            raise ConfigError(f"this KV cache broke off before ({self.broken}): begin again with a new one")
+        try:
+            yield
+        except BaseException as error:
+            self.broken = error
+            raise
+
+
 class PagedLayer:
     """Keys and values of one layer of one cache.
 
     Args:
         store: where the pages are.
         policy: which of them are kept, and read.
-        order: all layers of the cache, in the order in which they compute; this one comes after them.
+        order: the layers of the cache so far; this one comes after them.
     """
 
-    def __init__(self, store: KvStore, policy: LayerPolicy, order: "list[PagedLayer]") -> None:
+    def __init__(self, store: KvStore, policy: LayerPolicy, order: Order) -> None:
         self.store = store
         self.policy = policy
         self.length = 0
@@ -198,7 +220,7 @@ class PagedLayer:
         self.kind = None
         self.policy.truncated(self.stretches)
 
-    def copied(self, order: "list[PagedLayer]") -> "PagedLayer":
+    def copied(self, order: Order) -> "PagedLayer":
         """Another layer with the same tokens: full pages are shared."""
         self.close()
         other = PagedLayer(self.store, self.policy.copied(), order)

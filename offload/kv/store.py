@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -164,7 +163,6 @@ class KvStore:
         self.beside = beside
         self.tell = tell
         self.is_open = True
-        self.broken: BaseException | None = None
         self.kept_raw = 0
         """Pages that no code was good enough for."""
         self.sealed = 0
@@ -179,17 +177,6 @@ class KvStore:
         self._bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
         self._filling: dict[Filler, None] = {}
         """Layers that fill a page, by when they began it."""
-
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """What fails in the middle leaves caches that are wrong: they are not used any more."""
-        if self.broken is not None:
-            raise ConfigError(f"a KV cache of this session broke off before: {self.broken}. Begin again with a new session")
-        try:
-            yield
-        except BaseException as error:
-            self.broken = error
-            raise
 
     def page_shape(self, like: PageShape) -> PageShape:
         """As many tokens like these as a page takes."""
@@ -257,9 +244,8 @@ class KvStore:
 
     def coming(self, layers: Sequence[Sequence[Stretch]], layer: int, done: int) -> Iterator[Page]:
         """The pages that will be read next, of lower tiers."""
-        pages = [[stretch.page for stretch in stretches if self.comes(stretch)] for stretches in layers]
-        read = sum(self.comes(stretch) for stretch in layers[layer][:done])
-        return coming(pages, layer, read)
+        # Only as far as somebody asks: there may be thousands.
+        return (stretch.page for stretch in coming(layers, layer, done) if self.comes(stretch))
 
     def decode(self, memory: torch.Tensor, shape: PageShape) -> Pair:
         assert self._codec is not None

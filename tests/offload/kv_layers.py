@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from offload.kv.codec import Quantised
-from offload.kv.layer import PagedLayer
+from offload.kv.layer import Order, PagedLayer
 from offload.kv.policy import KeepAll, LayerPolicy
 from offload.kv.store import KvStore
 from storage.cpu import CpuDevice
@@ -51,6 +51,6 @@ def layer_of(
 ) -> Iterator[PagedLayer]:
     """Args: keys, values: [batch, heads, tokens, dim]."""
     with store_of(page_tokens=page_tokens, codec=codec) as store:
-        layer = PagedLayer(store, policy(), [])
+        layer = PagedLayer(store, policy(), Order())
         layer.append(keys, values)
         yield layer

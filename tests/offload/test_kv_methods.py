@@ -12,12 +12,13 @@ from offload import BudgetTooSmall, ConfigError, DiskFull, offload
 from offload.kv.attention import attend
 from offload.kv.budget import KvBudget
 from offload.kv.codec import Quantised
-from offload.kv.layer import PagedLayer
+from offload.kv.layer import Order, PagedLayer
 from offload.kv.options import METHODS, Method
 from offload.kv.policy import KeepAll
 from offload.kv.retrieve import Retrieve
 from offload.kv.window import SINK_TOKENS, Window
-from storage.errors import OffloadError
+from storage.errors import OffloadError, ReadError
+from storage.page_file import PageFile
 from tests.architectures import VOCAB, make, tokens
 from tests.offload.kv_layers import layer_of, store_of
 
@@ -81,7 +82,7 @@ def test_what_no_code_is_good_enough_for_is_kept():
 def test_coded_pages_are_coded_once_and_pass_through_the_disk():
     keys, values = pair_of(length=80)
     with store_of(device_pages=6, resident_pages=1, page_tokens=8, codec=Quantised(4)) as store:
-        layer = PagedLayer(store, KeepAll(), [])
+        layer = PagedLayer(store, KeepAll(), Order())
         layer.append(keys, values)
         first = layer.assembled()
         coded = store.pools[1]
@@ -136,7 +137,7 @@ def test_retrieval_finds_the_token_that_is_asked_for():
         rows = torch.tensor([2, 0, 1])
         layer.select(rows)
         torch.testing.assert_close(attend(layer, query[rows], None, 1.0), exact[rows], rtol=1e-2, atol=1e-2)
-        twin = layer.copied([])
+        twin = layer.copied(Order())
         torch.testing.assert_close(attend(twin, query[rows], None, 1.0), exact[rows], rtol=1e-2, atol=1e-2)
 
 
@@ -247,9 +248,35 @@ def test_a_full_disk_while_pages_go_down(monkeypatch):
                 session.model(input_ids=ids, past_key_values=cache)
             with pytest.raises(ConfigError, match="broke off"):
                 session.model(input_ids=ids[:, :1], past_key_values=cache)
+        with torch.inference_mode():
+            assert session.model(input_ids=ids, past_key_values=session.kv_cache()).logits.isfinite().all()
     again = offload(model, device="cpu", cpu_memory=PLENTY, batch_size=2, max_tokens=101, kv_memory=24576)
     with again as session, torch.inference_mode():
         assert session.model(input_ids=ids, past_key_values=session.kv_cache()).logits.isfinite().all()
+
+
+def test_a_write_that_fails_behind_is_never_read_back(monkeypatch):
+    """Whenever the disk fails, the call raises: either where the failure is found, or where the page is wanted."""
+    model, ids = make("llama"), tokens(2, 90)
+    real = PageFile.write
+    for failing in (0, 3, 11):
+        written = []
+
+        def write(self, place, memory, failing=failing, written=written):
+            written.append(place)
+            if len(written) - 1 == failing:
+                raise DiskFull("the disk is full; free some space")
+            real(self, place, memory)
+
+        monkeypatch.setattr(PageFile, "write", write)
+        session = offload(model, device="cpu", cpu_memory=PLENTY, batch_size=2, max_tokens=101, kv_memory=24576)
+        with session, torch.inference_mode():
+            cache = session.kv_cache()
+            with pytest.raises((DiskFull, ReadError, ConfigError), match=r"full|lost"):
+                session.model(input_ids=ids, past_key_values=cache)
+                for _ in range(8):
+                    session.model(input_ids=ids[:, :1], past_key_values=cache)
+            del cache
 
 
 def test_a_batch_that_a_page_is_too_small_for():
