@@ -7,3 +7,4 @@ export PYTHONPATH=.
 nvidia-smi > "$OUT/machine.txt"
 python -m pytest tests/gpu -m gpu -q 2>&1 | tee "$OUT/tests.txt"
 python -m benchmarks.gpu --size 8GB --rounds 5 --out "$OUT/gpu.json"
+python -m benchmarks.kv_gpu --output "$OUT/kv-gpu.json"

@@ -202,7 +202,7 @@ class Session:
             experts=None if self._experts is None else ExpertUse.of(self._experts, self.plan),
         )
 
-    def kv_cache(self, prefix: Sequence[int] = (), batch_size: int = 1) -> Any:
+    def kv_cache(self, prefix: Sequence[int] | torch.Tensor = (), batch_size: int = 1) -> Any:
         """A new cache for `model.generate(past_key_values=...)`, or for calls of the model: kept as the session was asked to.
 
         Where all keys and values stay on the device it is transformers' own.
@@ -217,6 +217,10 @@ class Session:
         """
         if not self._inside:
             raise SessionError("a KV cache lives in a session: enter it first, `with offload(...) as session:`")
+        if isinstance(prefix, str) or (isinstance(prefix, torch.Tensor) and prefix.dim() > 1 and len(prefix) != 1):
+            raise ConfigError("prefix= is the token ids of one beginning, such as tokenizer(text)['input_ids']")
+        if isinstance(prefix, torch.Tensor):
+            prefix = prefix.flatten().tolist()
         cache = new_cache(self.model) if self._kv is None else self._kv.new_cache(self.model)
         return self._beginnings.fill(cache, prefix, batch_size) if len(prefix) else cache
 
@@ -580,7 +584,16 @@ class Session:
         self._windows = self._windows_of(self._structure.units)
         stack.callback(lambda: self._windows.undo())
         self._beginnings = Beginnings(
-            self.model, self._device, self._root, self._request.kv, self.plan, self._source_key, self._worth_loading, self._tell
+            self.model,
+            self._device,
+            self._root,
+            self._request.kv,
+            self.plan,
+            self._source_key,
+            self._worth_loading,
+            self._tell,
+            self._link,
+            self._written,
         )
 
     def _worth_loading(self, nbytes: int) -> bool:

@@ -24,6 +24,8 @@ _RING_SHARE = 3
 _RING_BYTES = 32 << 20
 """And no more than keeps a link busy while a layer computes, which is milliseconds."""
 
+_SPARE_BYTES = 64 << 10
+
 _ROOM_TO_STAY = 1.5
 """Of what all takes, so that all stays: pages that are being filled are half empty."""
 
@@ -118,18 +120,19 @@ def cut(
     """
     row_bytes = batch_size * shape.token_bytes
     assembled = 0 if segments else total_tokens * row_bytes
-    assembled += int(index_share * shape.layers * total_tokens * row_bytes)
+    index = int(index_share * shape.layers * total_tokens * row_bytes)
     least_page = align_up((page_tokens or 1) * row_bytes, BLOCK_ALIGNMENT_BYTES)
-    least = assembled + (shape.layers + _LEAST_RING) * least_page
+    least = assembled + index + (shape.layers + _LEAST_RING) * least_page
     if kv_bytes < least:
-        whole = f"{gib(assembled)} for what attention needs in one piece, and " if assembled else ""
+        whole = f"{gib(assembled)} for a layer in one piece, " if assembled else ""
+        chosen = f"{gib(index)} to choose pages by, for {batch_size} x {total_tokens} tokens, " if index else ""
         raise BudgetTooSmall(
-            f"{gib(kv_bytes)} are for the KV cache, and it takes at least {gib(least)} ({least} bytes): {whole}"
-            f"{shape.layers + _LEAST_RING} pages of {gib(least_page)} for {batch_size} sequences. Give it more "
-            "(--kv-memory, kv_memory=)",
+            f"{gib(kv_bytes)} are for the KV cache, and it takes at least {gib(least)} ({least} bytes): {whole}{chosen}a page "
+            f"of {gib(least_page)} for each of {shape.layers} layers, and {_LEAST_RING} that come and go. Give it more "
+            "(--kv-memory, kv_memory=), or reserve for less (max_tokens, batch_size)",
             least,
         )
-    room = kv_bytes - assembled
+    room = kv_bytes - assembled - index
     page_bytes = least_page
     if page_tokens is None:
         # A power of two: a disk reads 511 units more slowly than 512.
@@ -147,7 +150,7 @@ def cut(
     if shape.layers * layer_pages + _LEAST_RING <= free:
         # Everything stays.
         ring = _LEAST_RING
-    return KvPages(page_bytes, count, ring, assembled)
+    return KvPages(page_bytes, count, ring, assembled + index)
 
 
 def paged_ways(
@@ -157,7 +160,7 @@ def paged_ways(
     memory_bytes: int | None,
     segments: Sequence[bool],
     stored_percent: int = 100,
-    seen_share: float = 1.0,
+    kept_share: float = 1.0,
     page_tokens: int | None = None,
     index_share: float = 0.0,
     anyway: bool = False,
@@ -167,7 +170,7 @@ def paged_ways(
     Args:
         memory_bytes: that was asked for; None: try a half of what all takes, a quarter, and so on.
         segments: which ways to read them there are.
-        seen_share: of the tokens, those that are on the device by a policy.
+        kept_share: of the tokens of all sequences, those that are kept: what sequences share is kept once.
         page_tokens: of each sequence in one page; None for what suits the memory.
         index_share: of all bytes, what a policy keeps on the device to choose by.
         anyway: where a share of so few tokens is less than pages take, what they take.
@@ -176,7 +179,14 @@ def paged_ways(
         BudgetTooSmall: if what was asked for is too little either way.
     """
     whole = _ROOM_TO_STAY * batch_size * total_tokens * shape.all_token_bytes
-    most = int(whole * (seen_share * stored_percent / 100 + index_share)) + int(whole) // total_tokens
+    most = int(whole * (kept_share * stored_percent / 100 + index_share)) + int(whole) // total_tokens
+    if anyway:
+        # So that everything stays where pages, which are whole units of the disk, are large beside what they hold.
+        most += _SPARE_BYTES * shape.layers
+        if page_tokens is not None:
+            page_bytes = align_up(page_tokens * batch_size * shape.token_bytes, BLOCK_ALIGNMENT_BYTES)
+            pages = shape.layers * (-(-total_tokens // page_tokens) + 1) + _LEAST_RING
+            most = max(most, pages * page_bytes + int(index_share * whole))
     found, refusals = [], []
     for one in segments:
         tried = [memory_bytes] if memory_bytes is not None else [most >> step for step in range(most.bit_length())]

@@ -51,12 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="budget of CPU memory, like 24GiB; the only one on a CPU (default: what is free, less a margin)",
     )
-    add("--disk", metavar="DIR", help="keeps weights that must be converted (default: converted each time, in $TMPDIR)")
+    add(
+        "--disk",
+        metavar="DIR",
+        help="keeps weights that must be converted, and the KV cache's pages while it runs (default: $TMPDIR, nothing kept)",
+    )
     add("--adapter", metavar="DIR", help="a PEFT adapter for the model, from `offload finetune`")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
     add("--revision", metavar="REV", help="branch, tag or commit, of a hub id")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
-    add("--exactness", default="identical", choices=EXACTNESS, help="rounding allows layers on the CPU (default: identical)")
+    add(
+        "--exactness",
+        default="identical",
+        choices=EXACTNESS,
+        help="rounding allows other orders of computing (default: identical)",
+    )
     add(
         "--expert-policy",
         default=AUTO,
@@ -77,7 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--expert-trace", metavar="FILE.csv", help="write which experts each token chose, for `offload experts replay`")
     add_kv_arguments(add)
-    add("--prefix-cache", metavar="DIR", help="keep beginnings of prompts there, for other runs with the same model")
+    add(
+        "--prefix-cache",
+        metavar="DIR",
+        help="keep beginnings of prompts there for other runs; level rounding (made if need be)",
+    )
     add("--plan", metavar="FILE.json", help="what lives where, from `offload plan --output` (default: planned here)")
     add("--report", metavar="FILE", help="write the report there: .html for a page, else JSON that `offload report` reads")
     add("--trace", metavar="FILE.json", help="write what happened when, for ui.perfetto.dev")

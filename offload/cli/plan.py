@@ -30,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cpu-memory", metavar="SIZE", help="budget of CPU memory, like 24GiB; on a CPU the only one (default: what is free)")
     add("--disk", metavar="DIR", help="a folder on the disk that the weights are read from (default: $TMPDIR)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
-    add("--exactness", default="identical", choices=EXACTNESS, help="rounding allows layers on the CPU (default: identical)")
+    add(
+        "--exactness",
+        default="identical",
+        choices=EXACTNESS,
+        help="rounding allows other orders of computing (default: identical)",
+    )
     add("--expert-policy", default=AUTO, choices=POLICIES, help="as for generate; `layers` streams whole layers")
     add_kv_arguments(add)
     add("--hardware", metavar="FILE.json", help="plan for the machine that this profile describes (default: this one)")

@@ -119,11 +119,10 @@ def _joined(segments: list[Segment]) -> Segment:
     masks = [segment[1] for segment in segments]
     allowed = None
     if any(mask is not None for mask in masks):
-        shape = torch.broadcast_shapes(*(mask.shape[:3] for mask in masks if mask is not None))
+        known = [mask for mask in masks if mask is not None]
+        shape = torch.broadcast_shapes(*(mask.shape[:3] for mask in known))
         filled = [
-            keys.new_ones((*shape, pair.keys.shape[2]), dtype=torch.bool)
-            if mask is None
-            else mask.expand(*shape, pair.keys.shape[2])
+            known[0].new_ones((*shape, pair.keys.shape[2])) if mask is None else mask.expand(*shape, pair.keys.shape[2])
             for mask, pair in zip(masks, pairs, strict=True)
         ]
         allowed = torch.cat(filled, dim=3)

@@ -33,11 +33,14 @@ class KvBudget:
                     return cls(share=number)
             elif number >= 1:
                 return cls(tokens=int(number))
-        raise ConfigError(f"kv_budget={text!r} is neither a share of the context, like 0.25 or 25%, nor a number of tokens")
+        raise ConfigError(
+            f"kv_budget={text!r} is neither a share of the context (like 0.25 or 25%, more than 0 and at most 100%) nor a "
+            "number of tokens (like 2048)"
+        )
 
     def of(self, length: int) -> int:
         """Tokens that are seen of so many."""
         return max(1, int(self.share * length)) if self.share else min(self.tokens, length)
 
     def __str__(self) -> str:
-        return f"{self.share:.0%} of the context" if self.share else f"{self.tokens} tokens"
+        return f"{100 * self.share:g}% of the context" if self.share else f"{self.tokens} tokens"

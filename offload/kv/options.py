@@ -70,8 +70,8 @@ class KvOptions:
             raise ConfigError(f"kv_policy={self.policy!r} is not known; give one of {', '.join(METHODS)}")
         if self.budget is not None and not self.method.takes_budget:
             raise ConfigError(
-                f"kv_budget={self.budget} was given, and kv_policy={self.policy!r} keeps and reads everything; it is for "
-                f"{' and '.join(name for name, method in METHODS.items() if method.takes_budget)}"
+                f"kv_budget={self.budget} was given, and kv_policy={self.policy!r} reads everything: leave the budget out, or "
+                f"give kv_policy={' or '.join(repr(name) for name, method in METHODS.items() if method.takes_budget)}"
             )
 
     @property
@@ -121,11 +121,6 @@ class KvOptions:
         """Of what a token takes in the model's dtype, what it takes in a full page."""
         codec = self.method.codec
         return 100 if codec is None else codec.percent(element_bytes)
-
-    @property
-    def seen_share(self) -> float:
-        """Of the tokens, those that are kept on the device where nothing else is said."""
-        return self._budget.share or 0.25 if self.method.takes_budget else 1.0
 
 
 PLAIN = KvOptions()

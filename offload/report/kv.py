@@ -14,7 +14,7 @@ def kv_sentences(kv: Mapping[str, Any]) -> list[str]:
         peaks = {"the device": "peak_gpu_bytes", "CPU memory": "peak_cpu_bytes", "disk": "peak_nvme_bytes"}
         where = ", ".join(f"{gib(kv[key])} on {name}" for name, key in peaks.items() if kv[key])
         said.append(
-            f"KV cache: {kv['policy']}{seen}; {gib(kv['memory_bytes'])} of the device for it, in pages of "
+            f"KV cache in pages, policy {kv['policy']}{seen}; {gib(kv['memory_bytes'])} of the device for it, in pages of "
             f"{gib(kv['page_bytes'])}; at most {where or 'nothing'}; {gib(kv['written_bytes'])} went down, "
             f"{gib(kv['brought_bytes'])} were brought"
         )
@@ -24,5 +24,5 @@ def kv_sentences(kv: Mapping[str, Any]) -> list[str]:
             )
     loaded, computed = kv.get("prefix_loaded_tokens", 0), kv.get("prefix_computed_tokens", 0)
     if loaded or computed:
-        said.append(f"beginnings of prompts: {loaded:,} tokens loaded, {computed:,} computed, block by block")
+        said.append(f"beginnings of prompts: {loaded:,} tokens loaded, {computed:,} computed once, for all that begin so")
     return said

@@ -1,6 +1,7 @@
 """The beginning of a prompt: computed or loaded once, and continued by as many sequences as begin so."""
 
 import inspect
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,9 @@ from offload.runtime.passes import ModelPass
 from scheduler.plan import Plan
 from storage.device import Device
 from storage.errors import ConfigError
+from storage.transfer import Link
+
+_NAME = "beginning of a prompt"
 
 
 class Beginnings:
@@ -25,6 +29,7 @@ class Beginnings:
         source_key: stands for the checkpoint; None for a model that no file is known of.
         worth: whether loading so many bytes is expected to be faster than computing a block.
         tell: told a sentence of what is otherwise than one would expect.
+        reads, writes: what the disk moved is counted there.
     """
 
     def __init__(
@@ -37,7 +42,10 @@ class Beginnings:
         source_key: str | None,
         worth: Callable[[int], bool],
         tell: Callable[[str], None],
+        reads: Link,
+        writes: Link,
     ) -> None:
+        self._reads, self._writes = reads, writes
         self.loaded_tokens = 0
         self.computed_tokens = 0
         self._model = model
@@ -93,6 +101,7 @@ class Beginnings:
                 self._by_blocks(cache, tokens, store)
             elif self._options.prefix_dir is None:
                 self._compute(cache, tokens, 1)
+                self.computed_tokens += len(tokens)
             if batch_size > 1 and cache.get_seq_length():
                 cache.batch_repeat_interleave(batch_size)
         return cache
@@ -102,15 +111,19 @@ class Beginnings:
         for index, key in enumerate(keys):
             start, end = index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS
             nbytes = store.nbytes(key)
+            begun = time.perf_counter()
             parts = store.load(key) if nbytes is not None and self._worth(nbytes) else None
             if parts is not None:
+                self._reads.count(_NAME, begun, time.perf_counter(), nbytes or 0)
                 add_block(cache, parts, self._device.torch_device)
                 self.loaded_tokens += BLOCK_TOKENS
                 continue
             self._compute(cache, tokens[start:end], len(keys) - index)
             self.computed_tokens += BLOCK_TOKENS
             if store.nbytes(key) is None:
+                begun = time.perf_counter()
                 store.save(key, block_of(cache, start, end))
+                self._writes.count(_NAME, begun, time.perf_counter(), store.nbytes(key) or 0)
 
     def _compute(self, cache: Any, tokens: Sequence[int], passes_left: int) -> None:
         """One pass. Args: passes_left: of the same prompt, this one included, before the one that ends it."""

@@ -14,7 +14,7 @@ from offload.model.blocks import Structure, Unit, can_split, find_structure
 from offload.model.experts import ExpertsUnit, find_experts, undecorated_experts
 from offload.model.parts import parts_of
 from offload.model.sizing import element_bytes_of, generates, kv_sizes, model_spec
-from scheduler.kv_pages import KvShape, PagedKv, paged_ways
+from scheduler.kv_pages import KvShape, PagedKv, cut, paged_ways
 from scheduler.model_spec import ModelSpec, Temporaries, Workload
 from scheduler.plan import Plan
 from scheduler.planner import make_plan
@@ -89,7 +89,9 @@ def decide(
             return whole
     found = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates, units)
     if isinstance(found, Decision):
-        return replace(found, fallbacks=(*found.fallbacks, *_other_experts(model, found, experts)))
+        pieces = _in_pieces(found, workload, kv) if exactness != ROUNDING else []
+        told = (*found.fallbacks, *pieces, *_other_experts(model, found, experts))
+        return replace(found, fallbacks=told, paged=_smaller(paged, found.plan) if asked else ())
     if isinstance(whole, Decision):
         # Of a model so small that single experts, read in whole units, take more than a layer.
         said = "single experts would take more than the budget has room for: whole layers are streamed"
@@ -109,13 +111,32 @@ def decide(
         apart = _fitting(model, budgets, ways, slot_bytes, temporaries, candidates, units) if ways else []
         if isinstance(apart, Decision):
             told = (*_forced(apart.plan), *_other_experts(model, apart, experts))
-            smaller = [
-                way.paged for way in ways if way.paged is not None and way.paged.memory_bytes < apart.plan.kv_memory_bytes
-            ]
-            return replace(apart, fallbacks=(*apart.fallbacks, *told), paged=tuple(smaller))
+            others = [way.paged for way in ways if way.paged is not None]
+            return replace(apart, fallbacks=(*apart.fallbacks, *told), paged=_smaller(others, apart.plan))
         found += apart
     # Taken apart further, a model may need more: what lies beside the parts stays on the device.
     raise min(found, key=lambda refusal: refusal.least_bytes)
+
+
+def _smaller(ways: Sequence[PagedKv], plan: Plan) -> tuple[PagedKv, ...]:
+    """Those that are read as in the plan, and leave more memory to weights."""
+    return tuple(way for way in ways if way.segments == bool(plan.kv_segments) and way.memory_bytes < plan.kv_memory_bytes)
+
+
+def _in_pieces(decision: Decision, workload: Workload, kv: KvOptions) -> list[str]:
+    """That the memory that was asked for is too little for a layer in one piece, and what would do."""
+    shape = decision.spec.kv
+    if not decision.plan.kv_segments or kv.is_lossy or shape is None:
+        return []
+    try:
+        cut(shape, workload.batch_size, workload.total_tokens, decision.plan.kv_memory_bytes, False)
+    except BudgetTooSmall as error:
+        return [
+            f"{gib(decision.plan.kv_memory_bytes)} for the KV cache have no room for a layer in one piece: attention reads it "
+            f"piece by piece, exactness is rounding; from kv_memory={error.least_bytes} ({gib(error.least_bytes)}) on it is "
+            "identical"
+        ]
+    return []
 
 
 def _forced(plan: Plan) -> list[str]:
@@ -169,7 +190,7 @@ def _paged(model: nn.Module, workload: Workload, kv: KvOptions, exactness: str) 
         segments.reverse()
     percent = kv.stored_percent(element_bytes)
     sizes = workload.batch_size, workload.total_tokens
-    share = kv.seen_share
+    share = 1.0
     if shares:
         share *= 1 - (1 - 1 / sizes[0]) * min(kv.shared_tokens, sizes[1]) / sizes[1]
         # Each layer fills two pages more: the beginning's last one, and the first one after it.

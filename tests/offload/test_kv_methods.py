@@ -145,10 +145,8 @@ def test_retrieval_moves_what_it_sees_and_no_more():
     torch.manual_seed(0)
     small = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 16, "num_attention_heads": 4}
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**small, num_hidden_layers=2, max_position_embeddings=2048)).eval()
-    with (
-        offload(model, device="cpu", cpu_memory=PLENTY, max_tokens=1100, kv_policy="retrieve", kv_budget=0.1) as session,
-        torch.inference_mode(),
-    ):
+    options = {"kv_memory": 400_000, "kv_policy": "retrieve", "kv_budget": 0.1}
+    with offload(model, device="cpu", cpu_memory=PLENTY, max_tokens=1100, **options) as session, torch.inference_mode():
         part = session._kv
         cache = session.kv_cache()
         session.model(input_ids=tokens(1, 1024), past_key_values=cache)
@@ -228,6 +226,37 @@ def test_the_least_memory_that_the_refusal_names_works():
         assert session.plan.kv_memory_bytes == refused.value.least_bytes
     with pytest.raises(BudgetTooSmall), offload(make("llama"), kv_memory=refused.value.least_bytes - 1, **options):
         pass
+
+
+def test_too_little_for_one_piece_is_told_with_what_would_do():
+    options = {"device": "cpu", "cpu_memory": PLENTY, "max_tokens": 100}
+    with offload(make("llama"), kv_memory=26000, **options) as session:
+        (said,) = (sentence for sentence in session.report().fallbacks if "piece by piece" in sentence)
+        assert session.report().exactness == "rounding"
+    least = int(said.split("kv_memory=")[1].split()[0])
+    with offload(make("llama"), kv_memory=least, **options) as session:
+        assert session.report().exactness == "identical" and not session.report().fallbacks
+    with offload(make("llama"), kv_memory=least - 1, **options) as session:
+        assert session.report().exactness == "rounding"
+
+
+@pytest.mark.parametrize("policy", ["int8", "int4", "window", "retrieve"])
+def test_lossy_methods_stay_on_the_device_where_they_fit(policy):
+    options = {"device": "cpu", "cpu_memory": PLENTY, "batch_size": 2, "max_tokens": 110, "kv_policy": policy}
+    with offload(make("llama"), **options) as session, torch.inference_mode():
+        cache = session.kv_cache()
+        session.model(input_ids=tokens(2, 90), past_key_values=cache)
+        for _ in range(15):
+            session.model(input_ids=tokens(2, 1), past_key_values=cache)
+        assert session.report().kv["peak_nvme_bytes"] == 0
+
+
+def test_a_beginning_of_text_or_of_several_rows_is_refused():
+    with offload(make("llama"), device="cpu", cpu_memory=PLENTY, max_tokens=100) as session:
+        assert session.kv_cache(tokens(1, 5)).get_seq_length() == 5
+        for wrong in ("Once upon", tokens(2, 5)):
+            with pytest.raises(ConfigError, match="token ids of one beginning"):
+                session.kv_cache(wrong)
 
 
 def test_a_full_disk_while_pages_go_down(monkeypatch):
