@@ -13,7 +13,8 @@ def add_kv_arguments(add: Callable[..., Any]) -> None:
     add(
         "--kv-memory",
         metavar="SIZE",
-        help="device memory for keys and values, like 2GiB; the rest goes to CPU memory beside a GPU, and to disk (default: as planned)",
+        help="device memory for keys and values, like 2GiB; the rest goes down a tier, beside a GPU to CPU memory first "
+        "(default: as planned)",
     )
     add(
         "--kv-policy",

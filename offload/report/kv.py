@@ -14,8 +14,8 @@ def kv_sentences(kv: Mapping[str, Any]) -> list[str]:
         peaks = {"the device": "peak_gpu_bytes", "CPU memory": "peak_cpu_bytes", "disk": "peak_nvme_bytes"}
         where = ", ".join(f"{gib(kv[key])} on {name}" for name, key in peaks.items() if kv[key])
         said.append(
-            f"KV cache in pages, policy {kv['policy']}{seen}; {gib(kv['memory_bytes'])} of the device for it, in pages of "
-            f"{gib(kv['page_bytes'])}; at most {where or 'nothing'}; {gib(kv['written_bytes'])} went down, "
+            f"KV cache in pages, policy {kv['policy']}{seen}; {gib(kv['memory_bytes'])} of the device for it, "
+            f"{gib(kv['page_bytes'])} a page; at most {where or 'nothing'}; {gib(kv['written_bytes'])} went down, "
             f"{gib(kv['brought_bytes'])} were brought"
         )
         if kv["kept_raw_pages"]:
