@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from offload.kv.handle import PagedTensor
 from offload.kv.layer import Order, PagedLayer
@@ -72,6 +72,8 @@ class PagedCacheLayer(DynamicLayer):
         return self.paged.length
 
     def crop(self, tokens_to_remove: int) -> None:
+        # Some versions give a tensor.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError("give the number of tokens to take away as a negative number")
         if tokens_to_remove:
@@ -145,7 +147,7 @@ class PagedLayers:
             return True
         order = Order()
         for layer in cache.layers if self._shelf is not None else ():
-            if type(layer) is not DynamicLayer and not isinstance(layer, (StaticLayer, DummyLayer)):
+            if type(layer) is not DynamicLayer and not isinstance(layer, StaticLayer):
                 self._shelf.keep(layer)
         for index, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer and not layer.is_initialized:
