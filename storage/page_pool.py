@@ -22,7 +22,7 @@ from storage.page_file import PageFile
 from storage.page_slots import PageSlots
 from storage.transfer import Link, Transfer
 
-_STAGING_PAGES = 4
+STAGING_PAGES = 4
 """Between disk and a device with memory of its own: as many as the disk has threads."""
 
 
@@ -108,7 +108,7 @@ class PagePool:
         self.device = device
         self.page_bytes = page_bytes
         self.slots = PageSlots(device.allocate, page_bytes, device_pages)
-        staging = 0 if device.host_memory else _STAGING_PAGES
+        staging = 0 if device.host_memory else STAGING_PAGES
         self.host = PageSlots(self._locked_memory, page_bytes, host_pages)
         self._staging = PageSlots(self._locked_memory, page_bytes, staging)
         self.unlocked_bytes = 0
@@ -125,11 +125,6 @@ class PagePool:
         self._slots_leaving = 0
         """Slots that will be free when these are over."""
         self._counting = threading.Lock()
-
-    @property
-    def host_bytes(self) -> int:
-        """CPU memory that is held beside the device's."""
-        return self.host.held_bytes + self._staging.held_bytes
 
     @property
     def disk_bytes(self) -> int:

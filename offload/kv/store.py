@@ -232,10 +232,6 @@ class KvStore:
     def ahead(self, pages: Iterator[Page]) -> None:
         self._stream.ahead(pages)
 
-    def forget_ahead(self) -> None:
-        """What was brought ahead is not wanted."""
-        self._stream.forget()
-
     def comes(self, stretch: Stretch) -> bool:
         """True if reading it takes a link."""
         if stretch.page.tier is Tier.DEVICE:

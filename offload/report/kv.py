@@ -6,6 +6,11 @@ from typing import Any
 from storage.errors import gib
 
 
+def _planned(kv: Mapping[str, Any]) -> str:
+    least = kv.get("planned_bytes_per_pass", 0)
+    return f" ({gib(least)} a pass at the end of what was reserved for)" if least else ""
+
+
 def kv_sentences(kv: Mapping[str, Any]) -> list[str]:
     """The gist of `Report.kv`, for a terminal and a page; nothing where all of it stayed on the device."""
     said = []
@@ -16,7 +21,7 @@ def kv_sentences(kv: Mapping[str, Any]) -> list[str]:
         said.append(
             f"KV cache in pages, policy {kv['policy']}{seen}; {gib(kv['memory_bytes'])} of the device for it, "
             f"{gib(kv['page_bytes'])} a page; at most {where or 'nothing'}; {gib(kv['written_bytes'])} went down, "
-            f"{gib(kv['brought_bytes'])} were brought"
+            f"{gib(kv['brought_bytes'])} were brought" + _planned(kv)
         )
         if kv["kept_raw_pages"]:
             said.append(

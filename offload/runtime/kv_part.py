@@ -14,7 +14,7 @@ from offload.kv.shelf import Shelf
 from offload.kv.store import KvStore
 from offload.runtime.clock import PassClock
 from scheduler.hardware import HardwareProfile
-from scheduler.kv_pages import KvPages, KvShape, cut, reads_beside
+from scheduler.kv_pages import KvPages, KvShape, cut, reads_beside, streamed_bytes
 from scheduler.model_spec import Workload
 from scheduler.plan import Plan
 from storage.blocks import Tier
@@ -22,10 +22,11 @@ from storage.device import Device
 from storage.errors import BudgetExceeded, gib
 from storage.ledger import MemoryLedger
 from storage.page_file import PageFile
-from storage.page_pool import PagePool
+from storage.page_pool import STAGING_PAGES, PagePool
 from storage.transfer import Link
 
 CATEGORY = "KV cache"
+_PAGES = "pages of the KV cache"
 
 _SEALED_SHARE = 3
 """Where full pages are coded, the others have this part of the memory at most."""
@@ -77,16 +78,16 @@ class KvPart:
         self._ledgers = host_ledger, disk_ledger
         self._tell = tell
         self.pages = self._cut(plan.kv_memory_bytes)
-        pages, raw_bytes = self.pages, self.pages.device_pages
-        if options.method.codec is not None:
-            # The open ones, and a few that no code is good enough for.
-            raw_bytes = shape.layers + max(2, (pages.device_pages - shape.layers) // _SEALED_SHARE)
-        self._raw_pages = raw_bytes
+        pages, codec = self.pages, options.method.codec
+        self._raw_pages = pages.device_pages
+        if codec is not None:
+            # The open ones, and a few that no code is good enough for, which go to disk.
+            self._raw_pages = shape.layers + max(2, (pages.device_pages - shape.layers) // _SEALED_SHARE)
         self.store = KvStore(
-            self._pool(pages.page_bytes, raw_bytes, plan.kv_host_bytes // pages.page_bytes),
-            pages.ring_pages if options.method.codec is None else 1,
-            pages.resident_pages(shape.layers) if options.method.codec is None else 1,
-            options.method.codec,
+            self._pool(pages.page_bytes, self._raw_pages, plan.kv_host_bytes if codec is None else 0),
+            pages.ring_pages if codec is None else 1,
+            pages.resident_pages(shape.layers) if codec is None else 1,
+            codec,
             self._coded_pool,
             beside=bool(plan.kv_segments) and not device.host_memory and reads_beside(hardware),
             tell=tell,
@@ -99,8 +100,8 @@ class KvPart:
         """Take memory, and the place of the model's attention where that is needed; all undone by `stack`."""
         host, disk = self._ledgers
         if self._plan.kv_host_bytes:
-            host.charge(CATEGORY, self._plan.kv_host_bytes)
-            stack.callback(lambda: host.set(CATEGORY, 0))
+            host.charge(_PAGES, self._plan.kv_host_bytes)
+            stack.callback(lambda: host.set(_PAGES, 0))
         stack.callback(lambda: disk.set(CATEGORY, 0))
         stack.callback(self.store.close)
         if self._plan.kv_segments:
@@ -156,9 +157,16 @@ class KvPart:
             **peaks,
             "brought_bytes": self.brought_bytes,
             "written_bytes": self.written_bytes,
+            "planned_bytes_per_pass": self._planned_bytes(),
             "sealed_pages": self.store.sealed,
             "kept_raw_pages": self.store.kept_raw,
         }
+
+    def _planned_bytes(self) -> int:
+        """What a pass at the end reads where everything is read as it is: what does not stay, once."""
+        if self.options.is_lossy:
+            return 0
+        return streamed_bytes(self.shape, self.pages, self._workload.batch_size, self._workload.total_tokens)
 
     def _cut(self, memory_bytes: int) -> KvPages:
         workload, options, percent = self._workload, self.options, self._plan.kv_stored_percent
@@ -173,8 +181,9 @@ class KvPart:
             percent,
         )
 
-    def _pool(self, page_bytes: int, device_pages: int, host_pages: int) -> PagePool:
-        reads, writes = self._links
+    def _pool(self, page_bytes: int, device_pages: int, host_bytes: int) -> PagePool:
+        # What passes between disk and device is part of it.
+        (reads, writes), host_pages = self._links, max(0, host_bytes // page_bytes - STAGING_PAGES)
         return PagePool(
             self._device, page_bytes, device_pages, host_pages, self._open_file, reads, writes, self._clock.charge_wait
         )
@@ -185,8 +194,7 @@ class KvPart:
         room = pages.page_bytes * (pages.device_pages - self._raw_pages)
         count = max(3, room // page_bytes)
         ring = max(2, min(pages.ring_pages, count // 3))
-        host = self._plan.kv_host_bytes // page_bytes if self.store.raw.host.held_bytes == 0 else 0
-        return self._pool(page_bytes, count, host), ring, count - ring - 1
+        return self._pool(page_bytes, count, self._plan.kv_host_bytes), ring, count - ring - 1
 
     def _open_file(self, page_bytes: int) -> PageFile:
         file = PageFile(self._disk_dir, page_bytes)

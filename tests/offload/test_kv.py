@@ -253,7 +253,7 @@ def test_identical_beside_a_device_with_late_copies(name, placement, host, monke
     """Pages in CPU memory, on disk, and on both; copies end late and out of order."""
     expected = wanted(name, torch.float32)
     monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice(0.001))
-    pages = {"cpu": 4000, "disk": 0, "both": 8}[host]
+    pages = {"cpu": 4000, "disk": 0, "both": 24}[host]
     monkeypatch.setattr(Workload, "kv_host_bytes", lambda self, model, host_bytes: pages * 4096)
     with paged(model_of(name, torch.float32), placement, device="delayed", gpu_memory=PLENTY) as session:
         for mode in modes(name):
@@ -295,7 +295,7 @@ def test_tokens_are_equal_when_attention_reads_pieces(name, placement):
 def test_the_cpu_reads_pages_where_they_are(host, monkeypatch):
     """Pages in CPU memory are attended to by the CPU: they never cross the link."""
     monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice(0.001))
-    pages = {"cpu": 4000, "both": 8}[host]
+    pages = {"cpu": 4000, "both": 24}[host]
     monkeypatch.setattr(Workload, "kv_host_bytes", lambda self, model, host_bytes: pages * 4096)
     monkeypatch.setattr("offload.runtime.kv_part.reads_beside", lambda *machine: True)
     with paged(model_of("llama", torch.float32), BELOW, True, device="delayed", gpu_memory=PLENTY) as session:
@@ -359,7 +359,7 @@ def test_eight_times_the_memory_moves_no_byte_twice(segments, monkeypatch):
             logits = session.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
             chosen = [int(logits[0, -1].argmax())]
             assert part.brought_bytes <= pages.ring_pages * pages.page_bytes
-            part.store.forget_ahead()
+            part.store._stream.forget()
             before = part.brought_bytes
             for _ in range(7):
                 output = session.model(input_ids=torch.tensor([chosen[-1:]]), past_key_values=cache)
@@ -369,6 +369,7 @@ def test_eight_times_the_memory_moves_no_byte_twice(segments, monkeypatch):
         below = sum(stretch.page.tier is not Tier.DEVICE for stretch in stretches) * pages.page_bytes
         assert below > whole / 2
         assert below == streamed_bytes(part.shape, pages, 1, cache.get_seq_length())
+        assert below == session.report().kv["planned_bytes_per_pass"]
         assert part.written_bytes == below
         ahead = len(part.store._stream._landed) * pages.page_bytes
         assert part.brought_bytes - before == 7 * below + ahead

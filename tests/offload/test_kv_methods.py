@@ -17,6 +17,7 @@ from offload.kv.options import METHODS, Method
 from offload.kv.policy import KeepAll
 from offload.kv.retrieve import Retrieve
 from offload.kv.window import SINK_TOKENS, Window
+from storage.blocks import Tier
 from storage.errors import OffloadError, ReadError
 from storage.page_file import PageFile
 from tests.architectures import VOCAB, make, tokens
@@ -329,6 +330,8 @@ def test_nothing_is_left_when_a_cache_is_gone():
         store = session._kv.store
         cache = session.kv_cache()
         session.model(input_ids=tokens(1, 100), past_key_values=cache)
+        held = [layer.paged.bytes_by_tier() for layer in cache.layers]
+        assert {tier: sum(layer[tier] for layer in held) for tier in Tier} == store._bytes
         logits = session.model(input_ids=tokens(1, 1), past_key_values=copy.deepcopy(cache)).logits
         twin = copy.deepcopy(cache)
         del cache
