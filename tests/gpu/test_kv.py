@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
 ]
 
-PAGES_ON_HOST = {"cpu": 4000, "disk": 0, "both": 24}
+PAGES_ON_HOST = {"cpu": 4000, "disk": 0, "both": 12}
 
 
 @pytest.fixture(autouse=True)

@@ -253,7 +253,7 @@ def test_identical_beside_a_device_with_late_copies(name, placement, host, monke
     """Pages in CPU memory, on disk, and on both; copies end late and out of order."""
     expected = wanted(name, torch.float32)
     monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice(0.001))
-    pages = {"cpu": 4000, "disk": 0, "both": 24}[host]
+    pages = {"cpu": 4000, "disk": 0, "both": 12}[host]
     monkeypatch.setattr(Workload, "kv_host_bytes", lambda self, model, host_bytes: pages * 4096)
     with paged(model_of(name, torch.float32), placement, device="delayed", gpu_memory=PLENTY) as session:
         for mode in modes(name):
@@ -295,7 +295,7 @@ def test_tokens_are_equal_when_attention_reads_pieces(name, placement):
 def test_the_cpu_reads_pages_where_they_are(host, monkeypatch):
     """Pages in CPU memory are attended to by the CPU: they never cross the link."""
     monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice(0.001))
-    pages = {"cpu": 4000, "both": 24}[host]
+    pages = {"cpu": 4000, "both": 12}[host]
     monkeypatch.setattr(Workload, "kv_host_bytes", lambda self, model, host_bytes: pages * 4096)
     monkeypatch.setattr("offload.runtime.kv_part.reads_beside", lambda *machine: True)
     with paged(model_of("llama", torch.float32), BELOW, True, device="delayed", gpu_memory=PLENTY) as session:
