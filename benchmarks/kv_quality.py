@@ -27,7 +27,7 @@ from offload.kv.codec import Quantised
 from offload.kv.options import METHODS, Method
 from offload.kv.policy import Choice, KeepAll
 from offload.kv.shape import PageShape, Pair
-from offload.kv.store import Stretch
+from offload.kv.stretch import Stretch
 
 BUDGETS = (0.5, 0.25)
 OUTLIERS = (1, 30, 100)

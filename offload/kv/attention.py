@@ -12,7 +12,8 @@ import torch
 from offload.kv.layer import PagedLayer
 from offload.kv.policy import Choice
 from offload.kv.shape import Pair
-from offload.kv.store import Reading, Rows
+from offload.kv.store import Reading
+from offload.kv.stretch import Rows
 
 _GATHERED_TOKENS = 512
 """Short segments are put together up to so many tokens: a product's start costs more than copying them."""

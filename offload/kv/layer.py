@@ -7,7 +7,8 @@ import torch
 
 from offload.kv.policy import Choice, LayerPolicy
 from offload.kv.shape import PageShape, Pair
-from offload.kv.store import KvStore, Reading, Rows, Stretch
+from offload.kv.store import KvStore, Reading
+from offload.kv.stretch import Rows, Stretch
 from storage.blocks import Tier
 from storage.errors import ConfigError
 from storage.page_pool import Page

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from offload.kv.shape import Pair
-from offload.kv.store import Stretch
+from offload.kv.stretch import Stretch
 
 
 @dataclass(frozen=True, slots=True)

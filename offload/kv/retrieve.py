@@ -13,7 +13,7 @@ import torch
 from offload.kv.budget import KvBudget
 from offload.kv.policy import Choice, KeepAll
 from offload.kv.shape import Pair
-from offload.kv.store import Stretch
+from offload.kv.stretch import Stretch
 
 CHUNK_TOKENS = 4
 """That share bounds."""

@@ -1,9 +1,7 @@
 """The pages of all KV caches of a session: taken, sealed, moved down, and brought in the order in which they are read."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -11,69 +9,12 @@ import torch
 from offload.kv.codec import Quantised
 from offload.kv.reused import ReusedMemory
 from offload.kv.shape import PageShape, Pair
+from offload.kv.stream import PageStream
+from offload.kv.stretch import Stretch
 from scheduler.kv_pages import Residency, coming
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, Tier, align_up
 from storage.errors import ConfigError, gib
 from storage.page_pool import Landing, Page, PagePool
-
-
-class Rows:
-    """Which of a page's rows each sequence of a batch reads; one object for all pages that are read so.
-
-    Args:
-        index: int64 [batch].
-    """
-
-    def __init__(self, index: torch.Tensor) -> None:
-        self.index = index
-        self._sharing: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def of_these(self, rows: torch.Tensor) -> torch.Tensor:
-        """The index for a batch of these sequences, int64 [new batch]."""
-        return self.index.index_select(0, rows)
-
-    def of(self, part: torch.Tensor) -> torch.Tensor:
-        """The rows of a page's tensor, one for each sequence."""
-        return part.index_select(0, self.index.to(part.device))
-
-    def sharing(self, stored: int) -> int:
-        """How many sequences, one after another, read each of `stored` rows; 0 if they read them otherwise."""
-        if stored not in self._sharing:
-            each, rest = divmod(len(self.index), stored)
-            # Asked once: on a device it waits for the index.
-            alike = not rest and self.index.tolist() == [row for row in range(stored) for _ in range(each)]
-            self._sharing[stored] = each if alike else 0
-        return self._sharing[stored]
-
-
-@dataclass(slots=True, eq=False)
-class Stretch:
-    """Tokens that follow one another, in one page.
-
-    Attributes:
-        start: the position of the first one in its sequence.
-        tokens: how many of the page's tokens count.
-        rows: which of the page's rows each sequence of the batch reads; None: each its own.
-        coded: the page holds the codec's bytes.
-    """
-
-    page: Page
-    shape: PageShape
-    start: int
-    tokens: int = 0
-    rows: Rows | None = None
-    coded: bool = False
-
-    @property
-    def end(self) -> int:
-        return self.start + self.tokens
-
-    @property
-    def batch_size(self) -> int:
-        return self.shape.rows if self.rows is None else len(self.rows)
 
 
 class Filler(Protocol):
@@ -87,50 +28,6 @@ class Filler(Protocol):
 
     def close(self) -> None:
         """Nothing is added to the open page any more."""
-
-
-class PageStream:
-    """Brings pages of lower tiers ahead of their use.
-
-    Args:
-        ring_pages: that may be on their way, or there, at once.
-    """
-
-    def __init__(self, ring_pages: int) -> None:
-        self._ring_pages = ring_pages
-        self._landed: OrderedDict[Page, Landing] = OrderedDict()
-
-    def take(self, page: Page) -> Landing:
-        """The page on its way; whoever takes it releases it."""
-        landing = self._landed.pop(page, None)
-        if landing is None:
-            if len(self._landed) >= self._ring_pages:
-                # Something else is read than was foreseen.
-                self.forget()
-            landing = page.pool.fetch(page)
-        return landing
-
-    def has(self, page: Page) -> bool:
-        return page in self._landed
-
-    def ahead(self, pages: Iterator[Page], in_use: int = 0) -> None:
-        """Start bringing what comes next, as far as there is room."""
-        room = self._ring_pages - in_use
-        wanted = list(dict.fromkeys(islice(pages, room)))
-        if len(self._landed) + sum(page not in self._landed for page in wanted) > room:
-            for page in [page for page in self._landed if page not in wanted]:
-                self._landed.pop(page).cancel()
-        for page in wanted:
-            if page not in self._landed and len(self._landed) < room and page.pool.slots.free:
-                self._landed[page] = page.pool.fetch(page)
-
-    def drop(self, page: Page) -> None:
-        if (landing := self._landed.pop(page, None)) is not None:
-            landing.cancel()
-
-    def forget(self) -> None:
-        while self._landed:
-            self._landed.popitem()[1].cancel()
 
 
 class KvStore:

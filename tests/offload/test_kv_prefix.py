@@ -15,6 +15,7 @@ from offload import offload
 from offload.kv import prefix
 from storage.block_file import path_of
 from tests.architectures import VOCAB, make, tokens
+from tests.offload.test_kv import hybrid
 
 PLENTY = 1 << 30
 BLOCK = 16
@@ -86,19 +87,7 @@ def test_what_is_loaded_has_the_bits_of_what_is_computed(folder, tmp_path, optio
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "lfm2", "qwen3_next"])
 def test_layers_that_keep_no_tokens_are_kept_whole(name, tmp_path):
     """Sliding, convolution and recurrent layers: all their state is part of a block."""
-    torch.manual_seed(0)
-    base = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}  # fmt: skip
-    if name == "lfm2":
-        kinds = ["conv", "full_attention", "conv", "full_attention"]
-        model = hf.Lfm2ForCausalLM(hf.Lfm2Config(**base, layer_types=kinds, block_auto_adjust_ff_dim=False))
-    elif name == "qwen3_next":
-        kinds = ["linear_attention", "full_attention"] * 2
-        extra = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-                 "num_experts": 0, "mlp_only_layers": [0, 1, 2, 3]}  # fmt: skip
-        model = hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(**base, layer_types=kinds, **extra))
-    else:
-        model = make(name)
+    model = make(name) if name.startswith("gemma") else hybrid(name)
     path = tmp_path / "model"
     model.save_pretrained(path)
     kept = tmp_path / "kept"
