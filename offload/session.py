@@ -232,7 +232,7 @@ class Session:
     @property
     def shares_beginnings(self) -> bool:
         """What all sequences of a batch begin with is kept and read once."""
-        return self._kv is not None and self._request.kv.shared_tokens > 0
+        return bool(self.plan.kv_segments) and self._request.kv.shared_tokens > 0
 
     @property
     def _level(self) -> str:

@@ -78,7 +78,8 @@ def decide(
         ConfigError: if the KV cache cannot be kept as it was asked for.
     """
     paged = _paged(model, workload, kv, exactness)
-    asked = kv.is_lossy or (kv.asks_pages and bool(paged))
+    shares = kv.shared_tokens > 0 and takes_own_attention(model)
+    asked = kv.is_lossy or (bool(paged) and (shares or kv.memory_bytes is not None))
     if asked:
         workload, paged = replace(workload, paged=paged[0]), paged[1:]
     units = tuple(find_experts(model)) if experts is not Experts.IN_LAYERS else ()
@@ -90,7 +91,7 @@ def decide(
     found = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates, units)
     if isinstance(found, Decision):
         pieces = _in_pieces(found, workload, kv) if exactness != ROUNDING else []
-        told = (*found.fallbacks, *pieces, *_other_experts(model, found, experts))
+        told = (*found.fallbacks, *pieces, *_unshared(model, found.plan, kv), *_other_experts(model, found, experts))
         return replace(found, fallbacks=told, paged=_smaller(paged, found.plan) if asked else ())
     if isinstance(whole, Decision):
         # Of a model so small that single experts, read in whole units, take more than a layer.
@@ -121,6 +122,16 @@ def decide(
 def _smaller(ways: Sequence[PagedKv], plan: Plan) -> tuple[PagedKv, ...]:
     """Those that are read as in the plan, and leave more memory to weights."""
     return tuple(way for way in ways if way.segments == bool(plan.kv_segments) and way.memory_bytes < plan.kv_memory_bytes)
+
+
+def _unshared(model: nn.Module, plan: Plan, kv: KvOptions) -> list[str]:
+    """That what a batch begins with is not read once for all of it."""
+    if not kv.shared_tokens or plan.kv_segments:
+        return []
+    return [
+        f"what all sequences begin with is computed and read for each of them: the attention of {type(model).__name__} is its "
+        "own code, or no layer keeps all tokens"
+    ]
 
 
 def _in_pieces(decision: Decision, workload: Workload, kv: KvOptions) -> list[str]:

@@ -215,6 +215,14 @@ def test_a_batch_that_begins_alike(lengths):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("name", ["bloom", "t5", "mamba"])
+def test_what_cannot_be_shared_is_told(name):
+    options = {"device": "cpu", "cpu_memory": PLENTY, "batch_size": 4, "max_tokens": 100, "exactness": "rounding"}
+    with offload(make(name), shared_prefix=70, **options) as session:
+        assert not session.plan.kv_memory_bytes and not session.shares_beginnings
+        assert any("is computed and read for each" in sentence for sentence in session.report().fallbacks)
+
+
 def test_prompts_in_chunks_equal_a_plain_run_in_chunks():
     model, ids = make("llama"), tokens(2, 64)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "prefill_chunk_size": 16}
