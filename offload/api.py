@@ -1,8 +1,10 @@
 """`offload(...)`: what a user calls. Checks the request; the session does the rest."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from offload.config import EXACTNESS, IDENTICAL, Progress, parse_bytes, resolve_device
@@ -108,6 +110,11 @@ def offload(
         raise ConfigError(
             "the model has parameters on torch's meta device, which have no values; load it first, or give its path"
         )
+    if isinstance(model_or_path, nn.Module) and any(value.is_inference() for value in _tensors(model_or_path)):
+        raise ConfigError(
+            "the model was made under torch.inference_mode(), so that torch does not count writes to its weights, which must "
+            "be seen; make it outside of that mode, or give its path"
+        )
     if isinstance(model_or_path, nn.Module) and loading:
         raise ConfigError(
             f"{', '.join(loading)}: no option of offload; what from_pretrained takes is for a model given by its path"
@@ -133,3 +140,8 @@ def offload(
             loading=loading,
         )
     )
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

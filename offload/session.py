@@ -137,7 +137,8 @@ class Session:
                 raise ConfigError("prefix_cache needs a model by its path: what a model in memory was made of is not known")
             self._source_key = loader.key
         try:
-            with HeldInterrupts() as interrupts:
+            # Parameters, homes and slots outlive an inference mode that the user is in, and are written to after it.
+            with HeldInterrupts() as interrupts, torch.inference_mode(False):
                 self._progress = partial(_told_between_interrupts, interrupts, self._progress)
                 self._begin(self._stack, loader)
         except BaseException:
@@ -627,7 +628,7 @@ class Session:
 
     def _adopt_if_changed(self) -> None:
         if self._watch.take():
-            with HeldInterrupts():
+            with HeldInterrupts(), torch.inference_mode(False):
                 self._adopt_changes()
 
     def _adopt_changes(self) -> None:
@@ -759,7 +760,7 @@ class Session:
         candidates = frozenset(self.plan.resident)
         beside = self.plan.host_compute
         plan = make_plan(self._spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates, beside)
-        with HeldInterrupts():
+        with HeldInterrupts(), torch.inference_mode(False):
             slots = min(plan.expert_slots, self.plan.expert_slots)
             self._give_up_for(replace(plan, prefill_chunk=self.plan.prefill_chunk, expert_slots=slots))
 

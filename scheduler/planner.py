@@ -69,10 +69,19 @@ def _make_plan(
     experts = model.experts
     if experts is None:
         return _beside(model, budget_bytes, workload, host_bytes, candidates, beside)
-    host = None if host_bytes is None else host_bytes - _EXPERT_STAGING * experts.slot_bytes
+    staging_bytes = _EXPERT_STAGING * experts.slot_bytes
+    host = None if host_bytes is None else host_bytes - staging_bytes
     try:
         plan = _beside(model, budget_bytes - experts.least_bytes, workload, host, candidates, beside)
     except BudgetTooSmall as error:
+        largest = max(block.slot_bytes for block in model.blocks)
+        if host_bytes is not None and host_bytes < staging_bytes + 2 * largest:
+            raise BudgetTooSmall(
+                f"the CPU memory budget is {gib(host_bytes)}: on their way from disk to the device, single experts take "
+                f"{gib(staging_bytes)} of it, and other blocks twice {gib(largest)}, the size of the largest. Give a larger "
+                "cpu_memory.",
+                staging_bytes + 2 * largest,
+            ) from error
         raise _with_experts(error, budget_bytes, experts) from error
     return _with_expert_slots(plan, model, experts, budget_bytes, host)
 

@@ -51,7 +51,10 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> CudaBuffer:
         with torch.inference_mode(False):
-            return CudaBuffer(torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device), nbytes)
+            buffer = CudaBuffer(torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device), nbytes)
+        # torch hands out memory that was freed in the compute stream's order: kernels queued there may still write to it.
+        self._copies.wait_stream(torch.cuda.current_stream(self.torch_device))  # type: ignore[no-untyped-call]
+        return buffer
 
     def lock_pages(self, buffer: object) -> bool:
         assert isinstance(buffer, HostBuffer)

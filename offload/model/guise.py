@@ -40,9 +40,9 @@ def _offloaded_class(original: type, device: torch.device, notice: Any) -> Any:
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "to": _to(device),
-        "cuda": lambda self, index=None: self.to(torch.device("cuda", index or 0)),
+        "cuda": lambda self, index=None: self.to("cuda" if index is None else torch.device("cuda", index)),
         "cpu": lambda self: self.to("cpu"),
-        "_apply": _refuse("Converting or moving the parameters", "Do it before offloading."),
+        "_apply": _apply(device),
         "__reduce_ex__": _refuse("Copying or pickling the model", "Use save_pretrained, or leave the context first."),
     }
     if hasattr(original, "device"):
@@ -54,7 +54,7 @@ def _offloaded_class(original: type, device: torch.device, notice: Any) -> Any:
 
 def _to(device: torch.device) -> Any:
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        target, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        target, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and any(value.is_floating_point() and value.dtype != dtype for value in self.parameters()):
             raise SessionError(
                 f".to({dtype}) is not possible while the model is offloaded. Give dtype= when loading, or convert before."
@@ -63,10 +63,29 @@ def _to(device: torch.device) -> Any:
             raise SessionError(
                 f".to({str(target)!r}) is not possible while the model is offloaded to {device}. Leave the context first."
             )
+        if memory_format is not None and any(value.dim() in (4, 5) for value in self.parameters()):
+            raise SessionError(f".to(memory_format={memory_format}) is not possible while the model is offloaded. Do it before.")
         warnings.warn(f"the model computes on {device} already: .to() does nothing inside the context", stacklevel=2)
         return self
 
     return to
+
+
+def _apply(device: torch.device) -> Any:
+    """What a module around the model calls to convert or move it (`to`, `float`, `cpu`): nothing, where nothing would change."""
+
+    def applied(self: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
+        tensors = (*self.parameters(), *self.buffers())
+        for dtype, dimensions in {(value.dtype, value.dim()) for value in tensors}:
+            like = torch.empty((2,) * dimensions, dtype=dtype, device=device)
+            if convert(like) is not like or (like.device.type == "cpu" and like.is_shared()):
+                raise SessionError(
+                    f"Converting or moving the parameters is not possible while the model is offloaded: they are {dtype} and "
+                    f"compute on {device}. Do it before offloading."
+                )
+        return self
+
+    return applied
 
 
 def _refuse(what: str, instead: str) -> Any:

@@ -118,6 +118,11 @@ class ParameterHome:
         return self.tensor[self.device_rows :]
 
     def __post_init__(self) -> None:
+        if self.parameter.is_inference():
+            raise SessionError(
+                f"{self.name} was made under torch.inference_mode(), so that torch does not count writes to it, which must be "
+                "seen; make it outside of that mode (torch.no_grad() does)"
+            )
         self.version = self.parameter._version
 
     def notice_changes(self) -> None:

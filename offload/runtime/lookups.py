@@ -64,6 +64,7 @@ class _LookedUp(torch.autograd.Function):
     def forward(ctx: Any, weight: torch.Tensor, indices: torch.Tensor, table: GatheredTable, padding: int) -> torch.Tensor:
         ctx.save_for_backward(indices)
         ctx.home, ctx.rows, ctx.padding = table.homes[0], len(table.homes[0].tensor), padding
+        ctx.table_device = weight.device
         return table.rows(indices)
 
     @staticmethod
@@ -73,7 +74,8 @@ class _LookedUp(torch.autograd.Function):
             # What follows may write to it without a trace: its home has the values from now on, not the file.
             ctx.home.modified = True
         dense = torch.ops.aten.embedding_dense_backward(gradients[0], indices, ctx.rows, ctx.padding, False)
-        return dense, None, None, None
+        # The table was never on the device, so its gradient belongs where the parameter is.
+        return dense.to(ctx.table_device), None, None, None
 
 
 class _NoBackward(torch.autograd.Function):

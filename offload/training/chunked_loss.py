@@ -6,6 +6,8 @@ head's weight, so that the head is neither kept nor brought again (as the fused 
 are in another order than in one product: of level *rounding*.
 """
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,17 +20,28 @@ from storage.errors import ConfigError, SessionError
 _IGNORED = -100
 
 
+class _Call(threading.local):
+    """One call of the model: micro-batches that go through it layer by layer have a thread each."""
+
+    active = False
+    hidden: torch.Tensor | None = None
+    """What the head gave."""
+    told = False
+    """The loss was asked for, of what the head gave."""
+
+
 class ChunkedLoss:
     """Takes over the head and the loss of a model whose forward is given labels, until undone.
 
     Args:
         tokens: whose logits are there at once.
+        backward_begins: called when backward reaches the loss, before any gradient leaves it.
 
     Raises:
         ConfigError: if the head is no plain linear layer, or the loss not transformers' own for causal models.
     """
 
-    def __init__(self, model: nn.Module, tokens: int) -> None:
+    def __init__(self, model: nn.Module, tokens: int, backward_begins: Callable[[], None]) -> None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if type(head) is not nn.Linear or getattr(model, "loss_function", None) is not ForCausalLMLoss:
             raise ConfigError(
@@ -38,10 +51,8 @@ class ChunkedLoss:
         self._model: Any = model
         self._head = head
         self._tokens = tokens
-        self._hidden: torch.Tensor | None = None
-        self._active = False
-        self._told = False
-        """The loss was asked for, of what the head gave."""
+        self._backward_begins = backward_begins
+        self._call = _Call()
         self._wraps = [ForwardWrap(head, self._in_head), ForwardWrap(model, self._in_model)]
         model.loss_function = self._loss  # type: ignore[assignment]
 
@@ -54,16 +65,16 @@ class ChunkedLoss:
         def with_loss(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("labels") is None:
                 return forward(*args, **kwargs)
-            self._active, self._told = True, False
+            self._call.active, self._call.told = True, False
             try:
                 output = forward(*args, **kwargs)
             except (RuntimeError, IndexError, ValueError) as error:
-                if self._hidden is not None and not self._told:
+                if self._call.hidden is not None and not self._call.told:
                     raise self._refusal() from error
                 raise
             finally:
-                self._active, self._hidden = False, None
-            if not self._told:
+                self._call.active, self._call.hidden = False, None
+            if not self._call.told:
                 raise self._refusal()
             # They were never there.
             output.logits = None
@@ -74,14 +85,14 @@ class ChunkedLoss:
     def _in_head(self, forward: Forward) -> Forward:
         def hidden_or_loss(hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
             if targets is not None:
-                loss: torch.Tensor = _LossOfChunks.apply(hidden, self._head.weight, self._head.bias, targets, self._tokens)
+                loss: torch.Tensor = _LossOfChunks.apply(hidden, self._head.weight, self._head.bias, targets, self._tokens, self._backward_begins)
                 return loss
-            if not self._active:
+            if not self._call.active:
                 result: torch.Tensor = forward(hidden)
                 return result
             # Instead of logits: a tensor of its own, to be known by.
-            self._hidden = hidden.view_as(hidden)
-            return self._hidden
+            self._call.hidden = hidden.view_as(hidden)
+            return self._call.hidden
 
         return hidden_or_loss
 
@@ -102,9 +113,9 @@ class ChunkedLoss:
         **kwargs: Any,
     ) -> torch.Tensor:
         """As transformers' ForCausalLMLoss, of hidden states."""
-        if logits is not self._hidden:
+        if logits is not self._call.hidden:
             raise self._refusal()
-        self._told = True
+        self._call.told = True
         if shift_labels is None:
             assert labels is not None
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -120,7 +131,13 @@ class _LossOfChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, tokens: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        tokens: int,
+        backward_begins: Callable[[], None],
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -142,16 +159,20 @@ class _LossOfChunks(torch.autograd.Function):
         # Not `save_for_backward`: what is saved there of a streamed block would be computed again.
         ctx.gradients = of_hidden, of_weight, of_bias
         ctx.dtype = weight.dtype
+        ctx.backward_begins = backward_begins
         return total
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
+        # Nothing was saved that backward would ask for first, so nothing else says that it begins.
+        ctx.backward_begins()
         of_hidden, of_weight, of_bias = ctx.gradients
         scale = outer[0]
         return (
             None if of_hidden is None else (of_hidden * scale.float()).to(of_hidden.dtype),
             None if of_weight is None else (of_weight * scale).to(ctx.dtype),
             None if of_bias is None else (of_bias * scale).to(ctx.dtype),
+            None,
             None,
             None,
         )

@@ -153,7 +153,9 @@ class HostGradients:
     def _arrived(self, taken: _Accumulated) -> Callable[[torch.Tensor], None]:
         def arrived(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
-            assert gradient is not None
+            if gradient is None:
+                # torch calls this for undefined gradients too: a tied weight's further use sends none this way.
+                return
             in_place = gradient.data_ptr() == taken.view.data_ptr()
             if taken.others and not self._collecting:
                 # The first that is known of this backward pass: what was there before is not to be taken for it.

@@ -132,7 +132,7 @@ class TrainingPart:
         told = []
         stack.callback(self._stop)
         if self.training.loss_chunk:
-            stack.callback(ChunkedLoss(model, self.training.loss_chunk).undo)
+            stack.callback(ChunkedLoss(model, self.training.loss_chunk, self.backward.begin_within).undo)
             told.append("loss_chunk: sums of the loss are in another order; exactness is rounding")
         if self.training.activation_tier == CPU and self._device.host_memory:
             told.append("activation_tier='cpu' is what 'recompute' does where the CPU computes")

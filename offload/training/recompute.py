@@ -54,6 +54,13 @@ class Backward:
         self._clock.begin_backward()
         self._began()
 
+    def begin_within(self) -> None:
+        """As `begin`, called by what backward runs: the end comes by itself. Nothing if it has begun."""
+        with self._executor.lock:
+            if self._clock.begin_backward():
+                torch.autograd.Variable._execution_engine.queue_callback(self.end)
+                self._began()
+
     def note(self, frame: "Held") -> None:
         """A block was computed; backward will come to it."""
         while self._frames and self._frames[-1]() is None:
@@ -76,9 +83,7 @@ class Backward:
         if frame is self._held:
             return
         self.release()
-        if self._clock.begin_backward():
-            torch.autograd.Variable._execution_engine.queue_callback(self.end)
-            self._began()
+        self.begin_within()
         self._executor.open(frame.uses)
         # Held from here on: whatever goes wrong, the block is given back.
         self._held = frame

@@ -79,7 +79,9 @@ def saved(tmp_path_factory):
 def test_identical(name, dtype, residency, host, saved, tmp_path):
     folder, plain, spec = saved(name, dtype)
     budget = budget_for(spec, residency, BATCH, MAX_TOKENS) + 65_536
-    cpu = int(HOST[host] * max(block.slot_bytes for block in spec.blocks))
+    cpu = HOST[host] * max(block.slot_bytes for block in spec.blocks)
+    # Single experts pass through buffers of their own.
+    cpu += 4 * max(block.slot_bytes for block in spec.blocks) if name == "mixtral" else 0
     inputs = BY_NAME[name].inputs()
     on_device = {key: value.cuda() for key, value in inputs.items()}
     options = {"batch_size": BATCH, "max_tokens": MAX_TOKENS, "disk_dir": tmp_path}
@@ -106,14 +108,14 @@ def test_slots_are_safe_when_one_side_is_slow(slow, saved, monkeypatch):
     real = CudaDevice.copy_in
     cycles = 20_000_000
 
-    def delayed(self, target, source, after):
+    def delayed(self, target, source, after, name=""):
         with torch.cuda.stream(self._copies):
             if after is not None:
                 self._copies.wait_event(after)
             target.view(-1).view(torch.uint8).fill_(0xFF)
             if slow == "copies":
                 torch.cuda._sleep(cycles)
-        return real(self, target, source, after)
+        return real(self, target, source, after, name)
 
     monkeypatch.setattr(CudaDevice, "copy_in", delayed)
     folder, plain, spec = saved("llama", torch.float32)
@@ -211,6 +213,8 @@ def test_what_is_taken_apart_computes_the_same(name, what):
 
 
 def test_peak_device_memory_is_within_the_budget(large):
+    # Its workspace is cuBLAS's own, and stays.
+    torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")
     torch.cuda.empty_cache()
     base = torch.cuda.memory_allocated()
     with (
