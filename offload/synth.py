@@ -42,12 +42,14 @@ class Shape:
     @property
     def common(self) -> dict[str, Any]:
         heads = self.hidden // self.head_dim
+        # At most a quarter of the heads, and a divisor of their number: each key serves as many queries.
+        kv_heads = next(count for count in range(max(1, heads // 4), 0, -1) if heads % count == 0)
         return {
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "vocab_size": self.vocab,
             "num_attention_heads": heads,
-            "num_key_value_heads": max(1, heads // 4),
+            "num_key_value_heads": kv_heads,
             "head_dim": self.head_dim,
             "intermediate_size": self.hidden * 7 // 2,
             "max_position_embeddings": 32_768,

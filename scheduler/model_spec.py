@@ -228,11 +228,15 @@ class Workload:
         return max(self.least_kv_bytes, whole)
 
     def kv_host_bytes(self, model: ModelSpec, host_bytes: int) -> int:
-        """Of CPU memory beside a device, for pages that the device has no room for; never more than half of it."""
+        """Of CPU memory beside a device, for pages that the device has no room for; never more than half of it.
+
+        Room for all of them: of the device's part, most is for pages that come and go, and what stays is known only once it is
+        cut.
+        """
         if self.paged is None or model.kv is None:
             return 0
         stored = self.batch_size * self.total_tokens * model.kv.all_token_bytes * self.paged.stored_percent // 100
-        return max(0, min(stored - self.paged.memory_bytes, host_bytes // 2))
+        return max(0, min(stored, host_bytes // 2))
 
     def activation_bytes(self, model: ModelSpec) -> int:
         between = self.batch_size * self.tokens_at_once * model.temporaries.between_bytes

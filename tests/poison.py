@@ -31,11 +31,14 @@ def poison_slots(streaming: ExpertStreaming) -> None:
     """Slots of experts are NaN until an expert is there, and again while another is on its way."""
     store = streaming.store
     store.arena.fill_(0xFF)
+    store.used(range(len(store.arena) // len(store.slot(0))))
     begin = store.begin
 
     def poisoned(layer: int, expert: int, slot: int, tensors: Sequence[int] = ()) -> None:
         store.cancel(slot)
         store.slot(slot).fill_(0xFF)
+        # The fill is compute, which the copy is to wait for, as for any other use of the slot.
+        store.used([slot])
         begin(layer, expert, slot, tensors)
 
     store.begin = poisoned

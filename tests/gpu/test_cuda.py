@@ -200,13 +200,13 @@ def test_what_is_taken_apart_computes_the_same(name, what):
         changes["computed_on_host"] = taken
     plan = replace(plan, **changes)
     options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    ids = tokens(BATCH, 9)
+    ids = tokens(BATCH, 9).cuda()
     with offload(
         model, device="cuda", gpu_memory=budget, cpu_memory="1GiB", plan=plan, exactness="rounding", **reserve
     ) as session:
         found = session.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
         assert session.report().exactness == "rounding"
-    wanted = twin.generate(input_ids=ids.cuda(), attention_mask=torch.ones_like(ids).cuda(), **options)
+    wanted = twin.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(found.sequences.cpu(), wanted.sequences.cpu())
     for ours, theirs in zip(found.logits, wanted.logits, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-3, atol=1e-3)
@@ -221,7 +221,7 @@ def test_peak_device_memory_is_within_the_budget(large):
         torch.inference_mode(),
         offload(large, device="cuda", gpu_memory="2GiB", cpu_memory="16GiB", max_tokens=256) as session,
     ):
-        session.model.generate(torch.randint(3, 1000, (1, 200)), max_new_tokens=20, do_sample=False)
+        session.model.generate(torch.randint(3, 1000, (1, 200)).cuda(), max_new_tokens=20, do_sample=False)
         assert session._device.peak_bytes() - base <= 2 << 30
         peak = session.report().peak
         assert peak.measured_bytes <= peak.predicted_bytes
