@@ -34,6 +34,7 @@ from storage.probe import copy_bytes_per_second
 from storage.reader import DiskReader
 from storage.state_file import StateFile
 from storage.transfer import Link
+from storage.whole_file import replace_text
 
 _ROWS = (1, 8, 64, 512)
 """Tokens at once: decode, a batch, a short prompt, a long one."""
@@ -132,9 +133,7 @@ def hardware_profile(
     path = profile_folder() / f"hardware-{profile.hardware_id}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(profile.to_dict(), indent=1))
-        partial.rename(path)
+        replace_text(path, json.dumps(profile.to_dict(), indent=1))
     except OSError:
         # A home that cannot be written: measured again next time.
         pass
@@ -179,26 +178,27 @@ def _disk(folder: str, sample: str | None) -> tuple[LinkRate, LinkRate]:
     size = min(_DISK_BYTES, room // 4 // _WRITE_BYTES * _WRITE_BYTES)
     if size < _WRITE_BYTES * _READ_THREADS:
         raise ProfileError(f"{folder} has {room >> 20} MiB free, too little to measure the disk; name another with --disk")
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="probe") as file:
-        write = _write_rate(file.name, size)
-        engine = PosixEngine()
-        link = Link("disk", _READ_THREADS)
-        try:
-            reader = DiskReader(engine, link)
-            path = sample or file.name
-            rate = statistics.median(reader.measure(_DISK_BYTES, path) or 0.0 for _ in range(3))
-            latency = _read_latency(engine, path)
-        finally:
-            link.close()
-            engine.close()
+    file = StateFile.new(folder)
+    engine = PosixEngine()
+    link = Link("disk", _READ_THREADS)
+    try:
+        write = _write_rate(file, size)
+        reader = DiskReader(engine, link)
+        path = sample or file.path
+        rate = statistics.median(reader.measure(_DISK_BYTES, path) or 0.0 for _ in range(3))
+        latency = _read_latency(engine, path)
+    finally:
+        link.close()
+        engine.close()
+        file.close()
     return LinkRate(rate, latency), write
 
 
-def _write_rate(path: str, size: int) -> LinkRate:
+def _write_rate(file: StateFile, size: int) -> LinkRate:
     """Fill the file as far as the time for it goes, as states are written; it is read afterwards."""
     content = HostBuffer(_WRITE_BYTES)
     content.tensor.random_(0, 256)
-    file, link = StateFile(path, 0), Link("probe", _WRITE_THREADS)
+    link = Link("probe", _WRITE_THREADS)
     begun, written = time.perf_counter(), 0
     try:
         while written < size and (time.perf_counter() - begun < _WRITE_SECONDS or written < _READ_THREADS * _WRITE_BYTES):
@@ -210,7 +210,6 @@ def _write_rate(path: str, size: int) -> LinkRate:
         return LinkRate(written / (time.perf_counter() - begun))
     finally:
         link.close()
-        file.close()
 
 
 def _read_latency(engine: PosixEngine, path: str) -> float:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import struct
 import tempfile
 import zlib
@@ -23,10 +24,13 @@ import torch
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, TENSOR_ALIGNMENT_BYTES, FileRange, TensorSpec, align_up
 from storage.checkpoint import StoredTensor
 from storage.errors import CorruptCheckpoint, DiskFolderError, DiskFull, gib
+from storage.whole_file import PARTIAL, without_name
 
 _MAGIC = b"OFFLOAD1"
 _SUFFIX = ".blocks"
-_PARTIAL = ".partial"
+_LEFTOVER = re.compile(r"[0-9a-f]{32}\.[a-z0-9_]{8}" + re.escape(PARTIAL))
+"""A key, and what `mkstemp` adds to it."""
+
 _BLOCK_ALIGNED_FROM_BYTES = 64 * 1024
 _WRITE_BYTES = 16 << 20
 _SYNC_BYTES = 64 << 20
@@ -92,13 +96,12 @@ class BlockFileWriter:
         check_folder(folder)
         self._folder = folder
         self._key = key
-        _remove_leftovers(folder)
-        self._descriptor, self._partial = tempfile.mkstemp(prefix=key or "spill", suffix=_PARTIAL, dir=folder)
-        # The lock tells others that this file is being written, and goes with the process.
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         if key is None:
-            os.unlink(self._partial)
+            self._descriptor = without_name(folder)
             self._partial = f"/proc/self/fd/{self._descriptor}"
+        else:
+            _remove_leftovers(folder)
+            self._descriptor, self._partial = _begin(folder, key)
         self._end = 0
         self._dirty_bytes = 0
         self._entries: dict[str, dict[str, Any]] = {}
@@ -288,16 +291,29 @@ def _read_index(path: str, file: Any) -> dict[str, dict[str, Any]]:
         raise CorruptCheckpoint(f"{path} is not a whole block file ({error}); delete it, it is made again") from error
 
 
+def _begin(folder: str, key: str) -> tuple[int, str]:
+    """An unfinished file, open and locked: the lock tells others that it is being written, and goes with the process."""
+    while True:
+        descriptor, partial = tempfile.mkstemp(prefix=f"{key}.", suffix=PARTIAL, dir=folder)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, partial
+        # Another process took it for a leftover before it was locked.
+        os.close(descriptor)
+
+
 def _remove_leftovers(folder: str) -> None:
     """Delete unfinished files whose writer is gone: nobody holds their lock."""
-    for partial in Path(folder).glob(f"*{_PARTIAL}"):
+    for entry in os.scandir(folder):
+        if not _LEFTOVER.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+            continue
         try:
-            descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink(missing_ok=True)
+            os.unlink(entry.path)
         except OSError:
             pass
         finally:

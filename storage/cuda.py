@@ -53,7 +53,7 @@ class CudaDevice:
         with torch.inference_mode(False):
             buffer = CudaBuffer(torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device), nbytes)
         # torch hands out memory that was freed in the compute stream's order: kernels queued there may still write to it.
-        self._copies.wait_stream(torch.cuda.current_stream(self.torch_device))  # type: ignore[no-untyped-call]
+        self._copies.wait_stream(torch.cuda.current_stream(self.torch_device))
         return buffer
 
     def lock_pages(self, buffer: object) -> bool:

@@ -1,10 +1,8 @@
 """Pages on disk: a file without a name, of as many pages as were ever needed at once."""
 
-import os
 import tempfile
 import threading
 
-from storage.errors import DiskFolderError
 from storage.state_file import StateFile
 
 _GROWTH_BYTES = 16 << 20
@@ -26,15 +24,7 @@ class PageFile:
         self._free: list[int] = []
         self._pages = 0
         self._lock = threading.Lock()
-        try:
-            descriptor, path = tempfile.mkstemp(prefix="offload-", suffix=".pages", dir=folder)
-        except OSError as error:
-            raise DiskFolderError(f"{folder or tempfile.gettempdir()} cannot be written: {error.strerror}") from error
-        os.close(descriptor)
-        try:
-            self._file = StateFile(path, 0)
-        finally:
-            os.unlink(path)
+        self._file = StateFile.new(folder or tempfile.gettempdir())
 
     @property
     def nbytes(self) -> int:

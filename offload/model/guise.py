@@ -64,7 +64,9 @@ def _to(device: torch.device) -> Any:
                 f".to({str(target)!r}) is not possible while the model is offloaded to {device}. Leave the context first."
             )
         if memory_format is not None and any(value.dim() in (4, 5) for value in self.parameters()):
-            raise SessionError(f".to(memory_format={memory_format}) is not possible while the model is offloaded. Do it before.")
+            raise SessionError(
+                f".to(memory_format={memory_format}) is not possible while the model is offloaded. Do it before."
+            )
         warnings.warn(f"the model computes on {device} already: .to() does nothing inside the context", stacklevel=2)
         return self
 
@@ -72,7 +74,7 @@ def _to(device: torch.device) -> Any:
 
 
 def _apply(device: torch.device) -> Any:
-    """What a module around the model calls to convert or move it (`to`, `float`, `cpu`): nothing, where nothing would change."""
+    """What `to`, `float` or `cpu` of a module around the model comes to: nothing, where nothing would change."""
 
     def applied(self: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
         tensors = (*self.parameters(), *self.buffers())

@@ -4,7 +4,6 @@ After SSDTrain (arXiv 2408.10013): what several layers are given is kept once, w
 from there, and what comes next is fetched ahead.
 """
 
-import os
 import threading
 import weakref
 from collections import deque
@@ -201,14 +200,14 @@ class DiskInputs(InputStore):
     """On NVMe, through a few buffers.
 
     Args:
-        path: of the file, which is made when it is needed, and has no name from then on.
+        folder: of the file, which is made when it is needed, and has no name.
         reads, writes: the links whose threads move the bytes.
         charge: told of bytes of CPU memory that are held, and of those given back (negative).
     """
 
-    def __init__(self, device: Device, path: str, reads: Link, writes: Link, charge: Callable[[int], None]) -> None:
+    def __init__(self, device: Device, folder: str, reads: Link, writes: Link, charge: Callable[[int], None]) -> None:
         super().__init__(device)
-        self._path = path
+        self._folder = folder
         self._reads, self._writes = reads, writes
         self._buffers = _Buffers(device, charge, INPUT_BUFFERS)
         self._file: StateFile | None = None
@@ -249,8 +248,7 @@ class DiskInputs(InputStore):
 
     def _opened(self) -> StateFile:
         if self._file is None:
-            self._file = StateFile(self._path, 0)
-            os.unlink(self._path)
+            self._file = StateFile.new(self._folder)
         self._file.reserve(self._end)
         return self._file
 

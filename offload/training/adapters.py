@@ -1,6 +1,10 @@
 """Adapters (LoRA, arXiv 2106.09685), by peft: added, kept in a folder, folded into the weights."""
 
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from torch import nn
 from offload.training.recipe import Recipe
 from storage.block_file import BlockFileWriter, spill_folder
 from storage.errors import ConfigError
+from storage.whole_file import PARTIAL
 
 
 def with_adapters(model: nn.Module, recipe: Recipe) -> Any:
@@ -35,11 +40,9 @@ def with_adapters(model: nn.Module, recipe: Recipe) -> Any:
 
 
 def save_adapters(adapted: Any, folder: str | Path) -> None:
-    """As peft does, beside the place and then in it: a folder is whole, or not there."""
-    folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
-    adapted.save_pretrained(str(partial), save_embedding_layers=False)
-    _into_place(partial, folder)
+    """As peft does: a folder is whole, or not there."""
+    with _made_whole(Path(folder)) as partial:
+        adapted.save_pretrained(partial, save_embedding_layers=False)
 
 
 def load_adapters(model: nn.Module, folder: str) -> Any:
@@ -102,17 +105,22 @@ def merge(adapted: Any, folder: str | None = None) -> Any:
 
 def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """A folder that `from_pretrained` loads: whole, or not there."""
-    folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
-    model.save_pretrained(str(partial))
-    tokenizer.save_pretrained(str(partial))
-    _into_place(partial, folder)
+    with _made_whole(Path(folder)) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
 
 
-def _into_place(partial: Path, folder: Path) -> None:
-    if folder.exists():
-        for file in partial.iterdir():
-            os.replace(file, folder / file.name)
-        partial.rmdir()
-    else:
-        partial.rename(folder)
+@contextmanager
+def _made_whole(folder: Path) -> Iterator[str]:
+    """A new folder beside `folder`, whose content is put in place at the end; nothing is, where an error ends it."""
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}")
+    partial.mkdir(parents=True)
+    try:
+        yield str(partial)
+        if folder.exists():
+            for file in partial.iterdir():
+                os.replace(file, folder / file.name)
+        else:
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,19 +1,25 @@
 """Checkpoints of training: what is trained, the optimizer's states, and how far it was.
 
-    states-*.bin       being written, gone with the process that writes it
-    checkpoint-*.bin   a further name of such a file once it is whole and will not be written to
-    training.json      names it; renamed into place last, so that it always names a whole one
+    training.json                names the other, says how far training was, and what the other's checksums are
+    offload-checkpoint-*.bin     weights and states, whole, and never written to again
 
-The states on NVMe are the checkpoint: the next step writes beside them. States in CPU memory are written while the next
-forward and backward run, each sub-group before its next update (DataStates, arXiv 2406.10707).
+The folder is self-contained: a copy of it is a backup, and a moved one is resumed. The manifest is renamed into place last, so
+that it always names a whole file.
+
+The states on NVMe are the checkpoint: their file gets a name, and the next step writes another one. States in CPU memory are
+written while the next forward and backward run, each sub-group before its next update (DataStates, arXiv 2406.10707).
 """
 
 import base64
+import fcntl
 import json
 import os
+import re
+import secrets
 import threading
 import zlib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +28,12 @@ from torch import nn
 
 from offload.training.managed import ManagedTraining
 from offload.training.states import Frozen
-from storage.errors import ConfigError, CorruptCheckpoint
-from storage.state_file import StateFile, remove_unlocked
+from storage.errors import ConfigError, CorruptCheckpoint, OffloadError
+from storage.whole_file import is_partial_of, replace_text
 
 MANIFEST = "training.json"
-_VERSION = 1
+_VERSION = 2
+_STATES_NAME = re.compile(r"offload-checkpoint-[0-9a-f]{16}\.bin")
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
@@ -35,8 +42,14 @@ class Checkpoints:
     """Writes the checkpoints of one training, each in place of the last.
 
     Args:
-        folder: of the manifest; made if need be.
+        folder: made if need be. Nobody else may write checkpoints there meanwhile.
         model: identity of what is trained, as `identity_of` tells it.
+
+    Attributes:
+        copied: the folder is on another filesystem than the states, which are copied there.
+
+    Raises:
+        ConfigError: if it is no folder, or in use.
     """
 
     def __init__(self, folder: str | Path, managed: ManagedTraining, model: Mapping[str, Any]) -> None:
@@ -44,13 +57,14 @@ class Checkpoints:
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"{folder} is a file; name a folder for checkpoints")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.copied = False
         self._managed = managed
         self._model = dict(model)
         self._last: Frozen | None = None
-        self._last_path: str | None = None
         self._saving: threading.Thread | None = None
-        self._done: tuple[Frozen, str] | None = None
+        self._done: Frozen | None = None
         self._error: BaseException | None = None
+        self._descriptor = _locked(self.folder)
 
     def save(self, progress: Mapping[str, Any]) -> None:
         """Begin to write one; the last one stays until it is whole.
@@ -60,18 +74,16 @@ class Checkpoints:
             Whatever went wrong with the one before.
         """
         self.wait()
-        frozen = self._managed.states.freeze()
-        path = _checkpoint_path(frozen.file.path)
+        frozen = self._managed.states.freeze(partial(self._managed.new_file, str(self.folder)))
         manifest = {
             "version": _VERSION,
-            "states": os.path.abspath(path),
             "bytes": self._managed.layout.nbytes,
             "model": self._model,
             "optimizer": self._managed.settings(),
             "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "progress": dict(progress),
         }
-        self._saving = threading.Thread(target=self._finish, args=(frozen, path, manifest), name="offload-checkpoint")
+        self._saving = threading.Thread(target=self._finish, args=(frozen, manifest), name="offload-checkpoint")
         self._saving.start()
         if frozen.written:
             self.wait()
@@ -82,20 +94,22 @@ class Checkpoints:
             self._saving.join()
             self._saving = None
         if self._done is not None:
-            self._replace_last(*self._done)
-            self._done = None
+            before, self._last, self._done = self._last, self._done, None
+            if before is not None:
+                before.release()
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def close(self) -> None:
-        """Wait for the last one, and let go of its file."""
+        """Wait for the last one, and let go of the folder."""
         try:
             self.wait()
         finally:
             if self._last is not None:
-                self._last.leave()
+                self._last.release()
                 self._last = None
+            os.close(self._descriptor)
 
     def resume(self) -> dict[str, Any] | None:
         """Take training up where the folder's checkpoint left it; None if there is none.
@@ -104,7 +118,7 @@ class Checkpoints:
             The progress that it was saved with.
 
         Raises:
-            CorruptCheckpoint: if it is not whole.
+            CorruptCheckpoint: if it is not whole, or a byte of it is not what was written.
             ConfigError: if it is of another model, or of an optimizer of another kind.
         """
         manifest = read_manifest(self.folder)
@@ -112,54 +126,55 @@ class Checkpoints:
             return None
         compare("model", manifest["model"], self._model)
         compare("optimizer", manifest["optimizer"]["kind"], self._managed.settings()["kind"])
-        path = manifest["states"]
-        if not os.path.isfile(path) or os.path.getsize(path) < manifest["bytes"]:
-            raise CorruptCheckpoint(f"{path}, which {self.folder / MANIFEST} names, is gone or cut short")
-        self._managed.run = _run_of(path)
-        self._last = self._managed.resume(self._adopted(path, manifest["bytes"]), manifest["optimizer"])
-        self._last_path = path
-        _remove_others(path)
+        self._last = self._resumed(self.folder / manifest["states"], manifest)
+        _remove_others(self.folder, manifest["states"])
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(manifest["random"])), dtype=torch.uint8))
         return dict(manifest["progress"])
 
-    def _adopted(self, path: str, nbytes: int) -> StateFile:
-        """The checkpoint's file under a further name, which goes when this process does."""
-        name = self._managed.new_name()
-        os.unlink(name)
-        os.link(path, name)
-        return StateFile(name, nbytes)
+    def _resumed(self, path: Path, manifest: Mapping[str, Any]) -> Frozen:
+        """The states as they were, and the weights that follow from them."""
+        nbytes = manifest["bytes"]
+        if not path.is_file() or path.stat().st_size < nbytes or nbytes != self._managed.layout.nbytes:
+            raise CorruptCheckpoint(f"{path}, which {self.folder / MANIFEST} names, is gone or cut short")
+        file = self._managed.open_file(str(path))
+        try:
+            if file.checksums(nbytes) != manifest["checksums"]:
+                raise CorruptCheckpoint(
+                    f"{path} fails its checksum: it is not what was written. Resume from a copy, or begin anew"
+                )
+        except OffloadError:
+            self._managed.drop_file(file)
+            raise
+        return self._managed.resume(file, manifest["optimizer"])
 
-    def _finish(self, frozen: Frozen, path: str, manifest: dict[str, Any]) -> None:
+    def _finish(self, frozen: Frozen, manifest: dict[str, Any]) -> None:
+        name = f"offload-checkpoint-{secrets.token_hex(8)}.bin"
         try:
             frozen.wait()
-            if os.path.exists(path):
-                os.unlink(path)
-            os.link(frozen.file.path, path)
-            _write_manifest(self.folder, manifest)
+            manifest |= {"states": name, "checksums": frozen.file.checksums(manifest["bytes"])}
+            self.copied = not frozen.file.link(str(self.folder / name)) or self.copied
+            replace_text(self.folder / MANIFEST, json.dumps(manifest, indent=1))
         except BaseException as error:  # handed to whoever saves or waits next
+            (self.folder / name).unlink(missing_ok=True)
             self._error = error
             return
-        self._done = frozen, path
-
-    def _replace_last(self, frozen: Frozen, path: str) -> None:
-        if self._last_path is not None and self._last_path != path and os.path.exists(self._last_path):
-            os.unlink(self._last_path)
-        if self._last is not None:
-            self._last.release()
-        self._last, self._last_path = frozen, path
+        _remove_others(self.folder, name)
+        self._done = frozen
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint; None if the folder has none.
 
     Raises:
-        CorruptCheckpoint: if it cannot be read.
+        CorruptCheckpoint: if it cannot be read, or names a file that is not one of the folder's checkpoints.
     """
     path = Path(folder) / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if manifest["version"] != _VERSION:
             raise ValueError(f"its version is {manifest['version']}, and this is {_VERSION}")
+        if not _STATES_NAME.fullmatch(manifest["states"]):
+            raise ValueError(f"the states that it names, {manifest['states']!r}, are no file that is written here")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -197,34 +212,23 @@ def _sampled(path: str) -> list[int]:
     return [size, total]
 
 
-def _checkpoint_path(states_path: str) -> str:
-    folder, name = os.path.split(states_path)
-    return os.path.join(folder, name.replace("states-", "checkpoint-", 1))
-
-
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    partial = folder / f"{MANIFEST}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / MANIFEST)
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked(folder: Path) -> int:
+    """A descriptor of the folder that holds its lock."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
-    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         os.close(descriptor)
+        raise ConfigError(f"another training writes its checkpoints to {folder}; name another folder") from error
+    except OSError:
+        # A filesystem without locks.
+        pass
+    return descriptor
 
 
-def _remove_others(path: str) -> None:
-    """Checkpoints of the same training that were not named any more, or not yet, when it was killed."""
-    folder = os.path.dirname(path)
-    for name in os.listdir(folder):
-        found = os.path.join(folder, name)
-        if found != path and name.startswith("checkpoint-") and _run_of(found) == _run_of(path):
-            remove_unlocked(found)
-
-
-def _run_of(path: str) -> str:
-    """Which training a file of states belongs to."""
-    return "".join(os.path.basename(path).split("-")[1:2])
+def _remove_others(folder: Path, kept: str) -> None:
+    """Delete checkpoints that the manifest does not name any more, and what a process left that was killed."""
+    for entry in os.scandir(folder):
+        ours = _STATES_NAME.fullmatch(entry.name) or is_partial_of(entry.name, MANIFEST)
+        if ours and entry.name != kept and entry.is_file(follow_symlinks=False):
+            os.unlink(entry.path)

@@ -85,7 +85,9 @@ class ChunkedLoss:
     def _in_head(self, forward: Forward) -> Forward:
         def hidden_or_loss(hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
             if targets is not None:
-                loss: torch.Tensor = _LossOfChunks.apply(hidden, self._head.weight, self._head.bias, targets, self._tokens, self._backward_begins)
+                loss: torch.Tensor = _LossOfChunks.apply(
+                    hidden, self._head.weight, self._head.bias, targets, self._tokens, self._backward_begins
+                )
                 return loss
             if not self._call.active:
                 result: torch.Tensor = forward(hidden)

@@ -42,6 +42,7 @@ class DiskStates:
     Attributes:
         reads, writes: the links whose threads move the bytes.
         new_file: makes a file of the layout's size.
+        drop_file: told of one that nothing needs any more.
     """
 
     layout: StateLayout
@@ -50,11 +51,11 @@ class DiskStates:
     writes: Link
     charge: Callable[[int], None]
     new_file: Callable[[], StateFile]
+    drop_file: Callable[[StateFile], None]
     nbytes: int = 0
     written: dict[BlockKey, StateFile] = field(default_factory=dict)
     """The file that holds a block; none before its first step: then its weights are where they came from."""
     _frozen: list[StateFile] = field(default_factory=list)
-    _spare: StateFile | None = None
     _target: StateFile | None = None
     _buffers: "queue.SimpleQueue[HostBuffer]" = field(default_factory=queue.SimpleQueue)
     _ahead: dict[SubGroup, _Ahead] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class DiskStates:
 
     def begin(self) -> None:
         if self._target is None:
-            self._target, self._spare = self._spare or self.new_file(), None
+            self._target = self.new_file()
         self._coming = deque(self.layout.groups)
         self._read_ahead()
 
@@ -129,7 +130,7 @@ class DiskStates:
         while self._pending:
             self._settle_one()
 
-    def freeze(self) -> Frozen:
+    def freeze(self, new_file: Callable[[], StateFile]) -> Frozen:
         """The file that the last step wrote; the next one writes beside it."""
         if self._target is None or self.written.get(self.layout.groups[0].block) is not self._target:
             raise SessionError("nothing was trained since the last checkpoint, which is still there")
@@ -140,10 +141,7 @@ class DiskStates:
     def release(self, file: StateFile) -> None:
         """No checkpoint needs the file any more."""
         self._frozen.remove(file)
-        if self._spare is None:
-            self._spare = file
-        else:
-            file.close()
+        self.drop_file(file)
 
     def thaw(self, file: StateFile) -> Frozen:
         self._frozen.append(file)
@@ -162,9 +160,9 @@ class DiskStates:
                 ahead.transfer.cancel()
         for pending in self._pending:
             pending.transfer.cancel()
-        for file in (*self._frozen, self._spare, self._target):
+        for file in (*self._frozen, self._target):
             if file is not None:
-                file.close()
+                self.drop_file(file)
 
     def _settle_one(self) -> None:
         """The oldest write has ended; a block whose last one it was is in its new place."""
@@ -213,11 +211,9 @@ class _Written:
         self.file.sync()
 
     def release(self) -> None:
-        self.states.release(self.file)
-
-    def leave(self) -> None:
-        # The present weights and states are still in it: it is closed with the others.
-        pass
+        # Where the present weights and states are still in it, it is closed with the others.
+        if self.file not in self.states.written.values():
+            self.states.release(self.file)
 
 
 def _parts(move: Callable[[int, memoryview], None], offset: int, memory: memoryview) -> list[Callable[[], None]]:

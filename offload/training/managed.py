@@ -5,10 +5,9 @@ backward -> gradients (host) -> norm, clip -> for each sub-group: states in -> s
 
 import math
 import os
-import secrets
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +31,10 @@ from storage.blocks import BlockKey
 from storage.errors import DiskFull, SessionError, TrainingError, gib
 from storage.ledger import MemoryLedger
 from storage.reader import DiskReader
-from storage.state_file import StateFile, remove_unlocked
+from storage.state_file import StateFile
 from storage.transfer import Link
+
+_STATES = "optimizer states"
 
 
 class StreamedOptimizer(torch.optim.Optimizer):
@@ -110,9 +111,7 @@ class ManagedTraining:
         self._executor = executor
         self._host_ledger, self._disk_ledger = host_ledger, disk_ledger
         self._folder = folder
-        self.run = secrets.token_hex(4)
-        """Tells the files of this training from others'."""
-        self._files: list[str] = []
+        self._engine = reader.engine
         self.buffered = False
         """The filesystem refuses O_DIRECT for files of states."""
         self._rule: Rule = rule_of(training)
@@ -211,12 +210,6 @@ class ManagedTraining:
         finally:
             self.gradients.close()
             self.states.close()
-            self._remove_files()
-
-    def _remove_files(self) -> None:
-        for path in self._files:
-            if os.path.exists(path):
-                os.unlink(path)
 
     def _check_whole(self) -> None:
         if self._failure is not None:
@@ -287,11 +280,8 @@ class ManagedTraining:
             )
 
     def _look_at_the_disk(self) -> None:
-        """Remove what processes left that were killed, and see that there is room."""
+        """Raise DiskFull if there is no room."""
         check_folder(self._folder)
-        for name in os.listdir(self._folder):
-            if name.startswith("states-") and name.endswith(".bin"):
-                remove_unlocked(os.path.join(self._folder, name))
         status = os.statvfs(self._folder)
         free = status.f_bavail * status.f_frsize
         if self.training.state_tier != CPU and free < self.layout.nbytes:
@@ -337,24 +327,33 @@ class ManagedTraining:
 
     def _take_states(self, reads: Link, writes: Link) -> States:
         def charge(nbytes: int) -> None:
-            self._host_ledger.charge("optimizer states", nbytes)
+            self._host_ledger.charge(_STATES, nbytes)
 
         if self.training.state_tier == CPU:
-            return MemoryStates(self.layout, self.weights, writes, charge, self._new_file)
-        return DiskStates(self.layout, self.weights, reads, writes, charge, self._new_file)
+            return MemoryStates(self.layout, self.weights, writes, charge, self.drop_file)
+        return DiskStates(
+            self.layout, self.weights, reads, writes, charge, partial(self.new_file, self._folder), self.drop_file
+        )
 
-    def _new_file(self) -> StateFile:
-        file = StateFile(self.new_name(), self.layout.nbytes)
+    def new_file(self, folder: str) -> StateFile:
+        """A file for weights and states, on the filesystem of `folder`."""
+        file = StateFile.new(folder, self.layout.nbytes)
         self.buffered = self.buffered or not file.direct
-        self._disk_ledger.charge("optimizer states", self.layout.nbytes)
+        self._disk_ledger.charge(_STATES, self.layout.nbytes)
         return file
 
-    def new_name(self) -> str:
-        """A file of states that goes when training ends."""
-        descriptor, path = tempfile.mkstemp(prefix=f"states-{self.run}-", suffix=".bin", dir=self._folder)
-        os.close(descriptor)
-        self._files.append(path)
-        return path
+    def open_file(self, path: str) -> StateFile:
+        """A file for weights and states that is there already, to be read."""
+        file = StateFile.open(path)
+        self._disk_ledger.charge(_STATES, self.layout.nbytes)
+        return file
+
+    def drop_file(self, file: StateFile) -> None:
+        """Nothing needs it any more; under names that it was given, it stays."""
+        # The next file may have the same descriptor, and with it the same path.
+        self._engine.forget(file.path)
+        file.close()
+        self._disk_ledger.release(_STATES, self.layout.nbytes)
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must remember of the optimizer; `kind` is what another one must not differ in."""

@@ -20,7 +20,7 @@ class MemoryStates:
     Args:
         writes: the link whose threads write checkpoints.
         charge: told of the bytes that are held, before they are.
-        new_file: makes a file of the layout's size, for a checkpoint.
+        drop_file: told of a checkpoint's file that nothing needs any more.
     """
 
     def __init__(
@@ -29,13 +29,13 @@ class MemoryStates:
         weights: Weights,
         writes: Link,
         charge: Callable[[int], None],
-        new_file: Callable[[], StateFile],
+        drop_file: Callable[[StateFile], None],
     ) -> None:
         self.layout = layout
         self.nbytes = layout.state_bytes
         self._weights = weights
         self._writes = writes
-        self._new_file = new_file
+        self._drop_file = drop_file
         charge(self.nbytes)
         self._memory: dict[SubGroup, torch.Tensor] = {}
         self._being_saved: dict[SubGroup, Transfer] = {}
@@ -72,12 +72,12 @@ class MemoryStates:
     def end(self) -> None:
         pass
 
-    def freeze(self) -> Frozen:
-        file = self._new_file()
+    def freeze(self, new_file: Callable[[], StateFile]) -> Frozen:
+        file = new_file()
         for group in self.layout.groups:
             nbytes = group.weights.nbytes + group.states.nbytes
             self._being_saved[group] = self._writes.submit(nbytes, [partial(self._write, file, group)], name=group.block)
-        return _BeingSaved(file, list(self._being_saved.values()))
+        return _BeingSaved(file, list(self._being_saved.values()), self._drop_file)
 
     def _write(self, file: StateFile, group: SubGroup) -> None:
         """In a thread of the link: nothing steps the group meanwhile."""
@@ -96,7 +96,7 @@ class MemoryStates:
             file.read(group.states.offset, staging.memory[: group.states.nbytes])
             self._memory[group].copy_(staging.tensor[: group.states.nbytes])
             read_weights(file, group, staging, self._weights)
-        return _BeingSaved(file, [])
+        return _BeingSaved(file, [], self._drop_file)
 
     def close(self) -> None:
         for transfer in self._being_saved.values():
@@ -119,6 +119,7 @@ class MemoryStates:
 class _BeingSaved:
     file: StateFile
     transfers: list[Transfer]
+    drop_file: Callable[[StateFile], None]
     written: bool = False
 
     def wait(self) -> None:
@@ -127,7 +128,4 @@ class _BeingSaved:
         self.file.sync()
 
     def release(self) -> None:
-        self.file.close()
-
-    def leave(self) -> None:
-        self.file.close()
+        self.drop_file(self.file)

@@ -1,7 +1,5 @@
 """What a session does to train, beside what it does anyway."""
 
-import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -209,6 +207,11 @@ class TrainingPart:
         said = []
         if self.managed is not None and self.managed.buffered:
             said.append(f"{self._folder}: the filesystem refuses O_DIRECT, so states are written through the page cache")
+        if self._checkpoints is not None and self._checkpoints.copied:
+            said.append(
+                f"{self._checkpoints.folder} is on another filesystem than the states in {self._folder}, or on one that cannot "
+                "name a file later: each checkpoint is a copy"
+            )
         if self._inputs is not None and self._inputs.pageable:
             said.append("CPU memory for layers' inputs could not be page-locked: their copies do not overlap with compute")
         return said
@@ -226,7 +229,8 @@ class TrainingPart:
         managed = self.manage()
         if self._checkpoints is None or self._checkpoints.folder != Path(folder):
             if self._checkpoints is not None:
-                self._checkpoints.close()
+                last, self._checkpoints = self._checkpoints, None
+                last.close()
             self._checkpoints = Checkpoints(folder, managed, identity_of(self._model, sources))
         return self._checkpoints
 
@@ -238,8 +242,7 @@ class TrainingPart:
             ledger.charge(INPUTS, nbytes) if nbytes >= 0 else ledger.release(INPUTS, -nbytes)
 
         if self.training.activation_tier == NVME:
-            path = os.path.join(self._folder, f"inputs-{secrets.token_hex(8)}.bin")
-            return DiskInputs(self._device, path, self._reader.link, self._writes, charge)
+            return DiskInputs(self._device, self._folder, self._reader.link, self._writes, charge)
         if self.training.activation_tier == CPU and not self._device.host_memory:
             return HostInputs(self._device, charge)
         return None

@@ -1,6 +1,6 @@
 """Where the optimizer's states live: what every such place gives, and what all of them share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,8 +75,12 @@ class States(Protocol):
     def end(self) -> None:
         """All that was given back is in its place."""
 
-    def freeze(self) -> "Frozen":
-        """A file with everything as it is now, which no later step writes to."""
+    def freeze(self, new_file: Callable[[], StateFile]) -> "Frozen":
+        """A file with everything as it is now, which no later step writes to.
+
+        Args:
+            new_file: makes one, where the states are in memory.
+        """
 
     def thaw(self, file: StateFile) -> "Frozen":
         """Go on from a file that was frozen, which is not written to; the weights follow."""
@@ -96,10 +100,7 @@ class Frozen(Protocol):
         """Return when it is durable. Raises what went wrong on the way."""
 
     def release(self) -> None:
-        """Nothing needs it any more: its file may be written to."""
-
-    def leave(self) -> None:
-        """The file is left as it is, for others."""
+        """This process needs it no more: its file is closed."""
 
 
 def views(memory: torch.Tensor, region: Region, at: int) -> Tensors:

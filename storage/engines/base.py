@@ -40,5 +40,8 @@ class ReadEngine(Protocol):
     def check_unchanged(self) -> None:
         """Raise CheckpointChanged if an opened file is not what it was when it was opened."""
 
+    def forget(self, path: str) -> None:
+        """Close one file, if it is open; no read of it may be under way."""
+
     def close(self) -> None:
         """Close every file."""

@@ -53,11 +53,11 @@ class KvikioEngine(PosixEngine):
         if count < needed_bytes:
             raise ReadError(f"{path} ends at byte {file_offset + count:,}: it was cut short while in use")
 
-    def close(self) -> None:
-        for handle in self._handles.values():
+    def forget(self, path: str) -> None:
+        handle = self._handles.pop(path, None)
+        if handle is not None:
             handle.close()
-        self._handles.clear()
-        super().close()
+        super().forget(path)
 
 
 def choose_engine(sample: str | None) -> ReadEngine:

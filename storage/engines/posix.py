@@ -72,11 +72,15 @@ class PosixEngine:
                     f"{path} {what} while its weights were in use; leave the context and load the model again"
                 )
 
-    def close(self) -> None:
-        for file in self._files.values():
+    def forget(self, path: str) -> None:
+        file = self._files.pop(path, None)
+        if file is not None:
             for descriptor in {file.descriptor, file.buffered}:
                 os.close(descriptor)
-        self._files.clear()
+
+    def close(self) -> None:
+        for path in list(self._files):
+            self.forget(path)
 
     def _open_descriptor(self, path: str) -> tuple[int, bool]:
         if self._direct:

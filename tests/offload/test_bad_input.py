@@ -300,14 +300,44 @@ def test_the_leftovers_of_a_killed_process(tmp_path):
     model.save_pretrained(tmp_path / "model")
     disk = tmp_path / "disk"
     disk.mkdir()
-    (disk / "abc123.partial").write_bytes(b"half")
+    key = "0123456789abcdef" * 2
+    (disk / f"{key}.a1b2c3d4.offload-partial").write_bytes(b"half")
+    others = {
+        "film.mkv.partial": b"a download of another program",
+        f"{key}.partial": b"named as ours were once",
+        "notes.offload-partial": b"no key",
+        f"x{key}.a1b2c3d4.offload-partial": b"more before the key",
+    }
+    for name, content in others.items():
+        (disk / name).write_bytes(content)
+    (tmp_path / "elsewhere").write_bytes(b"linked")
+    link = disk / f"{key}.e5f6a7b8.offload-partial"
+    link.symlink_to(tmp_path / "elsewhere")
     wanted = oracle_of(model)(input_ids=tokens()).logits
     for _ in range(2):
         with offload(
             tmp_path / "model", device="cpu", cpu_memory="1MiB", batch_size=2, max_tokens=16, disk_dir=disk
         ) as session:
             assert torch.equal(session.model(input_ids=tokens()).logits, wanted)
-    assert [name.endswith(".blocks") for name in os.listdir(disk)] == [True]
+    kept = {name for name in os.listdir(disk) if not name.endswith(".blocks")}
+    assert kept == {*others, link.name}
+    assert all((disk / name).read_bytes() == content for name, content in others.items())
+    assert link.read_bytes() == b"linked"
+    assert len(os.listdir(disk)) == len(kept) + 1
+
+
+def test_nothing_in_a_shared_folder_is_deleted(tmp_path, monkeypatch):
+    """Where no folder was named for it, what is converted has no name, and nobody's files are looked at."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model = make("mixtral", True)
+    model.save_pretrained(tmp_path / "model")
+    names = ["film.partial", "0123456789abcdef0123456789abcdef.a1b2c3d4.offload-partial", "states-ab-c.bin"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"somebody's")
+    with offload(tmp_path / "model", device="cpu", cpu_memory="1MiB", batch_size=2, max_tokens=16) as session:
+        session.model(input_ids=tokens())
+        assert sorted(os.listdir(tmp_path)) == sorted([*names, "model"])
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "model"])
 
 
 def test_another_model_under_the_same_path_is_not_mistaken(tmp_path):

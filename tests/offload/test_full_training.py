@@ -1,6 +1,7 @@
 """The session's own optimizer against the oracle, bit by bit."""
 
 import copy
+import json
 import os
 
 import pytest
@@ -8,7 +9,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from offload import BudgetTooSmall, ConfigError, CorruptCheckpoint, SessionError, Training, TrainingError, offload
+from offload import (
+    BudgetTooSmall,
+    ConfigError,
+    CorruptCheckpoint,
+    DiskFolderError,
+    SessionError,
+    Training,
+    TrainingError,
+    offload,
+)
 from offload.training.needs import needs_of
 from tests import oracle_loop
 from tests.architectures import VOCAB, make, oracle_of
@@ -376,26 +386,48 @@ def test_resumed_as_if_never_stopped(kind, tmp_path):
     twin = adapted(twin)
     assert losses == oracle(twin, steps)
     assert_same_weights(trained, twin)
-    assert len(list(states.iterdir())) == 1
+    assert not list(states.iterdir())
+    assert len(list((tmp_path / "run").iterdir())) == 2
     if kind == "cpu":
-        refuse_what_does_not_fit(entered, tmp_path, states)
+        refuse_what_does_not_fit(entered, tmp_path)
 
 
-def refuse_what_does_not_fit(entered, tmp_path, states):
+def refuse_what_does_not_fit(entered, tmp_path):
+    manifest = tmp_path / "run" / "training.json"
     other, _ = prepared("llama", True, torch.bfloat16)
     with offload(other, device="cpu", cpu_memory="64MiB", training=Training(), **RESERVE) as session:
         with pytest.raises(ConfigError, match="another model"):
             session.resume(tmp_path / "run")
         assert session.resume(tmp_path / "empty") is None
         with pytest.raises(ConfigError, match="is a file"):
-            session.resume(next(states.iterdir()))
-    (file,) = states.iterdir()
+            session.resume(manifest)
+    (file,) = (tmp_path / "run").glob("*.bin")
+    whole = file.read_bytes()
+    for place in (0, len(whole) // 2, len(whole) - 4096 * 3):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        file.write_bytes(flipped)
+        with entered() as session, pytest.raises(CorruptCheckpoint, match="checksum"):
+            session.resume(tmp_path / "run")
     os.truncate(file, 4096)
     with entered() as session, pytest.raises(CorruptCheckpoint, match="cut short"):
         session.resume(tmp_path / "run")
-    (tmp_path / "run" / "training.json").write_text("{")
+    said = json.loads(manifest.read_text())
+    victim = tmp_path / "offload-checkpoint-0123456789abcdef.bin"
+    victim.write_bytes(whole)
+    for name in (str(victim), f"../{victim.name}", "training.json"):
+        manifest.write_text(json.dumps(said | {"states": name}))
+        with entered() as session, pytest.raises(CorruptCheckpoint, match="no manifest"):
+            session.resume(tmp_path / "run")
+    file.unlink()
+    file.symlink_to(victim)
+    manifest.write_text(json.dumps(said))
+    with entered() as session, pytest.raises(DiskFolderError, match="cannot be read"):
+        session.resume(tmp_path / "run")
+    manifest.write_text("{")
     with entered() as session, pytest.raises(CorruptCheckpoint, match="no manifest"):
         session.resume(tmp_path / "run")
+    assert victim.read_bytes() == whole
 
 
 @pytest.mark.parametrize("major", ["batch", "layer"])

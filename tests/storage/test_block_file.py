@@ -16,6 +16,7 @@ from storage.errors import CorruptCheckpoint, DiskFolderError, DiskFull
 from storage.reader import DiskReader
 from storage.transfer import Link
 
+KILLED = "0123456789abcdef" * 2
 TENSORS = {
     "a": torch.arange(40_000, dtype=torch.float32).view(200, 200),
     "b": torch.ones(3, dtype=torch.bfloat16),
@@ -121,7 +122,7 @@ def test_no_such_folder(tmp_path):
 
 
 def _write_forever(folder, ready):
-    writer = BlockFileWriter(folder, "killed")
+    writer = BlockFileWriter(folder, KILLED)
     writer.add("b", TENSORS["b"])
     ready.set()
     time.sleep(100)
@@ -135,12 +136,12 @@ def test_a_killed_writer_is_cleaned_up_after_and_a_live_one_is_not(tmp_path):
     try:
         assert ready.wait(60)
         write(tmp_path, "mine")
-        assert any(name.startswith("killed") for name in os.listdir(tmp_path)), "a live writer's file was deleted"
+        assert any(name.startswith(KILLED) for name in os.listdir(tmp_path)), "a live writer's file was deleted"
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     write(tmp_path, "again")
-    assert not any(name.startswith("killed") for name in os.listdir(tmp_path))
+    assert not any(name.startswith(KILLED) for name in os.listdir(tmp_path))
     assert os.path.exists(path_of(str(tmp_path), "again"))
 
 

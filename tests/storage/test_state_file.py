@@ -7,15 +7,16 @@ import pytest
 
 from storage.arena import HostBuffer
 from storage.errors import DiskFolderError, DiskFull, ReadError
-from storage.state_file import StateFile, remove_unlocked
+from storage.state_file import StateFile
 
 
 @pytest.fixture(params=[True, False], ids=["direct", "buffered"])
 def file(request, tmp_path, monkeypatch):
     if not request.param:
         monkeypatch.setattr("storage.state_file.direct_io_unit_bytes", lambda descriptor: 1 << 20)
-    made = StateFile(str(tmp_path / "states.bin"), 3 * 4096)
+    made = StateFile.new(str(tmp_path), 3 * 4096)
     assert made.direct == request.param
+    assert not list(tmp_path.iterdir())
     yield made
     made.close()
 
@@ -43,16 +44,76 @@ def test_a_shorter_file_is_told(file):
         file.read(0, HostBuffer(8192).memory)
 
 
-def test_one_process_at_a_time(file):
-    with pytest.raises(DiskFolderError, match="another process"):
-        StateFile(file.path, 4096)
-    remove_unlocked(file.path)
-    assert os.path.exists(file.path)
+def filled(file):
+    buffer = HostBuffer(file.nbytes)
+    buffer.tensor.random_(0, 256)
+    file.write(0, buffer.memory[: file.nbytes])
+    return bytes(buffer.memory[: file.nbytes])
+
+
+def test_a_name_that_is_given_later_stays(file, tmp_path):
+    content = filled(file)
+    assert file.link(str(tmp_path / "kept.bin"))
     file.close()
-    StateFile(file.path, 4096).close()
-    remove_unlocked(file.path)
-    assert not os.path.exists(file.path)
-    remove_unlocked(file.path)
+    assert (tmp_path / "kept.bin").read_bytes() == content
+    again = StateFile.open(str(tmp_path / "kept.bin"))
+    assert again.nbytes == len(content)
+    again.close()
+
+
+@pytest.mark.parametrize("error", [errno.EXDEV, errno.ENOENT, errno.EPERM])
+def test_where_it_cannot_get_a_name_it_is_copied(error, file, tmp_path, monkeypatch):
+    def refused(*arguments, **more):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "link", refused)
+    content = filled(file)
+    assert not file.link(str(tmp_path / "kept.bin"))
+    assert (tmp_path / "kept.bin").read_bytes() == content
+
+
+def test_a_filesystem_where_every_file_has_a_name_at_first(tmp_path, monkeypatch):
+    real = os.open
+
+    def refused(path, flags, *mode, **more):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        return real(path, flags, *mode, **more)
+
+    monkeypatch.setattr(os, "open", refused)
+    file = StateFile.new(str(tmp_path), 4096)
+    assert not list(tmp_path.iterdir())
+    content = filled(file)
+    assert not file.link(str(tmp_path / "kept.bin"))
+    assert (tmp_path / "kept.bin").read_bytes() == content
+    file.close()
+
+
+def test_a_flipped_bit_changes_a_checksum(file, monkeypatch):
+    monkeypatch.setattr("storage.state_file._CHECKED_BYTES", 8192)
+    content = bytearray(filled(file))
+    before = file.checksums(file.nbytes)
+    assert len(before) == 2
+    content[5000] ^= 4
+    buffer = HostBuffer(file.nbytes)
+    buffer.memory[: file.nbytes] = bytes(content)
+    file.write(0, buffer.memory[: file.nbytes])
+    after = file.checksums(file.nbytes)
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+
+
+def test_only_a_regular_file_of_nobody_else_is_opened(tmp_path):
+    (tmp_path / "kept.bin").write_bytes(bytes(4096))
+    file = StateFile.open(str(tmp_path / "kept.bin"))
+    with pytest.raises(DiskFolderError, match="another process"):
+        StateFile.open(str(tmp_path / "kept.bin"))
+    file.close()
+    StateFile.open(str(tmp_path / "kept.bin")).close()
+    (tmp_path / "link.bin").symlink_to(tmp_path / "kept.bin")
+    for path in (tmp_path / "link.bin", tmp_path / "none.bin", tmp_path):
+        with pytest.raises(DiskFolderError):
+            StateFile.open(str(path))
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -61,7 +122,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DiskFull, match="free some space"):
-        StateFile(str(tmp_path / "states.bin"), 1 << 40)
+        StateFile.new(str(tmp_path), 1 << 40)
     assert not list(tmp_path.iterdir())
     with pytest.raises(DiskFolderError, match="cannot be written"):
-        StateFile(str(tmp_path / "none" / "states.bin"), 4096)
+        StateFile.new(str(tmp_path / "none"), 4096)
