@@ -3,6 +3,7 @@
 from offload.api import offload
 from offload.session import Session
 from offload.training.options import Training
+from offload.training.weighting import token_shares
 from storage.errors import (
     BudgetExceeded,
     BudgetTooSmall,
@@ -48,4 +49,5 @@ __all__ = [
     "TrainingError",
     "UnsupportedCheckpoint",
     "offload",
+    "token_shares",
 ]

@@ -663,7 +663,8 @@ class Session:
         """Forward and backward of several micro-batches, whose gradients add up.
 
         Args:
-            losses: each computes the loss of one micro-batch with `session.model`, scaled as it is to count, when it is called.
+            losses: each computes the loss of one micro-batch with `session.model` when it is called, times its share of the
+                step's items (`token_shares`), so that they add up to the mean over all.
             layer_major: every block is brought once for all of them, not once for each. Nothing else changes, not a bit; what
                 layers pass on is held for all of them at once. Random numbers are each micro-batch's own: seed them in the
                 call if they are to be the same in either order.
@@ -752,10 +753,9 @@ class Session:
     def _grow(self, workload: Workload) -> None:
         """Make room for a larger workload: give up resident blocks. Raises BudgetTooSmall if that is not enough."""
         if self._training is not None and self._training.managed is not None:
-            raise BudgetTooSmall(
+            raise BudgetExceeded(
                 "more memory is needed than was set aside when training began, and nothing is given up meanwhile; enter with "
-                "the batch_size and max_tokens that will be used",
-                0,
+                "the batch_size and max_tokens that will be used"
             )
         candidates = frozenset(self.plan.resident)
         beside = self.plan.host_compute

@@ -9,6 +9,16 @@ def seed_everything(seed, step, k):
     torch.manual_seed(int(numpy.random.SeedSequence((seed, step, k)).generate_state(1, numpy.uint64)[0] >> 1))
 
 
+def items(batch):
+    """What a causal model's loss is the mean of."""
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def share(batch, micro_batches):
+    """Every item of a step counts the same."""
+    return items(batch) / sum(map(items, micro_batches))
+
+
 def train(model, steps, *, seed=0, clip=None, masters=True, optimizer=torch.optim.AdamW, **settings):
     """Train on `steps`, a list of lists of micro-batches (keyword arguments of the model); returns the losses."""
     model.train()
@@ -30,7 +40,7 @@ def train(model, steps, *, seed=0, clip=None, masters=True, optimizer=torch.opti
         added = {}
         for k, batch in enumerate(micro_batches):
             seed_everything(seed, step, k)
-            loss = model(**batch).loss / len(micro_batches)
+            loss = model(**batch).loss * share(batch, micro_batches)
             loss.backward()
             losses.append(loss.item())
             for value, target in zip(parameters, stepped, strict=True):

@@ -15,9 +15,8 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from offload.runtime.hooks import Forward, ForwardWrap
+from offload.training.weighting import IGNORED
 from storage.errors import ConfigError, SessionError
-
-_IGNORED = -100
 
 
 class _Call(threading.local):
@@ -110,7 +109,7 @@ class ChunkedLoss:
         labels: torch.Tensor | None,
         vocab_size: int,
         num_items_in_batch: torch.Tensor | int | None = None,
-        ignore_index: int = _IGNORED,
+        ignore_index: int = IGNORED,
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -122,9 +121,9 @@ class ChunkedLoss:
             assert labels is not None
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.reshape(-1).to(logits.device)
-        targets = torch.where(targets == ignore_index, _IGNORED, targets)
+        targets = torch.where(targets == ignore_index, IGNORED, targets)
         total: torch.Tensor = self._head(logits.reshape(-1, logits.shape[-1]), targets)
-        count = (targets != _IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / count
 
 
@@ -148,7 +147,7 @@ class _LossOfChunks(torch.autograd.Function):
         for begin in range(0, len(hidden), tokens):
             rows, goal = hidden[begin : begin + tokens], targets[begin : begin + tokens]
             logits = nn.functional.linear(rows, weight, bias).float()
-            total += nn.functional.cross_entropy(logits, goal, ignore_index=_IGNORED, reduction="sum")
+            total += nn.functional.cross_entropy(logits, goal, ignore_index=IGNORED, reduction="sum")
             if of_hidden is None and of_weight is None and of_bias is None:
                 continue
             of_logits = _gradient_of_logits(logits, goal).to(hidden.dtype)
@@ -182,7 +181,7 @@ class _LossOfChunks(torch.autograd.Function):
 
 def _gradient_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Softmax less one at the target; zero where nothing is to be learned. Overwrites `logits`."""
-    counted = targets != _IGNORED
+    counted = targets != IGNORED
     gradient = torch.softmax(logits, -1, out=logits) if not logits.requires_grad else torch.softmax(logits, -1)
     gradient[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1
     return gradient.mul_(counted[:, None])

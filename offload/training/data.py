@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
+from offload.training.weighting import IGNORED
 from storage.errors import ConfigError
-
-IGNORED = -100
-"""The label of a token that the loss does not count; transformers' own."""
 
 _OPEN_ROWS = 64
 """Sequences that a short example may still be packed into."""
@@ -126,7 +124,7 @@ def _read_item(where: str, number: int, item: Any, tokenizer: Any, sequence_leng
         raise ConfigError(
             f"{where} has {len(ids)} tokens, and --sequence-length is {sequence_length}; give more, or shorten it"
         )
-    if all(label == IGNORED for label in labels):
+    if all(label == IGNORED for label in labels[1:]):
         raise ConfigError(f"{where} has nothing to learn: no completion, or no message of the assistant")
     yield Example(tuple(ids), tuple(labels), number)
 

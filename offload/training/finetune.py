@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from offload.training.checkpoint import compare
-from offload.training.data import IGNORED, Batches
+from offload.training.data import Batches
 from offload.training.recipe import Recipe
+from offload.training.weighting import item_count, token_shares
 from storage.errors import ConfigError, TrainingError
 
 Batch = dict[str, torch.Tensor]
@@ -121,7 +122,7 @@ def evaluate(model: nn.Module, batches: Batches) -> float:
     try:
         with torch.no_grad():
             for batch in batches.in_order():
-                tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+                tokens = item_count(batch)
                 total += float(model(**batch, use_cache=False).loss) * tokens
                 counted += tokens
     finally:
@@ -139,8 +140,12 @@ def _resumed(session: Trainable, folder: Path, settings: dict[str, Any]) -> int:
 
 def _step(session: Trainable, model: nn.Module, group: list[Batch], recipe: Recipe, number: int) -> tuple[float, float, int]:
     session.optimizer.param_groups[0]["lr"] = recipe.rate(number)
+    shares = token_shares(group)
     losses = session.backward(
-        [partial(_loss, model, batch, recipe.seed, number, index, len(group)) for index, batch in enumerate(group)],
+        [
+            partial(_loss, model, batch, recipe.seed, number, index, share)
+            for index, (batch, share) in enumerate(zip(group, shares, strict=True))
+        ],
         recipe.layer_major,
     )
     loss = sum(losses)
@@ -157,9 +162,9 @@ def _step(session: Trainable, model: nn.Module, group: list[Batch], recipe: Reci
     return loss, norm, sum(int(batch["labels"].numel()) for batch in group)
 
 
-def _loss(model: nn.Module, batch: Batch, seed: int, step: int, micro_batch: int, count: int) -> torch.Tensor:
+def _loss(model: nn.Module, batch: Batch, seed: int, step: int, micro_batch: int, share: float) -> torch.Tensor:
     seed_everything(seed, step, micro_batch)
-    loss: torch.Tensor = model(**batch, use_cache=False).loss / count
+    loss: torch.Tensor = model(**batch, use_cache=False).loss * share
     return loss
 
 

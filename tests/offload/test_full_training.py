@@ -63,7 +63,7 @@ def train(session, steps, seed=0, clip=0.5):
     for step, group in enumerate(steps, 1):
         for k, batch in enumerate(group):
             oracle_loop.seed_everything(seed, step, k)
-            loss = model(**batch).loss / len(group)
+            loss = model(**batch).loss * oracle_loop.share(batch, group)
             loss.backward()
             losses.append(loss.item())
         session.step(max_grad_norm=clip)
@@ -318,7 +318,7 @@ def train_layer_major(session, steps, seed=0, clip=0.5):
         def loss_of(k, batch, step=step, group=group):
             def compute():
                 oracle_loop.seed_everything(seed, step, k)
-                return model(**batch).loss / len(group)
+                return model(**batch).loss * oracle_loop.share(batch, group)
 
             return compute
 
@@ -376,7 +376,7 @@ def test_resumed_as_if_never_stopped(kind, tmp_path):
             for number in range(done, until):
                 for k, batch in enumerate(steps[number]):
                     oracle_loop.seed_everything(0, number + 1, k)
-                    loss = session.model(**batch).loss / 2
+                    loss = session.model(**batch).loss * oracle_loop.share(batch, steps[number])
                     loss.backward()
                     losses.append(loss.item())
                 session.step(0.5)
