@@ -1,5 +1,6 @@
 """`offload(...)`: what a user calls. Checks the request; the session does the rest."""
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 from offload.config import EXACTNESS, IDENTICAL, Progress, parse_bytes, resolve_device
 from offload.kv.budget import KvBudget
 from offload.kv.options import NONE, PLAIN, KvOptions
+from offload.model.from_pretrained import TAKEN, LoadingOptions, unknown
 from offload.runtime.decision import load_plan
 from offload.runtime.expert_part import AUTO, CPU, ExpertOptions
 from offload.session import Request, Session
@@ -75,7 +77,8 @@ def offload(
         prefix_cache: a folder where beginnings of prompts are kept for other runs: see `Session.kv_cache`.
         shared_prefix: tokens that all sequences of a batch begin with, to be kept and read once; with exactness `rounding`.
         progress: told (what, done bytes, total bytes) during long steps.
-        loading: for a path, what `from_pretrained` takes: `dtype`, `revision`, `trust_remote_code`...
+        loading: for a path, what `from_pretrained` takes (`dtype`, `revision`, `trust_remote_code`, `subfolder`, ...) and
+            attributes of the config (`rope_parameters`, ...), as there. What offload decides (`device_map`, ...) is refused.
 
     Raises (on entering):
         ConfigError: for a request that contradicts itself.
@@ -116,9 +119,10 @@ def offload(
             "be seen; make it outside of that mode, or give its path"
         )
     if isinstance(model_or_path, nn.Module) and loading:
-        raise ConfigError(
-            f"{', '.join(loading)}: no option of offload; what from_pretrained takes is for a model given by its path"
-        )
+        taken = sorted(loading.keys() & TAKEN)
+        if taken:
+            raise ConfigError(f"{', '.join(taken)}: what from_pretrained takes is for a model that is given by its path")
+        raise unknown(loading, _OPTIONS)
     return Session(
         Request(
             target=model_or_path if isinstance(model_or_path, nn.Module) else str(model_or_path),
@@ -137,9 +141,12 @@ def offload(
             experts=experts,
             kv=kv,
             progress=progress or (lambda what, done, total: None),
-            loading=loading,
+            loading=LoadingOptions.of(loading, _OPTIONS),
         )
     )
+
+
+_OPTIONS = frozenset(inspect.signature(offload).parameters) - {"model_or_path", "loading"}
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -18,6 +18,7 @@ from offload.kv.options import KvOptions
 from offload.kv.prefix import BLOCK_TOKENS
 from offload.model.blocks import Unit, find_structure
 from offload.model.experts import ExpertsUnit
+from offload.model.from_pretrained import LoadingOptions
 from offload.model.guise import Guise
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
@@ -92,7 +93,7 @@ class Request:
     experts: ExpertOptions
     kv: KvOptions
     progress: Progress
-    loading: dict[str, Any]
+    loading: LoadingOptions
 
 
 class Session:
@@ -322,8 +323,8 @@ class Session:
         self._process_bytes = process_bytes()
         if isinstance(self._target, nn.Module):
             return None
-        options = dict(self._request.loading)
-        return CheckpointLoader(find_folder(self._target, options.pop("revision", None)), **options)
+        options = self._request.loading
+        return CheckpointLoader(find_folder(self._target, options), options)
 
     def _begin(self, stack: ExitStack, loader: CheckpointLoader | None) -> None:
         loaded = self._load(stack, loader)

@@ -1,6 +1,5 @@
 """Where each tensor of a safetensors checkpoint lies, from the headers alone."""
 
-import hashlib
 import json
 import os
 import struct
@@ -12,6 +11,7 @@ from typing import Any
 
 from storage.blocks import DTYPE_BYTES, FileRange, TensorSpec
 from storage.errors import CheckpointError, CorruptCheckpoint, MissingShard, UnsupportedCheckpoint
+from storage.fingerprint import fingerprint_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -35,8 +35,11 @@ class StoredTensor:
     range: FileRange
 
 
-def read_checkpoint(folder: str) -> dict[str, StoredTensor]:
+def read_checkpoint(folder: str, variant: str | None = None) -> dict[str, StoredTensor]:
     """All tensors of the checkpoint in `folder`, by their names in the files.
+
+    Args:
+        variant: a part of the file names, as in `model.fp16.safetensors`.
 
     Raises:
         MissingShard: if the index names a file that is not there.
@@ -44,19 +47,19 @@ def read_checkpoint(folder: str) -> dict[str, StoredTensor]:
         UnsupportedCheckpoint: if the folder holds no safetensors, or a dtype that torch lacks.
     """
     tensors: dict[str, StoredTensor] = {}
-    for path in weight_files(folder):
+    for path in weight_files(folder, variant):
         tensors.update(read_header(path))
     return tensors
 
 
-def weight_files(folder: str) -> list[str]:
+def weight_files(folder: str, variant: str | None = None) -> list[str]:
     """The safetensors files of the checkpoint in `folder`, each of which exists."""
-    index = Path(folder, INDEX_NAME)
-    single = Path(folder, SINGLE_NAME)
+    index = Path(folder, _of_variant(INDEX_NAME, variant))
+    single = Path(folder, _of_variant(SINGLE_NAME, variant))
     if single.exists():
         return [str(single)]
     if not index.exists():
-        raise _no_safetensors(folder)
+        raise _no_safetensors(folder, single.name, index.name)
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -98,16 +101,18 @@ def identity(path: str) -> dict[str, Any]:
     """What distinguishes a file from another under the same name: enough to key files derived from it.
 
     A file in the hub's cache is a link to a blob whose name is a hash of its content; any other file is told by its
-    header, size, time and inode.
+    header, samples of its content, size, time and inode: it may have been overwritten in place, and its time set back.
     """
     real = os.path.realpath(path)
     if os.path.basename(os.path.dirname(real)) == "blobs":
         return {"blob": os.path.basename(real)}
     status = os.stat(real)
-    with open(real, "rb") as file:
-        header = file.read(min(struct.unpack("<Q", file.read(8))[0], _LARGEST_HEADER_BYTES))
-    digest = hashlib.sha256(header).hexdigest()
-    return {"header": digest, "size": status.st_size, "mtime": status.st_mtime_ns, "inode": status.st_ino}
+    return {
+        "fingerprint": fingerprint_of(real),
+        "size": status.st_size,
+        "mtime": status.st_mtime_ns,
+        "inode": status.st_ino,
+    }
 
 
 def _raw_header(path: str) -> tuple[dict[str, Any], int, int]:
@@ -141,11 +146,17 @@ def _stored(path: str, name: str, entry: Any, data_start: int) -> StoredTensor:
     return StoredTensor(TensorSpec(name, dtype, shape), FileRange(path, data_start + begin, end - begin))
 
 
-def _no_safetensors(folder: str) -> CheckpointError:
+def _of_variant(name: str, variant: str | None) -> str:
+    """As transformers names it: `model.safetensors.index.fp16.json`."""
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
+
+
+def _no_safetensors(folder: str, single: str, index: str) -> CheckpointError:
     pickles = sorted(path.name for path in Path(folder).glob("*") if path.name.endswith(_PICKLE_SUFFIXES))
     if not pickles:
         return UnsupportedCheckpoint(
-            f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}. Give a folder that `save_pretrained` wrote."
+            f"{folder} holds neither {single} nor {index}. Give a folder that `save_pretrained` wrote."
         )
     return UnsupportedCheckpoint(
         f"{folder} holds its weights as pickle files ({', '.join(pickles[:3])}), which cannot be streamed. Convert once, "

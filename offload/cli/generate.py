@@ -13,6 +13,7 @@ from offload.cli.kv import add_kv_arguments
 from offload.cli.terminal import check_writable, live_console, progress_bar, say
 from offload.config import EXACTNESS, ROUNDING, Progress, resolve_device
 from offload.generate import LEAST_SHARED_TOKENS, Completion, Prompts, Sampling, complete, load_tokenizer
+from offload.model.from_pretrained import LoadingOptions
 from offload.model.loading import find_folder
 from offload.probe import hardware_profile, kept_profile
 from offload.report.live import LiveView
@@ -110,7 +111,7 @@ def run(request: argparse.Namespace) -> None:
     sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
     texts = _read_prompts(request.prompt, request.prompts)
     transformers_logging.set_verbosity_error()
-    folder = find_folder(request.model, request.revision)
+    folder = find_folder(request.model, LoadingOptions.of({"revision": request.revision}))
     prompts = Prompts(load_tokenizer(folder, request.trust_remote_code), texts, request.chat)
     completions, record = _generate(request, folder, prompts, sampling)
     if request.json:

@@ -1,6 +1,7 @@
 """From a checkpoint folder or a hub id to a model whose parameters are views of files: loaded without being read."""
 
 import contextlib
+import copy
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import core_model_loading as converters
 
 from offload.config import Progress
 from offload.model.blocks import Unit, estimated_slot_bytes, tensor_spec
 from offload.model.expert_loading import SingleExperts
 from offload.model.experts import ExpertPieces
+from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, unknown
 from offload.model.homes import FileMaps
 from storage.arena import release_freed_memory
 from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of, spill_folder
@@ -28,6 +30,7 @@ from storage.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
 from storage.landing import plan_landing
 
 DEMO = "demo"
+_OF_THE_CONFIG = ("attn_implementation", "experts_implementation")
 _LAYOUT_VERSION = 1
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 
@@ -53,7 +56,7 @@ class LoadedModel:
     fallbacks: list[str] = field(default_factory=list)
 
 
-def find_folder(name: str, revision: str | None = None) -> str:
+def find_folder(name: str, options: LoadingOptions = AS_IT_IS) -> str:
     """The local folder of a model: a folder as it is, `demo` as shipped, a hub id from the hub's cache or the network.
 
     Raises:
@@ -62,24 +65,56 @@ def find_folder(name: str, revision: str | None = None) -> str:
     if name == DEMO:
         return str(resources.files("offload") / "demo")
     if os.path.isdir(name):
-        if revision is not None:
+        folder = os.path.join(name, options.subfolder) if options.subfolder else name
+        if (revision := options.hub.get("revision")) is not None:
             raise ConfigError(f"revision {revision} was asked for, and {name} is a folder: only the hub has revisions")
-        if not Path(name, "config.json").exists():
-            raise CheckpointError(f"{name} holds no config.json; give a folder that save_pretrained wrote")
-        return name
+        if not Path(folder, "config.json").exists():
+            raise CheckpointError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
+        return folder
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; give the folder that holds the checkpoint, with its config.json")
+    if options.overrides:
+        # A typo is answered before anything large is fetched.
+        read_config(name, options)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES)
+        folder = snapshot_download(name, allow_patterns=_HUB_FILES, **options.hub)
     except HFValidationError as error:
         raise CheckpointError(f"there is no folder {name!r}, and it is no hub id either") from error
     except Exception as error:
         raise CheckpointError(
             f"there is no folder {name}, and the hub did not give a model of that name: {str(error).splitlines()[0]}"
         ) from error
+    return os.path.join(folder, options.subfolder) if options.subfolder else folder
+
+
+def read_config(place: str, options: LoadingOptions) -> Any:
+    """The config of a folder or a hub id, as the options change it.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+        ConfigError: for an override of what it does not know.
+    """
+    if isinstance(options.config, PreTrainedConfig):
+        return copy.deepcopy(options.config)
+    given = options.config if options.config is not None else place
+    hub = {} if os.path.isdir(given) else {**options.hub, "subfolder": options.subfolder}
+    try:
+        config, unused = AutoConfig.from_pretrained(
+            given,
+            return_unused_kwargs=True,
+            trust_remote_code=options.trust_remote_code,
+            code_revision=options.code_revision,
+            **hub,
+            **copy.deepcopy(dict(options.overrides)),
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{given}/config.json cannot be used: {error}") from error
+    if left := [name for name in options.overrides if name in unused]:
+        raise unknown(left, {*config.to_dict(), *options.siblings})
+    return config
 
 
 def find_outline(name: str, dtype: Any = "auto", trust_remote_code: bool = False) -> "CheckpointLoader":
@@ -88,8 +123,9 @@ def find_outline(name: str, dtype: Any = "auto", trust_remote_code: bool = False
     Raises:
         CheckpointError: if there is no such folder and the hub does not give it.
     """
+    options = LoadingOptions(dtype, trust_remote_code)
     if name == DEMO or os.path.exists(name):
-        return CheckpointLoader(find_folder(name), dtype, trust_remote_code)
+        return CheckpointLoader(find_folder(name), options)
     from huggingface_hub import get_safetensors_metadata, snapshot_download
 
     try:
@@ -100,7 +136,7 @@ def find_outline(name: str, dtype: Any = "auto", trust_remote_code: bool = False
             f"there is no folder {name!r}, and the hub did not give a model of that name: {str(error).splitlines()[0]}"
         ) from error
     headers = {tensor: info.dtype for file in files.values() for tensor, info in file.tensors.items()}
-    return CheckpointLoader(folder, dtype, trust_remote_code, headers=headers)
+    return CheckpointLoader(folder, options, headers)
 
 
 class CheckpointLoader:
@@ -108,35 +144,22 @@ class CheckpointLoader:
 
     Args:
         folder: as `find_folder` gives it.
-        dtype: `auto` for the checkpoint's own, a torch dtype or its name.
-        trust_remote_code: run the model code that the checkpoint brings along.
+        options: how it is to be loaded.
         headers: dtypes of the tensors by name, of a checkpoint whose weights are not here: it cannot be loaded.
-        options: anything else that `from_pretrained` takes.
 
     Raises:
         CheckpointError: if the checkpoint cannot be streamed. Nothing is loaded by then.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        dtype: Any = "auto",
-        trust_remote_code: bool = False,
-        headers: dict[str, str] | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, folder: str, options: LoadingOptions = AS_IT_IS, headers: dict[str, str] | None = None) -> None:
         self.folder = folder
-        self.stored = read_checkpoint(folder) if headers is None else {}
+        self.stored = read_checkpoint(folder, options.variant) if headers is None else {}
         self._dtypes = [item.spec.dtype for item in self.stored.values()] if headers is None else dtypes_of(headers)
-        self._trust = trust_remote_code
-        self._options = {key: value for key, value in options.items() if value is not None}
-        for refused in ("device_map", "quantization_config", "load_in_8bit", "load_in_4bit", "output_loading_info"):
-            if refused in self._options:
-                raise ConfigError(f"{refused} cannot be given: offload decides what lives where, and streams plain weights")
-        self.config = self._options.pop("config", None) or self._read_config()
+        self._options = options
+        self.config = read_config(folder, options)
         quantization = getattr(self.config, "quantization_config", None)
         self._method = None if quantization is None else _method_of(quantization)
-        self.dtype = self._resolve_dtype(dtype)
+        self.dtype = self._resolve_dtype(options.dtype)
 
     def outline(self) -> nn.Module | None:
         """The model without values, on torch's meta device: for planning; None for a quantised one, known late."""
@@ -144,11 +167,10 @@ class CheckpointLoader:
             return None
         with torch.device("meta"):
             kind = self._class()
-            options = (
-                {"attn_implementation": self._options["attn_implementation"]} if "attn_implementation" in self._options else {}
-            )
+            options = {name: self._options.model[name] for name in _OF_THE_CONFIG if name in self._options.model}
             if kind is AutoModelForCausalLM:
-                return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=self._trust, **options)
+                trust = self._options.trust_remote_code
+                return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=trust, **options)
             return kind._from_config(self.config, dtype=self.dtype, **options)
 
     def slot_bytes(self, unit: Unit) -> int:
@@ -211,8 +233,11 @@ class CheckpointLoader:
             )
 
     def _from_pretrained(self) -> tuple[Any, dict[str, Any]]:
-        options = {"config": self.config, "dtype": self.dtype, "trust_remote_code": self._trust, **self._options}
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        asked = self._options
+        options = {"config": self.config, "dtype": self.dtype, "trust_remote_code": asked.trust_remote_code, **asked.model}
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "variant": asked.variant}
+        if asked.code_revision is not None:
+            options["code_revision"] = asked.code_revision
         if self._method is None:
             return self._class().from_pretrained(self.folder, **options)
         try:
@@ -226,16 +251,10 @@ class CheckpointLoader:
             ) from error
         return model, found
 
-    def _read_config(self) -> Any:
-        try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self._trust)
-        except (ValueError, OSError, KeyError) as error:
-            raise CheckpointError(f"{self.folder}/config.json cannot be used: {error}") from error
-
     def _class(self) -> Any:
         names = getattr(self.config, "architectures", None) or []
         known = getattr(transformers, names[0], None) if names else None
-        remote = getattr(self.config, "auto_map", None) and self._trust
+        remote = getattr(self.config, "auto_map", None) and self._options.trust_remote_code
         if isinstance(known, type) and issubclass(known, PreTrainedModel) and not remote:
             return known
         return AutoModelForCausalLM
@@ -250,6 +269,8 @@ class CheckpointLoader:
             if not dtype.is_floating_point:
                 raise ConfigError(f"dtype={dtype} is not a floating-point dtype; give auto, bfloat16, float16 or float32")
             return dtype
+        if dtype != "auto":
+            raise ConfigError(f"dtype={dtype!r} is not one dtype for all weights; give auto, bfloat16, float16 or float32")
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
         kinds = [getattr(torch, name) for name in self._dtypes]
@@ -259,7 +280,8 @@ class CheckpointLoader:
     def key(self) -> str:
         """Stands for the checkpoint's files, and how the model is made of them."""
         facts = {
-            "files": [identity(path) for path in weight_files(self.folder)],
+            "files": [identity(path) for path in weight_files(self.folder, self._options.variant)],
+            "key_mapping": self._options.model.get("key_mapping"),
             "class": self._class().__name__,
             "config": self.config.to_json_string(use_diff=False),
             "dtype": str(self.dtype),

@@ -29,13 +29,12 @@ from torch import nn
 from offload.training.managed import ManagedTraining
 from offload.training.states import Frozen
 from storage.errors import ConfigError, CorruptCheckpoint, OffloadError
+from storage.fingerprint import fingerprint_of
 from storage.whole_file import is_partial_of, replace_text
 
 MANIFEST = "training.json"
 _VERSION = 2
 _STATES_NAME = re.compile(r"offload-checkpoint-[0-9a-f]{16}\.bin")
-_SAMPLES = 64
-_SAMPLE_BYTES = 4096
 
 
 class Checkpoints:
@@ -187,7 +186,7 @@ def identity_of(model: nn.Module, files: Iterable[str]) -> dict[str, Any]:
     listed = [(name, list(value.shape), str(value.dtype), value.requires_grad) for name, value in model.named_parameters()]
     return {
         "parameters": zlib.crc32(json.dumps(listed).encode()),
-        "files": {os.path.basename(path): _sampled(path) for path in sorted(files)},
+        "files": {os.path.basename(path): fingerprint_of(path) for path in sorted(files)},
     }
 
 
@@ -199,17 +198,6 @@ def compare(what: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"the checkpoint was made with another {what}: {changes}. Give what was given then, or start anew in another folder"
         )
-
-
-def _sampled(path: str) -> list[int]:
-    """Size and checksum of a few pages of a file."""
-    size = os.path.getsize(path)
-    total = 0
-    with open(path, "rb") as file:
-        for index in range(_SAMPLES):
-            file.seek(size * index // _SAMPLES)
-            total = zlib.crc32(file.read(_SAMPLE_BYTES), total)
-    return [size, total]
 
 
 def _locked(folder: Path) -> int:

@@ -5,10 +5,11 @@ import errno
 import mmap
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
 from storage.errors import CheckpointChanged, ReadError
+from storage.fingerprint import fingerprint
 
 _STATX_DIOALIGN = 0x2000
 _AT_EMPTY_PATH = 0x1000
@@ -21,8 +22,27 @@ class _OpenFile:
     descriptor: int
     buffered: int
     direct: bool
-    identity: tuple[int, int, int] | None
+    identity: "_Identity | None"
     """As it was when it was opened; None if it may change."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What tells that a file is the one it was.
+
+    Attributes:
+        kept: size, inode and time of the last write, which whoever overwrites a file can set back.
+        changed_at: of anything, attributes included: nobody can set it.
+    """
+
+    kept: tuple[int, int, int]
+    changed_at: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, descriptor: int) -> "_Identity":
+        status = os.fstat(descriptor)
+        return cls(_kept(status), status.st_ctime_ns, fingerprint(descriptor))
 
 
 class PosixEngine:
@@ -47,7 +67,7 @@ class PosixEngine:
         buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if direct else descriptor
         if direct:
             os.posix_fadvise(buffered, 0, 0, os.POSIX_FADV_RANDOM)
-        self._files[path] = _OpenFile(descriptor, buffered, direct, None if own else _identity(os.fstat(descriptor)))
+        self._files[path] = _OpenFile(descriptor, buffered, direct, None if own else _Identity.of(buffered))
 
     def read(self, path: str, file_offset: int, memory: memoryview, needed_bytes: int) -> None:
         file = self._files[path]
@@ -63,14 +83,17 @@ class PosixEngine:
             if file.identity is None:
                 continue
             try:
-                now = _identity(os.stat(path))
-            except OSError:
-                now = None
-            if now != file.identity:
-                what = "is gone" if now is None else "was changed"
-                raise CheckpointChanged(
-                    f"{path} {what} while its weights were in use; leave the context and load the model again"
-                )
+                now = os.stat(path)
+            except OSError as error:
+                raise _changed(path, "is gone") from error
+            if _kept(now) != file.identity.kept:
+                raise _changed(path, "was changed")
+            if now.st_ctime_ns != file.identity.changed_at:
+                # Renamed, linked, or overwritten with its time set back: only the content tells.
+                again = _Identity.of(file.buffered)
+                if again.fingerprint != file.identity.fingerprint:
+                    raise _changed(path, "was overwritten")
+                self._files[path] = replace(file, identity=again)
 
     def forget(self, path: str) -> None:
         file = self._files.pop(path, None)
@@ -142,5 +165,9 @@ def _direct_read_works(descriptor: int) -> bool:
     return True
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int]:
+def _kept(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_size, status.st_ino, status.st_mtime_ns
+
+
+def _changed(path: str, what: str) -> CheckpointChanged:
+    return CheckpointChanged(f"{path} {what} while its weights were in use; leave the context and load the model again")

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralForCausalLM
 
 import offload as package
 from offload import (
@@ -187,7 +188,7 @@ def test_what_cannot_fit_is_refused_before_loading(folder, monkeypatch):
         ({"exactness": "roughly"}, "is not known"),
         ({"dtype": "int8"}, "floating-point"),
         ({"dtype": "float12"}, "is not a dtype"),
-        ({"device_map": "auto"}, "device_map cannot be given"),
+        ({"device_map": "auto"}, "device_map= of from_pretrained cannot be given"),
     ],
 )
 def test_a_request_that_cannot_be_met(folder, options, message):
@@ -202,16 +203,52 @@ def test_loading_options_for_a_model_that_exists():
         enter(make("llama", True), dtype="bfloat16")
 
 
-@pytest.mark.parametrize("change", ["truncate", "rewrite"])
+@pytest.mark.parametrize("change", ["truncate", "rewrite", "overwrite"])
 def test_a_file_that_changes_underneath(folder, change):
     with offload(folder, device="cpu", cpu_memory=tight(folder), batch_size=2, max_tokens=16) as session:
         session.model(input_ids=tokens())
         if change == "truncate":
             os.truncate(folder / WEIGHTS, 4096)
+        elif change == "overwrite":
+            other_weights(folder / WEIGHTS)
         else:
             os.utime(folder / WEIGHTS, ns=(1, 1))
         with pytest.raises(CheckpointChanged, match="while its weights were in use"):
             session.model(input_ids=tokens())
+
+
+def other_weights(path):
+    """Overwritten in place, with the time of the last write set back."""
+    before = os.stat(path)
+    content = {name: value * 2 for name, value in load_file(path).items()}
+    other = path.with_suffix(".other")
+    save_file(content, other, {"format": "pt"})
+    assert other.stat().st_size == before.st_size
+    with open(path, "r+b") as file:
+        file.write(other.read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_ino, path.stat().st_mtime_ns) == (
+        before.st_size,
+        before.st_ino,
+        before.st_mtime_ns,
+    )
+
+
+def test_converted_weights_of_a_file_that_was_overwritten_are_not_used_again(tmp_path):
+    model = make("mixtral", True)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "disk").mkdir()
+
+    def logits():
+        options = {"device": "cpu", "cpu_memory": "1MiB", "batch_size": 2, "max_tokens": 16}
+        with offload(tmp_path / "model", disk_dir=tmp_path / "disk", **options) as session, torch.no_grad():
+            return session.model(input_ids=tokens()).logits.clone()
+
+    before = logits()
+    other_weights(tmp_path / "model" / WEIGHTS)
+    after = logits()
+    assert not torch.equal(before, after)
+    assert torch.equal(after, MixtralForCausalLM.from_pretrained(tmp_path / "model").eval()(input_ids=tokens()).logits)
 
 
 def test_a_read_error_in_the_middle_of_generation(folder, monkeypatch):

@@ -11,6 +11,7 @@ from storage.arena import HostBuffer
 from storage.engines.gds import KvikioEngine, choose_engine
 from storage.engines.posix import PosixEngine
 from storage.errors import CheckpointChanged, ReadError
+from storage.fingerprint import fingerprint_of
 
 SIZE = 100_000
 
@@ -82,7 +83,7 @@ def test_reads_odd_places_too(engine, content):
     assert bytes(memory) == data[12_345 : 12_345 + 777]
 
 
-@pytest.mark.parametrize("change", ["truncate", "touch", "replace", "remove"])
+@pytest.mark.parametrize("change", ["truncate", "touch", "replace", "remove", "overwrite"])
 def test_a_changed_file_is_noticed(engine, content, change):
     path, data = content
     engine.open(path)
@@ -95,10 +96,57 @@ def test_a_changed_file_is_noticed(engine, content, change):
         os.rename(path, path + ".old")
         with open(path, "wb") as file:
             file.write(data)
+    elif change == "overwrite":
+        overwrite(path, bytes(byte ^ 1 for byte in data))
     else:
         os.remove(path)
     with pytest.raises(CheckpointChanged):
         engine.check_unchanged()
+
+
+def overwrite(path, content):
+    """In place, with the time of the last write set back."""
+    before = os.stat(path)
+    with open(path, "r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", ["link", "mode", "the same again"])
+def test_where_the_content_is_the_same_it_goes_on(engine, content, change, monkeypatch):
+    path, data = content
+    engine.open(path)
+    if change == "link":
+        os.link(path, path + ".link")
+    elif change == "mode":
+        os.chmod(path, 0o640)
+    else:
+        overwrite(path, data)
+    engine.check_unchanged()
+    # It was looked at, and is not again.
+    monkeypatch.setattr("storage.engines.posix.fingerprint", lambda descriptor: pytest.fail("read again"))
+    engine.check_unchanged()
+
+
+def test_a_header_and_pages_all_over_a_file_tell_it_from_another(tmp_path):
+    header = b'{"a":' + b" " * 10_000 + b"1}"
+    content = bytearray(len(header).to_bytes(8, "little") + header + bytes(5 << 20))
+    path = tmp_path / "file"
+
+    def found():
+        path.write_bytes(content)
+        return fingerprint_of(str(path))
+
+    seen = {found()}
+    for place in (9_000, len(header) + 7, len(content) - 1, 0, *range(0, len(content), len(content) // 63)):
+        content[place] ^= 1
+        seen.add(found())
+        content[place] ^= 1
+    assert len(seen) > 40
+    assert found() in seen
+    for short in (b"", b"x", b"{" * 9, bytes(100)):
+        path.write_bytes(short)
+        seen.add(fingerprint_of(str(path)))
 
 
 def test_a_missing_file(engine, tmp_path):
