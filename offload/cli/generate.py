@@ -5,6 +5,7 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -13,6 +14,7 @@ from offload.cli.kv import add_kv_arguments
 from offload.cli.terminal import check_writable, live_console, progress_bar, say
 from offload.config import EXACTNESS, ROUNDING, Progress, resolve_device
 from offload.generate import LEAST_SHARED_TOKENS, Completion, Prompts, Sampling, complete, load_tokenizer
+from offload.json_lines import decoded, json_lines
 from offload.model.from_pretrained import LoadingOptions
 from offload.model.loading import find_folder
 from offload.probe import hardware_profile, kept_profile
@@ -218,39 +220,21 @@ def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
         return _read_lines(path)
     if sys.stdin.isatty():
         raise ConfigError("there is no prompt: give --prompt TEXT, --prompts FILE.jsonl, or text on standard input")
-    text = _decoded(sys.stdin.buffer.read(), "standard input").strip()
+    text = decoded(sys.stdin.buffer.read(), "standard input").strip()
     if not text:
         raise ConfigError("standard input is empty: give --prompt TEXT, --prompts FILE.jsonl, or some text")
     return [text]
 
 
-def _decoded(content: bytes, what: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{what} is not UTF-8 text: byte {error.start:,} is {content[error.start]:#x}") from error
-
-
 def _read_lines(path: str) -> list[str]:
-    try:
-        lines = _decoded(Path(path).read_bytes(), f"--prompts {path}").splitlines()
-    except OSError as error:
-        raise ConfigError(f"--prompts {path} cannot be read: {error.strerror}") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            prompts.append(_read_line(path, number, line))
+    prompts = [_prompt_of(where, item) for where, _, item in json_lines(path, "--prompts")]
     if not prompts:
         raise ConfigError(f"--prompts {path} holds no prompt; write one a line")
     return prompts
 
 
-def _read_line(path: str, number: int, line: str) -> str:
-    try:
-        item = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{path}, line {number} is not JSON ({error})") from error
+def _prompt_of(where: str, item: Any) -> str:
     text = item.get("prompt") if isinstance(item, dict) else item
     if not isinstance(text, str):
-        raise ConfigError(f'{path}, line {number} is neither a "text" nor {{"prompt": "text"}}')
+        raise ConfigError(f'{where} is neither a "text" nor {{"prompt": "text"}}')
     return text

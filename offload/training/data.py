@@ -1,6 +1,5 @@
 """Text to learn from: lines of JSON to token ids, with the loss on what the model should say."""
 
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from offload.json_lines import Item, json_lines, read_text
 from offload.training.weighting import IGNORED
 from storage.errors import ConfigError
 
@@ -50,10 +50,6 @@ def read_examples(source: str | Path, tokenizer: Any, sequence_length: int) -> l
     return examples
 
 
-Item = tuple[str, int, Any]
-"""Where it stands, in which line, and what."""
-
-
 def _items(source: str) -> Iterator[Item]:
     path = Path(source)
     if path.is_dir():
@@ -61,30 +57,14 @@ def _items(source: str) -> Iterator[Item]:
         if not files:
             raise ConfigError(f"--data {source} is a folder without .jsonl and .txt files")
         for file in files:
-            yield from _lines(file) if file.suffix == ".jsonl" else [(str(file), 1, {"text": _read(file)})]
+            if file.suffix == ".jsonl":
+                yield from json_lines(file, "--data")
+            else:
+                yield str(file), 1, {"text": read_text(file, "--data").replace("\r\n", "\n")}
     elif path.exists() or path.suffix or source.count("/") != 1:
-        yield from _lines(path)
+        yield from json_lines(path, "--data")
     else:
         yield from _of_the_hub(source)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--data {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--data {path} is not UTF-8 text (byte {error.start:,})") from error
-
-
-def _lines(path: Path) -> Iterator[Item]:
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                yield where, number, json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{where} is not JSON ({error})") from error
 
 
 def _of_the_hub(name: str) -> Iterator[Item]:
@@ -102,21 +82,34 @@ def _of_the_hub(name: str) -> Iterator[Item]:
         yield f"{name}, row {number}", number, row
 
 
+def _kind_of(item: dict[str, Any]) -> str | None:
+    """The name of what is learned from. What is there and empty hides nothing: datasets fill what a row does not use."""
+    present = []
+    if isinstance(item.get("text"), str):
+        present.append("text")
+    if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
+        present.append("completion")
+    if isinstance(item.get("messages"), list):
+        present.append("messages")
+    return next((name for name in present if item[name]), present[0] if present else None)
+
+
 def _read_item(where: str, number: int, item: Any, tokenizer: Any, sequence_length: int) -> Iterator[Example]:
     if not isinstance(item, dict):
         raise ConfigError(f'{where} is not an object like {{"text": "..."}}')
-    if isinstance(item.get("text"), str):
+    kind = _kind_of(item)
+    if kind == "text":
         ids = tokenizer(item["text"])["input_ids"] + _end(tokenizer)
         for begin in range(0, len(ids), sequence_length):
             piece = tuple(ids[begin : begin + sequence_length])
             if len(piece) > 1:
                 yield Example(piece, piece, number)
         return
-    if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
+    if kind == "completion":
         parts = [(item["prompt"], False), (item["completion"], True)]
         ids, labels = _joined([(tokenizer(text, add_special_tokens=not said)["input_ids"], said) for text, said in parts])
         ids, labels = ids + _end(tokenizer), labels + _end(tokenizer)
-    elif isinstance(item.get("messages"), list):
+    elif kind == "messages":
         ids, labels = _conversation(where, item["messages"], tokenizer)
     else:
         raise ConfigError(f'{where} has neither "text", nor "prompt" and "completion", nor "messages"')

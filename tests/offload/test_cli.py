@@ -281,3 +281,13 @@ def test_help_tells_every_option(capsys):
                    "--dtype", "--revision", "--trust-remote-code", "--temperature", "--top-p", "--seed", "--chat", "--report", "--json",
                    "--size", "--family"):  # fmt: skip
         assert option in text
+
+
+def test_prompts_end_at_line_feeds_only(capsys, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_bytes('\ufeff"And the king\u2028said"\r\n{"prompt": "In the\u0085beginning"}\n \t\r\n'.encode())
+    status, out, err = run(
+        capsys, "generate", "demo", "--prompts", str(prompts), "--max-new-tokens", "2", "--device", "cpu", "--json"
+    )
+    assert status == 0, err
+    assert [item["prompt"] for item in json.loads(out)["completions"]] == ["And the king\u2028said", "In the\u0085beginning"]

@@ -304,3 +304,43 @@ def test_what_cannot_be_learned_from_stops_with_the_last_good_state(capsys, tmp_
     assert "smaller learning rate" in err
     manifest = json.loads((folder / "checkpoint" / "training.json").read_text())
     assert manifest["progress"]["step"] >= 1
+
+
+SEPARATORS = "a\u2028b c\u2029d e\x85f g\vh i\fj k\x1cl m\x1en"
+
+
+def test_only_a_line_feed_ends_a_line(tokenizer, tmp_path):
+    """What Unicode calls a line's end stands in strings as it is; a byte-order mark and Windows' line ends are taken."""
+    raw = "\ufeff" + f'{{"text": "{SEPARATORS}"}}\r\n' * 2 + " \t\r\n"
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(raw.encode())
+    found = read_examples(path, tokenizer, 512)
+    assert len(found) == 2
+    assert [example.line for example in found] == [1, 2]
+    assert found[0].ids[:-1] == tuple(tokenizer(SEPARATORS)["input_ids"])
+    path.write_bytes(b'{"text": "ok"}\n\xff\n')
+    with pytest.raises(ConfigError, match=r"is not UTF-8 text: byte 15 is 0xff"):
+        read_examples(path, tokenizer, 512)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes("\ufeffIn the beginning\u2028was the word\r\n".encode())
+    (example,) = read_examples(folder, tokenizer, 512)
+    assert example.ids[:-1] == tuple(tokenizer("In the beginning\u2028was the word\n")["input_ids"])
+
+
+def test_what_is_empty_hides_nothing(tokenizer, tmp_path):
+    import copy
+
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The king."}]
+    asked = {"prompt": "Who?", "completion": " The king."}
+
+    def ids(item):
+        return [example.ids for example in read_examples(written(tmp_path, item, {"text": "And so"}), chatting, 256)[:-1]]
+
+    assert ids({"text": "", "messages": talk}) == ids({"messages": talk}) == ids({"text": None, "messages": talk})
+    assert ids({"text": "", "prompt": "", "completion": "", "messages": talk}) == ids({"messages": talk})
+    assert ids({"text": "", **asked}) == ids(asked) == ids({**asked, "messages": []})
+    assert ids({"text": "", "id": 5}) == []
+    assert len(ids({"prompt": "Who?", "completion": ""})) == 1
