@@ -15,6 +15,7 @@ from torch import nn
 from offload.model.blocks import Unit
 from offload.model.micro_batch import MicroBatches
 from offload.model.nested import moved
+from offload.runtime.adapted_parameters import is_wrapper, unwritten
 from offload.runtime.clock import PassClock
 from offload.runtime.divided import DividedProduct
 from offload.runtime.executor import LayerExecutor
@@ -225,6 +226,8 @@ class Windows:
         on_host = frozenset(plan.computed_on_host)
         parts = MicroBatches(plan.micro_batch, plan.decode_micro_batch, told) if plan.micro_batch else None
         for unit in units:
+            wrappers = [module for module in unit.module.modules() if is_wrapper(module)]
+            self._wraps += [ForwardWrap(wrapper, unwritten(wrapper)) for wrapper in wrappers]
             for product in divided.get(unit.key, ()):
                 self._wraps.append(ForwardWrap(product.module, product.wrap))
             if parts is not None and unit.role is BlockRole.LAYER:

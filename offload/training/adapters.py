@@ -85,13 +85,13 @@ def merge(adapted: Any, folder: str | None = None) -> Any:
     try:
         for name, module in adapted.named_modules():
             if isinstance(module, BaseTunerLayer):
-                base = module.get_base_layer()
-                original = base.weight.data
-                base.weight.data = original.clone()
+                weight = getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))
+                original = weight.data
+                weight.data = original.clone()
                 module.merge()
-                writer.add(name, base.weight.data)
-                changed[name] = base.weight
-                base.weight.data = original
+                writer.add(name, weight.data)
+                changed[name] = weight
+                weight.data = original
         file = writer.finish()
     except BaseException:
         writer.abandon()

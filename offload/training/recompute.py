@@ -211,9 +211,9 @@ class Frame:
             )
         self._tensors = saved
 
-    def _seen_versions(self) -> list[int]:
-        """Of what the block computes with."""
-        return [value._version for value in (*self._module.parameters(), *tensors((self._args, self._kwargs)))]
+    def _seen_versions(self) -> dict[int, int]:
+        """Of what the block computes with; parameters may change places in their module."""
+        return {id(value): value._version for value in (*self._module.parameters(), *tensors((self._args, self._kwargs)))}
 
     def forget(self) -> None:
         self._tensors = []

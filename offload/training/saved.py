@@ -83,5 +83,5 @@ class SavedFrame:
     def prefetch(self) -> None:
         pass
 
-    def _seen_versions(self) -> list[int]:
-        return [value._version for value in self._module.parameters()]
+    def _seen_versions(self) -> dict[int, int]:
+        return {id(value): value._version for value in self._module.parameters()}
