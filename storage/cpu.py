@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from storage.arena import HostBuffer
-from storage.device import Copy, Event
+from storage.device import Copy, Event, unversioned
 
 
 class Done:
@@ -49,11 +49,11 @@ class CpuDevice:
         pass
 
     def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None, name: str = "") -> Event:
-        target.copy_(source)
+        unversioned(target).copy_(source)
         return DONE
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor, name: str = "") -> Event:
-        target.copy_(source)
+        unversioned(target).copy_(source)
         return DONE
 
     def ended_copies(self) -> list[Copy]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from storage.arena import HostBuffer
-from storage.device import Copy, Event
+from storage.device import Copy, Event, unversioned
 
 _EVENTS_KEPT = 4096
 """Timed events are read in batches: reading one that is still pending would stop the host."""
@@ -83,7 +83,7 @@ class CudaDevice:
                 assert isinstance(after, torch.cuda.Event)
                 self._copies.wait_event(after)
             begun.record(self._copies)
-            target.copy_(source, non_blocking=True)
+            unversioned(target).copy_(source, non_blocking=True)
             ended.record(self._copies)
         self._pending_copies.append((name, begun, ended, source.nbytes))
         return ended
@@ -93,7 +93,7 @@ class CudaDevice:
         computed.record(torch.cuda.current_stream(self.torch_device))
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._copies_out):
             self._copies_out.wait_event(computed)
-            target.copy_(source, non_blocking=True)
+            unversioned(target).copy_(source, non_blocking=True)
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ended.record(self._copies_out)
         return ended

@@ -62,6 +62,8 @@ class Device(Protocol):
     def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None, name: str = "") -> Event:
         """Start copying host bytes to the device, once `after` is passed; the event marks the end of the copy.
 
+        The version that autograd sees of `target`'s memory stays: other threads compute with other parts of it meanwhile.
+
         Args:
             name: of the block, for the trace.
         """
@@ -92,3 +94,12 @@ class Device(Protocol):
 
     def peak_bytes(self) -> int | None:
         """The most that this process held at once, by the device's own count; None where it keeps none."""
+
+
+def unversioned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory with a version counter of its own.
+
+    All views of a slot's memory share one counter. A copy in a link's thread would raise it while a forward elsewhere saves
+    a tensor of another slot, which autograd takes for a change of that tensor. What a slot holds is told by its generation.
+    """
+    return tensor.data

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from storage.arena import HostBuffer
-from storage.device import Copy
+from storage.device import Copy, unversioned
 
 
 @dataclass(eq=False)
@@ -61,9 +61,10 @@ class DelayedDevice:
             if after is not None:
                 after.synchronize()
             # Until it arrives, the target holds neither the old nor the new values.
-            target.view(-1).view(torch.uint8).fill_(0xFF)
+            landing = unversioned(target)
+            landing.view(-1).view(torch.uint8).fill_(0xFF)
             time.sleep(delay)
-            target.copy_(source)
+            landing.copy_(source)
             with self._lock:
                 self.in_flight -= 1
                 now = time.perf_counter()

@@ -1,6 +1,7 @@
 """Passes taken apart: micro-batches inside of a layer, chunks of a prompt, products that device and CPU share."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from offload import BudgetTooSmall, PlanError, offload
 from offload.model.dry_run import DryRun, DryRunFailed
 from offload.model.micro_batch import MicroBatches
 from offload.model.parts import parts_of
+from offload.runtime.hooks import UnitWindow
 from scheduler.model_spec import Workload
 from tests.architectures import BY_NAME, VOCAB, make, oracle_of
 from tests.budgets import NONE, budget_for, spec_of
@@ -288,6 +290,29 @@ def test_divided_layers_compute_the_same(name, held, tmp_path, monkeypatch):
     assert block.device_part(40).streamed_bytes < block.streamed_bytes
     if held:
         assert torch.equal(model(**inputs)[0], twin(**inputs)[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_forward_with_gradients_while_copies_arrive(name, monkeypatch):
+    """A tensor of one slot is saved for backward while another slot is filled: that is no change of the first one."""
+    monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice())
+    pack = UnitWindow._pack
+
+    def slow(self, tensor):
+        # Longer than a copy takes to arrive.
+        time.sleep(0.006)
+        return pack(self, tensor)
+
+    monkeypatch.setattr(UnitWindow, "_pack", slow)
+    model = make(name)
+    twin = oracle_of(model)
+    reserve = {"batch_size": 2, "max_tokens": 20}
+    budget = budget_for(spec_of(model, **reserve), NONE, 2, 20) + 65_536
+    inputs = BY_NAME[name].inputs()
+    with offload(model, gpu_memory=budget, cpu_memory=1 << 26, **reserve) as session:
+        assert session.plan.streamed
+        assert torch.equal(session.model(**inputs)[0], twin(**inputs)[0])
+        assert session._device.most_in_flight > 0
 
 
 def test_an_edited_divided_weight_is_seen(monkeypatch):

@@ -37,6 +37,27 @@ class DeviceContract:
         if locked:
             device.unlock_pages(source)
 
+    def test_a_copy_is_no_change_to_autograd(self, device):
+        """Other slots lie in the same memory: a tensor of one may be saved while another one is filled."""
+        source = HostBuffer(1 << 20)
+        slots = device.allocate(2 << 20).tensor[: 2 << 20]
+        first, second = slots[: 1 << 20].view(torch.float32), slots[1 << 20 :]
+        first.fill_(2.0)
+        version = slots._version
+
+        def pack(tensor):
+            # What a link's thread does at any moment.
+            device.copy_in(second, source.tensor, device.record()).synchronize()
+            device.copy_out(source.tensor, second).synchronize()
+            return tensor
+
+        factor = torch.ones(1 << 18, device=first.device, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            product = (first * factor).sum()
+        product.backward()
+        assert slots._version == version
+        assert torch.equal(factor.grad, first)
+
     def test_compute_waits_for_a_copy(self, device):
         source = HostBuffer(1 << 20)
         target = device.allocate(1 << 20).tensor[: 1 << 20]
