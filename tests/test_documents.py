@@ -17,7 +17,7 @@ EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if not path.
 
 def run(command, folder, **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110, **options)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -192,8 +192,10 @@ def _check_output(output: Path, resume: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output} is a file; name a folder")
     held = {item.name for item in output.iterdir()} if output.is_dir() else set()
-    if held - {CHECKPOINT} or (held and not resume):
-        more = ", or --resume to go on from its checkpoint" if read_manifest(output / CHECKPOINT) else ""
+    checkpoint = read_manifest(output / CHECKPOINT)
+    # What was trained may be there in part already: killed while it was put in place.
+    if held and not (resume and (checkpoint or held == {CHECKPOINT})):
+        more = ", or --resume to go on from its checkpoint" if checkpoint else ""
         raise ConfigError(f"--output {output} exists already; name a new folder{more}")
 
 

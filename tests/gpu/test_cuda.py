@@ -48,6 +48,27 @@ class TestCuda(DeviceContract):
         assert int(torch.ones(3, device=device.torch_device).sum()) == 3
         device.unlock_pages(buffer)
 
+    def test_fresh_memory_is_not_written_before_compute_is_through_with_it(self, device):
+        """torch hands out again what was freed in the order of the compute stream, whose kernels may not have run yet."""
+        from storage.arena import HostBuffer
+
+        nbytes = 48 << 20
+        source = HostBuffer(nbytes)
+        source.tensor.fill_(1)
+        assert device.lock_pages(source)
+        freed = torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
+        address = freed.data_ptr()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)
+        freed.fill_(7)
+        del freed
+        buffer = device.allocate(nbytes)
+        assert buffer.tensor.data_ptr() == address
+        device.copy_in(buffer.tensor[:nbytes], source.tensor, None)
+        torch.cuda.synchronize()
+        assert bool((buffer.tensor[:nbytes] == 1).all())
+        device.unlock_pages(source)
+
 
 def on_card(model):
     for parameter in model.parameters():

@@ -74,3 +74,42 @@ def test_close_to_the_oracle_whose_optimizer_is_on_the_card():
     losses, _ = trained(False)
     assert losses[:2] == wanted[:2]
     assert losses == pytest.approx(wanted, rel=2e-2)
+
+
+@pytest.mark.parametrize("layer_major", [True, False])
+def test_a_loss_in_chunks_of_several_micro_batches(layer_major):
+    wanted = trained(layer_major)
+    losses, weights = trained(layer_major, loss_chunk=5)
+    assert losses == pytest.approx(wanted[0], rel=2e-2)
+    for name, value in weights.items():
+        torch.testing.assert_close(value.float(), wanted[1][name].float(), rtol=0.1, atol=0.02)
+
+
+class Forces(torch.nn.Module):
+    """A model whose forward differentiates, as force fields do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        width = torch.nn.Linear, torch.nn.Tanh
+        self.layers = torch.nn.ModuleList(
+            [torch.nn.Sequential(width[0](16, 64), width[1](), width[0](64, 16)) for _ in range(6)]
+        )
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = x
+            for layer in self.layers:
+                energy = energy + layer(energy)
+            return torch.autograd.grad(energy.sum(), x)[0]
+
+
+def test_a_forward_that_differentiates():
+    model, twin = Forces().requires_grad_(False), Forces().requires_grad_(False).to("cuda")
+    budget = sum(value.nbytes for value in model.parameters()) // 2 + 65_536
+    inputs = torch.randn(2, 16, device="cuda")
+    with offload(model, training=True, device="cuda", gpu_memory=budget, cpu_memory="100MiB") as session:
+        assert session.plan.streamed
+        for _ in range(3):
+            assert torch.equal(session.model(inputs), twin(inputs))

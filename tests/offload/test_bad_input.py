@@ -1,7 +1,6 @@
 """Bad input gets an error that says what to change, and leaves nothing half done."""
 
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -26,8 +25,10 @@ from offload import (
     UnsupportedCheckpoint,
     offload,
 )
+from tests import processes
 from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import NONE, budget_for, spec_of
+from tests.processes import DEADLOCK_SECONDS
 
 WEIGHTS = "model.safetensors"
 
@@ -317,14 +318,14 @@ def test_two_processes_share_a_disk_folder(tmp_path):
     model = make("mixtral", True)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "disk").mkdir()
-    context = multiprocessing.get_context("spawn")
+    context = processes.context()
     results = context.Queue()
     arguments = (str(tmp_path / "model"), str(tmp_path / "disk"), results)
-    processes = [context.Process(target=_run_mixtral, args=arguments) for _ in range(2)]
-    for process in processes:
+    both = [context.Process(target=_run_mixtral, args=arguments) for _ in range(2)]
+    for process in both:
         process.start()
-    sums = [results.get(timeout=90) for _ in processes]
-    for process in processes:
+    sums = [results.get(timeout=DEADLOCK_SECONDS) for _ in both]
+    for process in both:
         process.join()
         assert process.exitcode == 0
     wanted = oracle_of(model)(input_ids=tokens()).logits.sum().item()
@@ -424,14 +425,14 @@ def _generate_until_killed(folder, ready):
 
 
 def test_a_killed_process_does_not_hang(folder):
-    context = multiprocessing.get_context("spawn")
+    context = processes.context()
     ready = context.Event()
     process = context.Process(target=_generate_until_killed, args=(str(folder), ready))
     process.start()
-    assert ready.wait(60)
+    assert ready.wait(DEADLOCK_SECONDS)
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(20)
+    process.join(DEADLOCK_SECONDS)
     assert process.exitcode == -signal.SIGTERM
 
 

@@ -208,7 +208,7 @@ def test_output_that_cannot_be_written_is_one_plain_line():
         "--quiet",
     ]
     with open("/dev/full", "w") as full:
-        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
     assert ended.stderr.startswith("offload: ")
     assert "Traceback" not in ended.stderr

@@ -591,6 +591,29 @@ def test_what_cannot_have_its_loss_in_chunks():
         offload(make("bert"), device="cpu", cpu_memory="64MiB", training=training, **RESERVE).__enter__()
 
 
+@pytest.mark.parametrize("device", [True, False], ids=["a device", "the CPU"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_loss_in_chunks_of_several_micro_batches(tied, device, monkeypatch, tmp_path):
+    """In either order: micro-batches that go through the model layer by layer share its loss function."""
+    found = []
+    for major in ("batch", "layer"):
+        for chunk in (0, 5):
+            with monkeypatch.context() as patch:
+                model, _ = prepared("llama", tied, torch.float32)
+                model.save_pretrained(tmp_path / "model")
+                training = Training(full=True, **FAST, loss_chunk=chunk, state_tier="nvme", state_dir=str(tmp_path))
+                budget = {"device": "cpu", "cpu_memory": nvme_budget(model, str(tmp_path / "model"), training, NONE)}
+                if device:
+                    on_a_device(patch)
+                    budget = {"gpu_memory": device_budget(model), "cpu_memory": 1 << 26}
+                with offload(str(tmp_path / "model"), training=training, **budget, **RESERVE) as session:
+                    assert session.plan.streamed
+                    found.append((train if major == "batch" else train_layer_major)(session, micro_batches(3, 3)))
+    assert found[0] == found[2]
+    assert found[1] == found[3]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("tier", ["cpu", "nvme"])
 def test_moments_in_eight_bits(tier, tmp_path):
     """Learn nearly as well, in a quarter of the memory."""

@@ -1,16 +1,21 @@
 """Training that is killed at random moments goes on as if nothing had been."""
 
 import json
-import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 
 import pytest
 from safetensors.torch import load_file
 
-KILLS = 10
+from offload import offload
+from tests import processes
+from tests.architectures import make, tokens
+
+KILLS = int(os.environ.get("KILLS", "4"))
+"""Each time; the environment may ask for more."""
 SENTENCE = "And the king of the sea said unto the whale, Sing."
 
 
@@ -24,16 +29,6 @@ def finetune(arguments, log):
     os._exit(main(arguments))
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """New processes in a moment: they are forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "transformers", "peft", "offload.cli.main", "transformers.models.llama.modeling_llama"]
-    )
-    return context
-
-
 def wait_for_change(path, process):
     """Until a checkpoint was written."""
     before = path.stat().st_mtime_ns if path.exists() else 0
@@ -41,46 +36,113 @@ def wait_for_change(path, process):
         time.sleep(0.002)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_killed_at_random_moments(method, processes, tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"text": f"{SENTENCE} {number}"}) for number in range(12)))
-    arguments = ["finetune", "demo", "--data", str(data), "--device", "cpu", "--cpu-memory", "96MiB", "--method", method]
-    arguments += ["--dropout", "0.1", "--epochs", "12", "--batch-size", "2", "--gradient-accumulation", "2", "--seed", "3"]
-    arguments += ["--state-tier", "nvme" if method == "full" else "cpu", "--learning-rate", "1e-3"]
-    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
-    log = tmp_path / "log"
+def arguments_of(method, data):
+    found = ["finetune", "demo", "--data", str(data), "--device", "cpu", "--cpu-memory", "96MiB", "--method", method]
+    found += ["--dropout", "0.1", "--epochs", "24", "--batch-size", "2", "--gradient-accumulation", "2", "--seed", "3"]
+    return [*found, "--state-tier", "nvme" if method == "full" else "cpu", "--learning-rate", "1e-3"]
 
-    def start(output, *more):
-        process = processes.Process(target=finetune, args=([*arguments, "--output", str(tmp_path / output), *more], str(log)))
+
+class Runs:
+    """Trainings of one kind, each in a process of its own."""
+
+    def __init__(self, method, folder):
+        data = folder / "data.jsonl"
+        data.write_text("\n".join(json.dumps({"text": f"{SENTENCE} {number}"}) for number in range(12)))
+        self._arguments = arguments_of(method, data)
+        self._context = processes.context()
+        self._log = folder / "log"
+        self._chance = random.Random(11)
+
+    def start(self, output, *more):
+        arguments = [*self._arguments, "--output", str(output), *more]
+        process = self._context.Process(target=finetune, args=(arguments, str(self._log)))
         process.start()
         return process
 
-    whole = start("whole")
-    whole.join()
-    assert whole.exitcode == 0, log.read_text()
-    chance = random.Random(11)
-    manifest = tmp_path / "killed" / "checkpoint" / "training.json"
-    kills = 0
-    while True:
-        process = start("killed", "--save-every", "1", "--resume")
-        if kills < KILLS:
-            # Now and then before the first step; else at any moment after one, which is mostly in the middle of another.
-            if chance.random() < 0.8:
-                wait_for_change(manifest, process)
-            process.join(chance.uniform(0, 0.3))
-            if process.exitcode is None:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
+    def whole(self, output):
+        process = self.start(output)
         process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL, log.read_text()
-    assert kills == KILLS
-    ours, wanted = load_file(tmp_path / "killed" / name), load_file(tmp_path / "whole" / name)
-    assert ours.keys() == wanted.keys()
-    assert all((ours[key] == wanted[key]).all() for key in wanted)
-    # Nothing is left of those that were killed but the one checkpoint.
-    assert len(list((tmp_path / "killed" / "checkpoint").glob("*.bin"))) == 1
+        assert process.exitcode == 0, self._log.read_text()
+
+    def killed(self, output, kills):
+        """Killed so many times at any moment; the last one ends."""
+        manifest = output / "checkpoint" / "training.json"
+        for _ in range(kills):
+            process = self.start(output, "--save-every", "1", "--resume")
+            # Now and then before the first step; else at any moment after one, which is mostly in the middle of another.
+            if self._chance.random() < 0.8:
+                wait_for_change(manifest, process)
+            process.join(self._chance.uniform(0, 0.3))
+            assert process.exitcode is None, "too few steps for so many kills"
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL, self._log.read_text()
+
+    def gone_on(self, output):
+        process = self.start(output, "--save-every", "1", "--resume")
+        process.join()
+        assert process.exitcode == 0, self._log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_killed_at_random_moments(method, tmp_path):
+    """In its own folder, then in a copy of it, which is no danger to the first one, then in the first one again."""
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    runs, killed, copy = Runs(method, tmp_path), tmp_path / "killed", tmp_path / "copy"
+    runs.whole(tmp_path / "whole")
+    wanted = load_file(tmp_path / "whole" / name)
+    runs.killed(killed, KILLS)
+    shutil.copytree(killed, copy)
+    before = contents(killed)
+    runs.killed(copy, KILLS)
+    assert contents(killed) == before
+    for folder in (copy, killed):
+        runs.gone_on(folder)
+        ours = load_file(folder / name)
+        assert ours.keys() == wanted.keys()
+        assert all((ours[key] == wanted[key]).all() for key in wanted)
+        # Nothing is left of those that were killed but the one checkpoint.
+        assert len(list((folder / "checkpoint").iterdir())) == 2
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def convert(folder, disk):
+    with offload(folder, device="cpu", cpu_memory="64MiB", max_tokens=16, disk_dir=disk, expert_policy="layers") as session:
+        session.model(input_ids=tokens())
+    os._exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_while_weights_are_converted(tmp_path):
+    make("mixtral", True).save_pretrained(tmp_path / "model")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    others = {"film.partial": b"a", "0123456789abcdef0123456789abcdef.partial": b"b", "x.offload-partial": b"c"}
+    for name, content in others.items():
+        (disk / name).write_bytes(content)
+    chance, ended = random.Random(5), 0
+    for _ in range(KILLS):
+        process = processes.context().Process(target=convert, args=(str(tmp_path / "model"), str(disk)))
+        process.start()
+        process.join(chance.uniform(0.05, 0.6))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        ended += process.exitcode == 0
+        for path in disk.glob("*.blocks"):
+            # Converted again next time.
+            path.unlink()
+    process = processes.context().Process(target=convert, args=(str(tmp_path / "model"), str(disk)))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert ended < KILLS
+    assert {name: (disk / name).read_bytes() for name in others} == others
+    # What the killed ones left is gone.
+    assert len(os.listdir(disk)) == len(others) + 1

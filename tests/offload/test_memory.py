@@ -25,7 +25,7 @@ def generate(folder, limit_bytes, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @needs_groups
 def test_a_model_of_2_2_gb_in_1500_mib(tmp_path):
     synthesize(str(tmp_path / "model"), 2_200_000_000)
@@ -38,7 +38,7 @@ def test_a_model_of_2_2_gb_in_1500_mib(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @needs_groups
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_loading_stays_within_the_budget(family, tmp_path):
@@ -50,6 +50,7 @@ def test_loading_stays_within_the_budget(family, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @needs_groups
 def test_the_default_budget_obeys_the_control_group(tmp_path):
     synthesize(str(tmp_path / "model"), 500_000_000)

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from offload import BudgetExceeded, SessionError, StaleSlot, offload
+from offload import BudgetExceeded, ConfigError, SessionError, StaleSlot, offload
+from offload.runtime.executor import SharedLock
 from offload.runtime.placement import Placement
 from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
@@ -389,3 +390,64 @@ def test_the_report_can_be_read_after_the_context():
     assert report.links["disk"].bytes > 0
     assert report.tiers["cpu"].used_bytes == 0
     assert "exactness identical" in str(report)
+
+
+@pytest.mark.parametrize("residency", HELD)
+def test_entered_under_inference_mode(residency, tmp_path):
+    """A natural way to write it; what the session makes outlives that mode, and is written to after it."""
+    model = make("llama", True)
+    model.save_pretrained(tmp_path)
+    budget = budget_of(str(tmp_path), residency)
+    options = {"device": "cpu", "cpu_memory": budget, "batch_size": 2, "max_tokens": 16}
+    wanted = oracle_of(model)(input_ids=tokens()).logits.detach()
+    with torch.inference_mode(), offload(str(tmp_path), **options) as session:
+        assert torch.equal(session.model(input_ids=tokens()).logits, wanted)
+        if residency != NONE:
+            # More than was reserved: blocks are given up within the mode.
+            session.model.generate(tokens(2, 9), max_new_tokens=24, do_sample=False)
+    after = session.model
+    assert not any(value.is_inference() for value in (*after.parameters(), *after.buffers()))
+    with torch.no_grad():
+        for value in after.parameters():
+            value.mul_(2)
+    with opened(after, residency) as session:
+        session.model(input_ids=tokens())
+
+
+def test_what_was_made_under_inference_mode_is_refused():
+    """torch counts no writes to it: they would not be seen."""
+    with torch.inference_mode():
+        made = make("llama")
+        more = torch.nn.Linear(4, 4)
+    with pytest.raises(ConfigError, match="inference_mode"):
+        offload(made, device="cpu")
+    model = make("llama")
+    with opened(model) as session:
+        session.model(input_ids=tokens())
+        session.model.more = more
+        with pytest.raises(SessionError, match=r"more\.weight was made under torch\.inference_mode"):
+            session.model(input_ids=tokens())
+        del session.model.more
+        session.model(input_ids=tokens())
+
+
+def test_whoever_holds_the_lock_differentiates_in_its_own_thread():
+    """On a card autograd has threads of its own, which would wait for the lock for ever."""
+    lock = SharedLock()
+    found = []
+
+    def other():
+        found.append(torch._C._is_multithreading_enabled())
+
+    for outer in (True, False):
+        with torch.autograd.set_multithreading_enabled(outer):
+            with lock:
+                assert not torch._C._is_multithreading_enabled()
+                with lock:
+                    assert not torch._C._is_multithreading_enabled()
+                assert not torch._C._is_multithreading_enabled()
+                thread = threading.Thread(target=other)
+                thread.start()
+                thread.join()
+            assert torch._C._is_multithreading_enabled() == outer
+    assert found == [True, True]

@@ -1,7 +1,6 @@
 """Block files: whole or not there, checked, keyed, shared, cleaned up."""
 
 import errno
-import multiprocessing
 import os
 import signal
 import time
@@ -15,6 +14,8 @@ from storage.engines.posix import PosixEngine
 from storage.errors import CorruptCheckpoint, DiskFolderError, DiskFull
 from storage.reader import DiskReader
 from storage.transfer import Link
+from tests import processes
+from tests.processes import DEADLOCK_SECONDS
 
 KILLED = "0123456789abcdef" * 2
 TENSORS = {
@@ -125,16 +126,16 @@ def _write_forever(folder, ready):
     writer = BlockFileWriter(folder, KILLED)
     writer.add("b", TENSORS["b"])
     ready.set()
-    time.sleep(100)
+    time.sleep(DEADLOCK_SECONDS)
 
 
 def test_a_killed_writer_is_cleaned_up_after_and_a_live_one_is_not(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = processes.context()
     ready = context.Event()
     process = context.Process(target=_write_forever, args=(str(tmp_path), ready))
     process.start()
     try:
-        assert ready.wait(60)
+        assert ready.wait(DEADLOCK_SECONDS)
         write(tmp_path, "mine")
         assert any(name.startswith(KILLED) for name in os.listdir(tmp_path)), "a live writer's file was deleted"
     finally:
