@@ -1,89 +1,213 @@
 """Claim: on a CUDA card, decode runs at the speed of the link that the weights cross.
 
-Weights in page-locked CPU memory against the measured host-to-device bandwidth; weights on disk against the measured disk; what
-was predicted from a probe made at the start against what was measured. One JSON object with medians over the rounds.
+Weights in page-locked CPU memory against the host-to-device rate that was measured in the same run; weights on disk against the
+disk's; accelerate's CPU offload in the same device memory; a long prompt; a LoRA step; what windows cost where nothing is
+streamed; what was predicted from a probe made at the start against what was measured. One JSON object, written after each case.
 
-    python -m benchmarks.gpu --size 8GB --rounds 5 --out benchmarks/results/gpu.json
+    python -m benchmarks.gpu --size 4GB --rounds 3 --out benchmarks/results/gpu.json
+
+Each decode is run twice, and the second time counts: on Hopper cards torch's attention makes a plan for each new length of the
+context (some 40 ms), for whoever asks first.
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.memory_group import evict
-from benchmarks.stream import token_seconds
-from offload import offload
+from offload import Training, offload
 from offload.config import parse_bytes, resolve_device
 from offload.probe import measure as probe
 from offload.synth import synthesize
 from scheduler.hardware import HardwareProfile
 
+CPU_MEMORY = "64GiB"
+PROMPT_TOKENS = 64
+LONG_PROMPT_TOKENS = 2048
+LORA_TOKENS = 512
+RAW_BYTES = 512 << 20
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="8GB")
-    parser.add_argument("--gpu-memory", default="2GiB")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=10)
+    parser.add_argument("--size", default="4GB")
+    parser.add_argument("--gpu-memory", default="1GiB")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--folder", help="where to make the checkpoint; by default a temporary folder")
     parser.add_argument("--out")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     request = parser.parse_args()
     size = parse_bytes(request.size)
     assert size is not None
+    found: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(),
+        "machine": {"system": platform.platform(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "request": vars(request),
+        "rounds": {name: [] for name in request.cases},
+    }
     with tempfile.TemporaryDirectory(dir=request.folder) as scratch:
         model = f"{scratch}/model"
         synthesize(model, size)
         hardware = probe(resolve_device("cuda"), scratch, lambda what, done, total: None)
-        rounds = [
-            {name: measure(model, request, hardware, case) for name, case in CASES.items()} for _ in range(request.rounds)
-        ]
-    summary: dict[str, Any] = {
-        "card": torch.cuda.get_device_name(),
-        "machine": {"system": platform.platform(), "torch": torch.__version__, "cuda": torch.version.cuda},
-        "request": vars(request),
-        "hardware": hardware.to_dict(),
-    }
-    for case in CASES:
-        for figure in ("seconds_per_token", "link_share", "prefill_error", "token_error", "model_error", "peak_error"):
-            summary[f"{case}.{figure}"] = statistics.median(item[case][figure] for item in rounds)
-    print(json.dumps(summary, indent=2))
-    if request.out:
-        Path(request.out).write_text(json.dumps({"summary": summary, "rounds": rounds}, indent=2) + "\n")
+        found["hardware"] = hardware.to_dict()
+        for _ in range(request.rounds):
+            for name in request.cases:
+                raw = raw_bytes_per_second()
+                figures = CASES[name](model, request, hardware)
+                found["rounds"][name].append(figures | {"raw_h2d_bytes_per_second": raw})
+                print(name, {key: value for key, value in figures.items() if key != "report"}, flush=True)
+                found["median"] = medians(found["rounds"])
+                if request.out:
+                    Path(request.out).write_text(json.dumps(found, indent=1) + "\n")
+                gc.collect()
+                torch.cuda.empty_cache()
+    print(json.dumps(found.get("median"), indent=2))
 
 
-CASES = {
-    "from CPU memory": {"cpu_memory": "64GiB"},
-    "from disk": {"cpu_memory": "1500MiB"},
-    "CPU and card": {"cpu_memory": "64GiB", "exactness": "rounding"},
-}
-
-
-def measure(model: str, request: argparse.Namespace, hardware: HardwareProfile, case: dict[str, str]) -> dict[str, Any]:
-    """Decode speed, and the share of the slowest link's bandwidth that it reaches by wall time."""
-    evict(model)
-    budgets = {"gpu_memory": request.gpu_memory, **case}
-    with offload(model, device="cuda", hardware=hardware, max_tokens=64, **budgets) as session:
-        seconds = statistics.median(token_seconds(session.model, request.tokens))
-        report = session.report()
-    link = report.links["disk" if report.blocks["streamed_from_disk"] else "h2d"]
-    prediction = report.prediction
-    assert prediction is not None
-    reached = report.streamed_bytes_per_pass / seconds
+def medians(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
     return {
-        "seconds_per_token": seconds,
-        "link_share": reached / (link.measured_bytes_per_second or float("nan")),
-        "prefill_error": prediction.prefill_error,
-        "token_error": prediction.seconds_per_token_error,
-        "model_error": prediction.model_error,
-        "peak_error": report.peak.predicted_bytes / (report.peak.measured_bytes or 1) - 1,
-        "report": report.to_dict(),
+        name: {key: statistics.median(item[key] for item in items) for key in items[0] if isinstance(items[0][key], float)}
+        for name, items in rounds.items()
+        if items
     }
+
+
+def raw_bytes_per_second() -> float:
+    """What the link gives to large copies from page-locked memory, one after another."""
+    source = torch.empty(RAW_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(8):
+        target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    return 8 * RAW_BYTES / (time.perf_counter() - begun)
+
+
+def prompt(tokens: int) -> torch.Tensor:
+    return torch.randint(3, 1000, (1, tokens), generator=torch.Generator().manual_seed(0)).cuda()
+
+
+def token_seconds(model: Any, tokens: int) -> float:
+    """Median of decode steps, each awaited; of the second time over the same lengths."""
+    times: list[float] = []
+    for _ in range(2):
+        times = []
+        with torch.inference_mode():
+            output = model(prompt(PROMPT_TOKENS), use_cache=True)
+            for _ in range(tokens):
+                begun = time.perf_counter()
+                token = output.logits[:, -1:].argmax(-1)
+                output = model(token, past_key_values=output.past_key_values, use_cache=True)
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
+
+
+def decode(budgets: dict[str, str]) -> Callable[..., dict[str, Any]]:
+    """Decode speed, and the share of the slowest link's bandwidth that it reaches by wall time."""
+
+    def measured(model: str, request: argparse.Namespace, hardware: HardwareProfile) -> dict[str, Any]:
+        evict(model)
+        raw = raw_bytes_per_second()
+        options = {"gpu_memory": request.gpu_memory, "max_tokens": 128, "device": "cuda", "hardware": hardware, **budgets}
+        tokens = request.tokens if "cpu_memory" not in budgets else 4
+        with offload(model, **{"cpu_memory": CPU_MEMORY, **options}) as session:
+            seconds = token_seconds(session.model, tokens)
+            report = session.report()
+        on_disk = bool(report.blocks["streamed_from_disk"])
+        rate = report.links["disk"].measured_bytes_per_second if on_disk else raw
+        prediction = report.prediction
+        assert prediction is not None
+        return {
+            "seconds_per_token": seconds,
+            "link": "disk" if on_disk else "h2d",
+            "link_share": report.streamed_bytes_per_pass / seconds / (rate or float("nan")),
+            "predicted_seconds_per_token_error": prediction.seconds_per_token_error,
+            "peak_error": report.peak.predicted_bytes / (report.peak.measured_bytes or 1) - 1,
+            "report": report.to_dict(),
+        }
+
+    return measured
+
+
+def accelerate(model: str, request: argparse.Namespace, hardware: HardwareProfile) -> dict[str, Any]:
+    """Its CPU offload, with as much of the model on the card as fits the same memory."""
+    from transformers import AutoModelForCausalLM
+
+    memory = {0: request.gpu_memory, "cpu": CPU_MEMORY}
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto", max_memory=memory).eval()
+    return {"seconds_per_token": token_seconds(loaded, 4)}
+
+
+def windows(model: str, request: argparse.Namespace, hardware: HardwareProfile) -> dict[str, Any]:
+    """What windows cost a layer where everything stays on the card."""
+    from transformers import AutoModelForCausalLM
+
+    with offload(model, device="cuda", gpu_memory="16GiB", cpu_memory=CPU_MEMORY, max_tokens=128, hardware=hardware) as session:
+        assert not session.plan.streamed
+        ours, layers = token_seconds(session.model, request.tokens), session.model.config.num_hidden_layers
+    plain = token_seconds(AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval().cuda(), request.tokens)
+    return {"seconds_per_token": ours, "plain_seconds_per_token": plain, "overhead_seconds_a_layer": (ours - plain) / layers}
+
+
+def prefill(model: str, request: argparse.Namespace, hardware: HardwareProfile) -> dict[str, Any]:
+    """A long prompt: the transfers hide behind compute, or the other way round."""
+    options = {"gpu_memory": "2GiB", "cpu_memory": CPU_MEMORY, "max_tokens": LONG_PROMPT_TOKENS, "hardware": hardware}
+    with torch.inference_mode(), offload(model, device="cuda", **options) as session:
+        seconds = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            session.model(prompt(LONG_PROMPT_TOKENS - 8), logits_to_keep=1)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begun)
+        streamed = session.plan.streamed_bytes
+    taken = statistics.median(seconds[1:])
+    return {"seconds": taken, "link_share": streamed / taken / raw_bytes_per_second()}
+
+
+def lora(model: str, request: argparse.Namespace, hardware: HardwareProfile) -> dict[str, Any]:
+    """A step of LoRA: the weights cross the link twice."""
+    from peft import LoraConfig, get_peft_model
+
+    options = {"gpu_memory": "2GiB", "cpu_memory": CPU_MEMORY, "max_tokens": LORA_TOKENS, "hardware": hardware}
+    with offload(model, device="cuda", training=Training(), **options) as session:
+        adapted = get_peft_model(session.model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+        ids = prompt(LORA_TOKENS)
+        seconds = []
+        for _ in range(4):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            session.backward([lambda: adapted(input_ids=ids, labels=ids, use_cache=False).loss])
+            session.step(1.0, overlap=True)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begun)
+        streamed = session.plan.streamed_bytes
+    taken = statistics.median(seconds[1:])
+    return {"seconds_a_step": taken, "link_share": 2 * streamed / taken / raw_bytes_per_second()}
+
+
+CASES: dict[str, Callable[..., dict[str, Any]]] = {
+    "from CPU memory": decode({}),
+    "from disk": decode({"cpu_memory": "1500MiB"}),
+    "accelerate": accelerate,
+    "nothing streamed": windows,
+    "prefill": prefill,
+    "LoRA": lora,
+    "CPU and card": decode({"exactness": "rounding"}),
+}
 
 
 if __name__ == "__main__":

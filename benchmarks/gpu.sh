@@ -19,5 +19,5 @@ step() {
 chosen=("$@")
 step machine 20 bash -c 'nvidia-smi; lscpu | grep -E "Model name|^CPU\(s\)"; free -g; python3 -m pip list 2>/dev/null | grep -iE "^(torch|transformers|accelerate|peft|numpy) "'
 step tests 240 python3 -m pytest tests/gpu -m gpu -q -n 8 --dist worksteal --tb=short -p no:benchmark
-step decode 150 python3 -m benchmarks.gpu --size 4GB --rounds 1 --out "$OUT/gpu.json"
-step kv 60 python3 -m benchmarks.kv_gpu --tokens 16384 --rounds 1 --output "$OUT/kv-gpu.json"
+step figures 150 python3 -m benchmarks.gpu --size 4GB --rounds 1 --out "$OUT/gpu.json"
+step kv 40 python3 -m benchmarks.kv_gpu --tokens 16384 --rounds 1 --output "$OUT/kv-gpu.json"

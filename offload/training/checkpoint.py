@@ -11,6 +11,7 @@ written while the next forward and backward run, each sub-group before its next 
 """
 
 import base64
+import copy
 import fcntl
 import json
 import os
@@ -80,8 +81,10 @@ class Checkpoints:
             "model": self._model,
             "optimizer": self._managed.settings(),
             "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-            "progress": dict(progress),
+            "progress": progress,
         }
+        # As all of it is now: it is written when training has gone on.
+        manifest = copy.deepcopy(manifest)
         self._saving = threading.Thread(target=self._finish, args=(frozen, manifest), name="offload-checkpoint")
         self._saving.start()
         if frozen.written:

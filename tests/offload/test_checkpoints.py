@@ -4,12 +4,14 @@ import errno
 import os
 import shutil
 import stat
+import threading
 
 import pytest
 import torch
 
 from offload import ConfigError, Training, offload
 from offload.training.checkpoint import Checkpoints
+from storage.state_file import StateFile
 from tests.offload.test_full_training import FAST, RESERVE, micro_batches, prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -129,3 +131,37 @@ def test_on_another_filesystem_checkpoints_are_copies(tmp_path, monkeypatch):
     with entered() as session:
         assert session.resume(tmp_path / "run") == {"step": 1}
         assert all(torch.equal(value, wanted[name]) for name, value in state_of(session).items())
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+    """However late it is written: steps that follow meanwhile are not in it."""
+    model, _ = prepared("llama", True, torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    training = Training(full=True, **FAST, sub_group_elements=4096)
+    gone_on = threading.Event()
+    checksums = StateFile.checksums
+
+    def late(file, nbytes):
+        assert gone_on.wait(60)
+        return checksums(file, nbytes)
+
+    def entered():
+        return offload(str(tmp_path / "model"), device="cpu", cpu_memory="64MiB", training=training, **RESERVE)
+
+    with entered() as session:
+        a_step(session, 0)
+        progress = {"step": 1, "seen": [0]}
+        with monkeypatch.context() as patch:
+            patch.setattr(StateFile, "checksums", late)
+            session.save(tmp_path / "run", progress)
+            wanted = state_of(session)
+            progress["seen"].append(1)
+            a_step(session, 1)
+            after = state_of(session)
+            gone_on.set()
+            session._training._checkpoints.wait()
+    with entered() as session:
+        assert session.resume(tmp_path / "run") == {"step": 1, "seen": [0]}
+        assert all(torch.equal(value, wanted[name]) for name, value in state_of(session).items())
+        a_step(session, 1)
+        assert all(torch.equal(value, after[name]) for name, value in state_of(session).items())

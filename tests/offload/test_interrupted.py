@@ -14,7 +14,7 @@ from offload import offload
 from tests import processes
 from tests.architectures import make, tokens
 
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS = int(os.environ.get("KILLS", "2"))
 """Each time; the environment may ask for more."""
 SENTENCE = "And the king of the sea said unto the whale, Sing."
 
