@@ -149,6 +149,21 @@ def test_a_header_and_pages_all_over_a_file_tell_it_from_another(tmp_path):
         seen.add(fingerprint_of(str(path)))
 
 
+def test_a_file_that_was_forgotten_is_opened_anew(engine, content):
+    """Paths like /proc/self/fd/9 are another file's once the first one is closed."""
+    path, _ = content
+    engine.open(path)
+    engine.forget(path)
+    engine.forget(path)
+    other = bytes(range(256)) * (SIZE // 256)
+    with open(path, "wb") as file:
+        file.write(other)
+    engine.open(path)
+    buffer = HostBuffer(engine.unit_bytes)
+    engine.read(path, 0, buffer.memory, engine.unit_bytes)
+    assert bytes(buffer.memory[: engine.unit_bytes]) == other[: engine.unit_bytes]
+
+
 def test_a_missing_file(engine, tmp_path):
     with pytest.raises(ReadError, match="cannot open"):
         engine.open(str(tmp_path / "none"))
