@@ -63,6 +63,7 @@ class Checkpoints:
         self._last: Frozen | None = None
         self._saving: threading.Thread | None = None
         self._done: Frozen | None = None
+        self._failed: Frozen | None = None
         self._error: BaseException | None = None
         self._descriptor = _locked(self.folder)
 
@@ -99,6 +100,9 @@ class Checkpoints:
             before, self._last, self._done = self._last, self._done, None
             if before is not None:
                 before.release()
+        if self._failed is not None:
+            self._failed.release()
+            self._failed = None
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -158,7 +162,7 @@ class Checkpoints:
             replace_text(self.folder / MANIFEST, json.dumps(manifest, indent=1))
         except BaseException as error:  # handed to whoever saves or waits next
             (self.folder / name).unlink(missing_ok=True)
-            self._error = error
+            self._failed, self._error = frozen, error
             return
         _remove_others(self.folder, name)
         self._done = frozen

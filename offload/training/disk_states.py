@@ -56,6 +56,8 @@ class DiskStates:
     written: dict[BlockKey, StateFile] = field(default_factory=dict)
     """The file that holds a block; none before its first step: then its weights are where they came from."""
     _frozen: list[StateFile] = field(default_factory=list)
+    _released: list[StateFile] = field(default_factory=list)
+    """No checkpoint needs them any more; the present weights and states may still be in them."""
     _target: StateFile | None = None
     _buffers: "queue.SimpleQueue[HostBuffer]" = field(default_factory=queue.SimpleQueue)
     _ahead: dict[SubGroup, _Ahead] = field(default_factory=dict)
@@ -129,6 +131,7 @@ class DiskStates:
     def end(self) -> None:
         while self._pending:
             self._settle_one()
+        self._drop_unused()
 
     def freeze(self, new_file: Callable[[], StateFile]) -> Frozen:
         """The file that the last step wrote; the next one writes beside it."""
@@ -141,7 +144,14 @@ class DiskStates:
     def release(self, file: StateFile) -> None:
         """No checkpoint needs the file any more."""
         self._frozen.remove(file)
-        self.drop_file(file)
+        self._released.append(file)
+        self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        used = list(self.written.values())
+        for file in [file for file in self._released if file not in used]:
+            self._released.remove(file)
+            self.drop_file(file)
 
     def thaw(self, file: StateFile) -> Frozen:
         self._frozen.append(file)
@@ -160,7 +170,7 @@ class DiskStates:
                 ahead.transfer.cancel()
         for pending in self._pending:
             pending.transfer.cancel()
-        for file in (*self._frozen, self._target):
+        for file in (*self._frozen, *self._released, self._target):
             if file is not None:
                 self.drop_file(file)
 
@@ -211,9 +221,7 @@ class _Written:
         self.file.sync()
 
     def release(self) -> None:
-        # Where the present weights and states are still in it, it is closed with the others.
-        if self.file not in self.states.written.values():
-            self.states.release(self.file)
+        self.states.release(self.file)
 
 
 def _parts(move: Callable[[int, memoryview], None], offset: int, memory: memoryview) -> list[Callable[[], None]]:

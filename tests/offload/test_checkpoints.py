@@ -165,3 +165,39 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
         assert all(torch.equal(value, wanted[name]) for name, value in state_of(session).items())
         a_step(session, 1)
         assert all(torch.equal(value, after[name]) for name, value in state_of(session).items())
+
+
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_nothing_else(tier, tmp_path, monkeypatch):
+    def full(*arguments, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    model, _ = prepared("llama", True, torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    training = Training(full=True, **FAST, state_tier=tier, state_dir=str(tmp_path), sub_group_elements=4096)
+
+    def entered():
+        return offload(str(tmp_path / "model"), device="cpu", cpu_memory="64MiB", training=training, **RESERVE)
+
+    with entered() as session:
+        a_step(session, 0)
+        session.save(tmp_path / "run", {"step": 1})
+        session._training._checkpoints.wait()
+        kept = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
+        nbytes = session._training.managed.layout.nbytes
+        for number in (1, 2):
+            a_step(session, number)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", full)
+                with pytest.raises(OSError, match="No space left"):
+                    session.save(tmp_path / "run", {"step": 2})
+                    session._training._checkpoints.wait()
+            assert {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")} == kept
+        a_step(session, 3)
+        # The last checkpoint's, and that of the states where they are on disk.
+        assert held_bytes(nbytes) <= 2 * nbytes
+        session.save(tmp_path / "run", {"step": 4})
+        wanted = state_of(session)
+    with entered() as session:
+        assert session.resume(tmp_path / "run") == {"step": 4}
+        assert all(torch.equal(value, wanted[name]) for name, value in state_of(session).items())
