@@ -52,7 +52,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "card": torch.cuda.get_device_name(),
         "machine": {"system": platform.platform(), "torch": torch.__version__, "cuda": torch.version.cuda},
-        "request": vars(request),
+        "request": {name: value for name, value in vars(request).items() if name not in ("out", "folder")},
         "rounds": {name: [] for name in request.cases},
     }
     with tempfile.TemporaryDirectory(dir=request.folder) as scratch:
