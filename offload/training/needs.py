@@ -43,7 +43,7 @@ class TrainingNeeds:
     def host_bytes(self) -> int:
         return self.gradient_bytes + self.state_bytes
 
-    def left_of(self, budgets: Budgets) -> Budgets:
+    def left_of(self, training: Training, budgets: Budgets) -> Budgets:
         """What is left for the model.
 
         Raises:
@@ -52,9 +52,10 @@ class TrainingNeeds:
         budgets = replace(budgets, device_bytes=max(1, budgets.device_bytes - self.kept_bytes))
         budget = budgets.device_bytes if budgets.host_bytes is None else budgets.host_bytes
         if budget <= self.host_bytes:
+            ways = ["a larger cpu_memory"] + (["state_tier='nvme'"] if training.state_tier == CPU else [])
             raise BudgetTooSmall(
                 f"training holds {gib(self.gradient_bytes)} of gradients and {gib(self.state_bytes)} of the optimizer's states "
-                f"in CPU memory, whose budget is {gib(budget)}; give a larger cpu_memory, state_tier='nvme', or train adapters",
+                f"in CPU memory, whose budget is {gib(budget)}; give {', or '.join(ways)}, or train adapters",
                 self.host_bytes,
             )
         if budgets.host_bytes is None:

@@ -63,7 +63,7 @@ def decide_to_train(
     in_files = training.full and training.state_tier == NVME
     decision = decide(
         model,
-        needs.left_of(budgets),
+        needs.left_of(training, budgets),
         workload,
         (lambda unit: max(slot_bytes(unit), estimated_slot_bytes(unit))) if in_files else slot_bytes,
         temporaries,

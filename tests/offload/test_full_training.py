@@ -735,3 +735,11 @@ def test_thirty_steps(name, activations, states, major, stays, monkeypatch, tmp_
     assert losses == oracle(twin, steps)
     wanted = twin.state_dict()
     assert all(torch.equal(value, wanted[key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+def test_too_little_for_training_proposes_what_is_not_asked_for_already(tier, tmp_path):
+    training = Training(full=True, state_tier=tier, state_dir=str(tmp_path))
+    with pytest.raises(BudgetTooSmall, match="training holds") as refused:
+        offload(make("llama"), device="cpu", cpu_memory="60KiB", training=training, **RESERVE).__enter__()
+    assert ("state_tier='nvme'" in str(refused.value)) == (tier == "cpu")
