@@ -78,9 +78,12 @@ class StateFile:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise DiskFolderError(f"{path} is no regular file")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(descriptor)
             raise DiskFolderError(f"{path} is in use by another process") from error
+        except OSError:
+            # A filesystem without locks.
+            pass
         except OffloadError:
             os.close(descriptor)
             raise

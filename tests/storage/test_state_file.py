@@ -116,6 +116,15 @@ def test_only_a_regular_file_of_nobody_else_is_opened(tmp_path):
             StateFile.open(str(path))
 
 
+def test_a_filesystem_without_locks_is_read_all_the_same(tmp_path, monkeypatch):
+    def refused(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (tmp_path / "kept.bin").write_bytes(bytes(4096))
+    monkeypatch.setattr("fcntl.flock", refused)
+    StateFile.open(str(tmp_path / "kept.bin")).close()
+
+
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
