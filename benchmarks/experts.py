@@ -74,8 +74,8 @@ def main() -> None:
 
 def compared(path: Path) -> dict[str, Any]:
     """Of one trace: every policy at every number of slots, each layer with as many for itself."""
-    from scheduler.expert_replay import POLICIES, replay
-    from scheduler.routing import Routing
+    from offload.scheduler.expert_replay import POLICIES, replay
+    from offload.scheduler.routing import Routing
 
     routing = Routing.load(path)
     rows = []
@@ -177,7 +177,7 @@ def budget_bytes(folder: str) -> int:
     from offload.model.loading import CheckpointLoader
     from offload.model.sizing import count_temporaries
     from offload.runtime.decision import Experts, decide
-    from scheduler.model_spec import Workload
+    from offload.scheduler.model_spec import Workload
 
     loader = CheckpointLoader(folder)
     model = loader.outline()

@@ -27,8 +27,8 @@ from benchmarks.memory_group import evict
 from offload import Training, offload
 from offload.config import parse_bytes, resolve_device
 from offload.probe import measure as probe
+from offload.scheduler.hardware import HardwareProfile
 from offload.synth import synthesize
-from scheduler.hardware import HardwareProfile
 
 CPU_MEMORY = "64GiB"
 PROMPT_TOKENS = 64

@@ -16,12 +16,12 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
-from scheduler.plan import Plan
-from storage.arena import HostBuffer
-from storage.cpu import CpuDevice
-from storage.device import Copy
-from storage.engines.posix import PosixEngine
+from offload.scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
+from offload.scheduler.plan import Plan
+from offload.storage.arena import HostBuffer
+from offload.storage.cpu import CpuDevice
+from offload.storage.device import Copy
+from offload.storage.engines.posix import PosixEngine
 
 _SLEEP_LATE_SECONDS = 1e-4
 """By which a sleep is usually too long."""

@@ -1,53 +1,39 @@
-"""Run any transformers model on a device too small for it: `with offload("org/model", gpu_memory="8GiB") as session:`."""
+"""Run any transformers model on a device too small for it: `with offload("org/model", gpu_memory="8GiB") as session:`.
 
-from offload.api import offload
-from offload.session import Session
-from offload.training.options import Training
-from offload.training.weighting import token_shares
-from storage.errors import (
-    BudgetExceeded,
-    BudgetTooSmall,
-    CheckpointChanged,
-    CheckpointError,
-    ConfigError,
-    CorruptCheckpoint,
-    DiskFolderError,
-    DiskFull,
-    MissingShard,
-    OffloadError,
-    PlanError,
-    PlatformError,
-    ProfileError,
-    ReadError,
-    SessionError,
-    StaleSlot,
-    TrainingError,
-    UnsupportedCheckpoint,
-)
+A name is imported when it is first used, so that what needs no torch (`--help`, the scheduler) does not wait for it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from offload import errors
+from offload.errors import *  # noqa: F403
+
+if TYPE_CHECKING:
+    from offload.api import offload
+    from offload.session import Session
+    from offload.training.options import Training
+    from offload.training.weighting import token_shares
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BudgetExceeded",
-    "BudgetTooSmall",
-    "CheckpointChanged",
-    "CheckpointError",
-    "ConfigError",
-    "CorruptCheckpoint",
-    "DiskFolderError",
-    "DiskFull",
-    "MissingShard",
-    "OffloadError",
-    "PlanError",
-    "PlatformError",
-    "ProfileError",
-    "ReadError",
-    "Session",
-    "SessionError",
-    "StaleSlot",
-    "Training",
-    "TrainingError",
-    "UnsupportedCheckpoint",
-    "offload",
-    "token_shares",
-]
+__all__ = ["Session", "Training", "offload", "token_shares", *errors.__all__]
+
+_MODULES = {
+    "Session": "offload.session",
+    "Training": "offload.training.options",
+    "offload": "offload.api",
+    "token_shares": "offload.training.weighting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'offload' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _MODULES.keys())

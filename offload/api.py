@@ -14,11 +14,11 @@ from offload.kv.options import NONE, PLAIN, KvOptions
 from offload.model.from_pretrained import TAKEN, LoadingOptions, unknown
 from offload.runtime.decision import load_plan
 from offload.runtime.expert_part import AUTO, CPU, ExpertOptions
+from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.plan import Plan
 from offload.session import Request, Session
+from offload.storage.errors import ConfigError
 from offload.training.options import Training
-from scheduler.hardware import HardwareProfile
-from scheduler.plan import Plan
-from storage.errors import ConfigError
 
 
 def offload(

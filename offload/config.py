@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from storage.cpu import CpuDevice
-from storage.device import Device
-from storage.errors import BudgetTooSmall, ConfigError, PlatformError, gib
+from offload.storage.cpu import CpuDevice
+from offload.storage.device import Device
+from offload.storage.errors import BudgetTooSmall, ConfigError, PlatformError, gib
 
 IDENTICAL, ROUNDING = "identical", "rounding"
 EXACTNESS = (IDENTICAL, ROUNDING)
@@ -81,7 +81,7 @@ def resolve_device(name: str) -> Device:
     index = int(match[1] or 0)
     if index >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r} was asked for, and there are {torch.cuda.device_count()} CUDA cards")
-    from storage.cuda import CudaDevice
+    from offload.storage.cuda import CudaDevice
 
     return CudaDevice(index)
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from storage.errors import CheckpointError, ConfigError
+from offload.storage.errors import CheckpointError, ConfigError
 
 LEAST_SHARED_TOKENS = 64
 """Fewer are computed sooner than they are shared."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from storage.errors import ConfigError
+from offload.storage.errors import ConfigError
 
 Item = tuple[str, int, Any]
 """Where it stands, in which line, and what."""

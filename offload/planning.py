@@ -15,11 +15,11 @@ from offload.report.meters import predicted_peak_bytes
 from offload.runtime.decision import Experts, decide
 from offload.runtime.expert_part import AUTO, IN_LAYERS
 from offload.runtime.forecast import Forecast, Order, WhatIf
-from scheduler.hardware import HardwareProfile
-from scheduler.model_spec import ModelSpec, Workload
-from scheduler.plan import Plan
-from scheduler.prediction import Prediction
-from storage.errors import ConfigError, gib
+from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.model_spec import ModelSpec, Workload
+from offload.scheduler.plan import Plan
+from offload.scheduler.prediction import Prediction
+from offload.storage.errors import ConfigError, gib
 
 
 @dataclass(frozen=True, slots=True)

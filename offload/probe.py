@@ -23,18 +23,18 @@ from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.recorder import Recorder
 from offload.runtime.weights import SlotRegion, StreamedBlock, Waits, packed_offsets
-from scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
-from scheduler.work import total
-from storage.arena import HostBuffer
-from storage.cpu import CpuDevice
-from storage.device import Device, Event
-from storage.engines.posix import PosixEngine
-from storage.errors import ProfileError
-from storage.probe import copy_bytes_per_second
-from storage.reader import DiskReader
-from storage.state_file import StateFile
-from storage.transfer import Link
-from storage.whole_file import replace_text
+from offload.scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
+from offload.scheduler.work import total
+from offload.storage.arena import HostBuffer
+from offload.storage.cpu import CpuDevice
+from offload.storage.device import Device, Event
+from offload.storage.engines.posix import PosixEngine
+from offload.storage.errors import ProfileError
+from offload.storage.probe import copy_bytes_per_second
+from offload.storage.reader import DiskReader
+from offload.storage.state_file import StateFile
+from offload.storage.transfer import Link
+from offload.storage.whole_file import replace_text
 
 _ROWS = (1, 8, 64, 512)
 """Tokens at once: decode, a batch, a short prompt, a long one."""

@@ -45,25 +45,25 @@ from offload.runtime.kv_reserve import KvReserve
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
 from offload.runtime.recorder import Recorder, tracing_use
+from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.model_spec import Workload
+from offload.scheduler.plan import Plan
+from offload.scheduler.planner import make_plan
+from offload.scheduler.prediction import predict
+from offload.scheduler.routing import Routing
+from offload.scheduler.trace import Trace
+from offload.storage.arena import HostBuffer
+from offload.storage.block_file import make_folder
+from offload.storage.device import Device
+from offload.storage.engines.gds import choose_engine
+from offload.storage.engines.posix import PosixEngine
+from offload.storage.errors import BudgetExceeded, BudgetTooSmall, ConfigError, ProfileError, SessionError, gib
+from offload.storage.reader import DiskReader
+from offload.storage.transfer import Link
 from offload.training.needs import TrainingNeeds
 from offload.training.options import Training
 from offload.training.outlook import outlook
 from offload.training.part import INPUTS, TrainingPart, decide_to_train
-from scheduler.hardware import HardwareProfile
-from scheduler.model_spec import Workload
-from scheduler.plan import Plan
-from scheduler.planner import make_plan
-from scheduler.prediction import predict
-from scheduler.routing import Routing
-from scheduler.trace import Trace
-from storage.arena import HostBuffer
-from storage.block_file import make_folder
-from storage.device import Device
-from storage.engines.gds import choose_engine
-from storage.engines.posix import PosixEngine
-from storage.errors import BudgetExceeded, BudgetTooSmall, ConfigError, ProfileError, SessionError, gib
-from storage.reader import DiskReader
-from storage.transfer import Link
 
 _READ_THREADS = 4
 _WRITE_THREADS = 2

@@ -15,9 +15,9 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from storage.blocks import DTYPE_BYTES
-from storage.checkpoint import INDEX_NAME, SINGLE_NAME
-from storage.errors import ConfigError, DiskFolderError, DiskFull, gib
+from offload.storage.blocks import DTYPE_BYTES
+from offload.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from offload.storage.errors import ConfigError, DiskFolderError, DiskFull, gib
 
 _LAYERS_WANTED = 24
 _SMALL_VOCAB, _LARGE_VOCAB = 2048, 32_000

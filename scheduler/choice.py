@@ -12,13 +12,13 @@ from enum import Enum
 import numpy
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from scheduler.cost import CostModel
-from scheduler.model_spec import ModelSpec, PlacedBlock, Workload
-from scheduler.plan import DEVICE_ALONE, HostCompute, Plan
-from scheduler.planner import make_plan, spread
-from scheduler.prediction import Prediction, predict
-from scheduler.work import PassWork, WindowWork, Work
-from storage.errors import BudgetTooSmall
+from offload.scheduler.cost import CostModel
+from offload.scheduler.model_spec import ModelSpec, PlacedBlock, Workload
+from offload.scheduler.plan import DEVICE_ALONE, HostCompute, Plan
+from offload.scheduler.planner import make_plan, spread
+from offload.scheduler.prediction import Prediction, predict
+from offload.scheduler.work import PassWork, WindowWork, Work
+from offload.storage.errors import BudgetTooSmall
 
 _NEIGHBOURS = (-2, -1, 1, 2)
 """The program knows sums, not the order of things: plans with some layers more or fewer are tried too."""

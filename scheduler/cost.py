@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from scheduler.hardware import HardwareProfile, Processor
-from scheduler.model_spec import DivisibleWeight, PlacedBlock
-from scheduler.work import WindowWork, Work
-from storage.blocks import DTYPE_BYTES
+from offload.scheduler.hardware import HardwareProfile, Processor
+from offload.scheduler.model_spec import DivisibleWeight, PlacedBlock
+from offload.scheduler.work import WindowWork, Work
+from offload.storage.blocks import DTYPE_BYTES
 
 _LEAST_SHARE = 0.1
 """Of the CPU's speed, whatever the link takes of its memory."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy
 import numpy.typing as npt
 
-from scheduler.expert_policies import ExpertPolicy
+from offload.scheduler.expert_policies import ExpertPolicy
 
 
 @dataclass(frozen=True, slots=True)

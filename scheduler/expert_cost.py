@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from scheduler.hardware import HardwareProfile
-from scheduler.model_spec import asked_for
+from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.model_spec import asked_for
 
 _MOST_TOKENS = 4096
 _NEARLY_ALL = 0.95

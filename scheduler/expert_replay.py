@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy
 
-from scheduler.expert_cache import ExpertCache
-from scheduler.expert_policies import BELADY, MOST_ADMITTED, ONLINE, Belady, ExpertPolicy, make_policy
-from scheduler.routing import DECODE, Routing, Visit
-from storage.errors import ConfigError
+from offload.scheduler.expert_cache import ExpertCache
+from offload.scheduler.expert_policies import BELADY, MOST_ADMITTED, ONLINE, Belady, ExpertPolicy, make_policy
+from offload.scheduler.routing import DECODE, Routing, Visit
+from offload.storage.errors import ConfigError
 
 POLICIES = (*ONLINE, BELADY)
 SCOPES = ("global", "layer")

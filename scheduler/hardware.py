@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from storage.errors import ProfileError
+from offload.storage.errors import ProfileError
 
 PROFILE_FORMAT = 1
 

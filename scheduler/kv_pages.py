@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
-from scheduler.hardware import HardwareProfile
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
-from storage.errors import BudgetTooSmall, gib
+from offload.scheduler.hardware import HardwareProfile
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
+from offload.storage.errors import BudgetTooSmall, gib
 
 Item = TypeVar("Item")
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from scheduler.kv_pages import KvShape, PagedKv
-from storage.blocks import TENSOR_ALIGNMENT_BYTES, BlockKey
+from offload.scheduler.kv_pages import KvShape, PagedKv
+from offload.storage.blocks import TENSOR_ALIGNMENT_BYTES, BlockKey
 
 _SHELVED_AT_ONCE = 2
 """Layers whose state is on the device, where it is put away: the one that computes, and the one before it."""

@@ -4,10 +4,10 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from scheduler.kv_pages import PagedKv
-from scheduler.model_spec import ModelSpec, PlacedBlock, Workload
-from storage.blocks import BlockKey
-from storage.errors import PlanError, gib
+from offload.scheduler.kv_pages import PagedKv
+from offload.scheduler.model_spec import ModelSpec, PlacedBlock, Workload
+from offload.storage.blocks import BlockKey
+from offload.storage.errors import PlanError, gib
 
 _BLOCK_LISTS = ("resident", "streamed", "in_host_memory", "gathered", "computed_on_host", "divided")
 

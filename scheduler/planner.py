@@ -7,11 +7,11 @@ weighed by its cost is decided in `choice.py`.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from scheduler.kv_pages import cut
-from scheduler.model_spec import BlockRole, ExpertsSpec, ModelSpec, PlacedBlock, Workload
-from scheduler.plan import DEVICE_ALONE, HostCompute, Plan
-from storage.blocks import BlockKey, align_up
-from storage.errors import BudgetTooSmall, gib
+from offload.scheduler.kv_pages import cut
+from offload.scheduler.model_spec import BlockRole, ExpertsSpec, ModelSpec, PlacedBlock, Workload
+from offload.scheduler.plan import DEVICE_ALONE, HostCompute, Plan
+from offload.storage.blocks import BlockKey, align_up
+from offload.storage.errors import BudgetTooSmall, gib
 
 _SLOT_COUNT = 2
 """One in use, one being filled: enough to keep the link busy as long as computing a block takes less than loading it."""

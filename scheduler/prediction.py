@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.cost import CostModel
-from scheduler.model_spec import ModelSpec
-from scheduler.plan import Plan
-from scheduler.simulator import Simulation
-from scheduler.trace import Trace
-from scheduler.work import PassWork
+from offload.scheduler.cost import CostModel
+from offload.scheduler.model_spec import ModelSpec
+from offload.scheduler.plan import Plan
+from offload.scheduler.simulator import Simulation
+from offload.scheduler.trace import Trace
+from offload.scheduler.work import PassWork
 
 _DECODE_PASSES = 4
 """The first ones still find what prefill left in the slots; the last one is what goes on."""

@@ -4,15 +4,15 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from scheduler.cost import ComputeTime, CostModel
-from scheduler.hardware import HardwareProfile
-from scheduler.kv_pages import CPU_ATTENTION_SHARE, reads_beside
-from scheduler.model_spec import ModelSpec
-from scheduler.plan import Plan
-from scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
-from scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
-from scheduler.work import PassWork, WindowWork, Work
-from storage.blocks import BlockKey
+from offload.scheduler.cost import ComputeTime, CostModel
+from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.kv_pages import CPU_ATTENTION_SHARE, reads_beside
+from offload.scheduler.model_spec import ModelSpec
+from offload.scheduler.plan import Plan
+from offload.scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
+from offload.scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
+from offload.scheduler.work import PassWork, WindowWork, Work
+from offload.storage.blocks import BlockKey
 
 DISK, H2D = "disk", "h2d"
 

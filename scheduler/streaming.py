@@ -7,7 +7,7 @@ instructions. Nothing here waits or copies.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from storage.blocks import BlockKey
+from offload.storage.blocks import BlockKey
 
 
 @dataclass(frozen=True, slots=True)

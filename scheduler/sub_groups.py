@@ -7,7 +7,7 @@ fused kernels give other bits for smaller pieces.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, BlockKey, align_up
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, BlockKey, align_up
 
 PIECE_ELEMENTS = 4096
 """Pieces of a parameter begin at multiples of this."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from storage.blocks import BlockKey
+from offload.storage.blocks import BlockKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import mmap
 
 import torch
 
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; absent from Python's mmap module
 

@@ -21,10 +21,10 @@ from typing import Any
 import psutil
 import torch
 
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, TENSOR_ALIGNMENT_BYTES, FileRange, TensorSpec, align_up
-from storage.checkpoint import StoredTensor
-from storage.errors import CorruptCheckpoint, DiskFolderError, DiskFull, gib
-from storage.whole_file import PARTIAL, without_name
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, TENSOR_ALIGNMENT_BYTES, FileRange, TensorSpec, align_up
+from offload.storage.checkpoint import StoredTensor
+from offload.storage.errors import CorruptCheckpoint, DiskFolderError, DiskFull, gib
+from offload.storage.whole_file import PARTIAL, without_name
 
 _MAGIC = b"OFFLOAD1"
 _SUFFIX = ".blocks"

@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from storage.blocks import DTYPE_BYTES, FileRange, TensorSpec
-from storage.errors import CheckpointError, CorruptCheckpoint, MissingShard, UnsupportedCheckpoint
-from storage.fingerprint import fingerprint_of
+from offload.storage.blocks import DTYPE_BYTES, FileRange, TensorSpec
+from offload.storage.errors import CheckpointError, CorruptCheckpoint, MissingShard, UnsupportedCheckpoint
+from offload.storage.fingerprint import fingerprint_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -6,8 +6,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from storage.arena import HostBuffer
-from storage.device import Copy, Event, unversioned
+from offload.storage.arena import HostBuffer
+from offload.storage.device import Copy, Event, unversioned
 
 
 class Done:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from storage.arena import HostBuffer
-from storage.device import Copy, Event, unversioned
+from offload.storage.arena import HostBuffer
+from offload.storage.device import Copy, Event, unversioned
 
 _EVENTS_KEPT = 4096
 """Timed events are read in batches: reading one that is still pending would stop the host."""

@@ -8,7 +8,7 @@ the file already has the right alignment nothing moves.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from storage.blocks import TENSOR_ALIGNMENT_BYTES, FileRange, align_down, align_up
+from offload.storage.blocks import TENSOR_ALIGNMENT_BYTES, FileRange, align_down, align_up
 
 _LARGEST_GAP_BYTES = 64 * 1024
 """Reading over a gap this small costs less than another request."""

@@ -4,8 +4,8 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 
-from storage.blocks import Tier
-from storage.errors import BudgetExceeded, gib
+from offload.storage.blocks import Tier
+from offload.storage.errors import BudgetExceeded, gib
 
 
 class MemoryLedger:

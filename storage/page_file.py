@@ -3,7 +3,7 @@
 import tempfile
 import threading
 
-from storage.state_file import StateFile
+from offload.storage.state_file import StateFile
 
 _GROWTH_BYTES = 16 << 20
 

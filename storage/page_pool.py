@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from storage.arena import HostBuffer
-from storage.blocks import Tier
-from storage.device import Device, Event
-from storage.errors import BudgetExceeded, OffloadError, ReadError, gib
-from storage.page_file import PageFile
-from storage.page_slots import PageSlots
-from storage.transfer import Link, Transfer
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import Tier
+from offload.storage.device import Device, Event
+from offload.storage.errors import BudgetExceeded, OffloadError, ReadError, gib
+from offload.storage.page_file import PageFile
+from offload.storage.page_slots import PageSlots
+from offload.storage.transfer import Link, Transfer
 
 STAGING_PAGES = 4
 """Between disk and a device with memory of its own: as many as the disk has threads."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from storage.device import Event
+from offload.storage.device import Event
 
 _CHUNK_BYTES = 32 << 20
 

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from storage.device import Device
+from offload.storage.device import Device
 
 _ROUNDS = 3
 

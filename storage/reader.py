@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from storage.arena import HostBuffer
-from storage.blocks import FileRange
-from storage.engines.base import ReadEngine
-from storage.errors import CorruptCheckpoint
-from storage.landing import Landing, plan_landing
-from storage.transfer import Link, Part, Transfer
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import FileRange
+from offload.storage.engines.base import ReadEngine
+from offload.storage.errors import CorruptCheckpoint
+from offload.storage.landing import Landing, plan_landing
+from offload.storage.transfer import Link, Part, Transfer
 
 _PART_BYTES = 8 << 20
 """Large enough for the disk's full speed, small enough that a block's parts keep all threads busy."""

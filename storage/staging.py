@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from storage.arena import HostBuffer
-from storage.blocks import FileRange
-from storage.device import Device, Event
-from storage.landing import Landing
-from storage.reader import DiskReader
-from storage.transfer import Transfer
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import FileRange
+from offload.storage.device import Device, Event
+from offload.storage.landing import Landing
+from offload.storage.reader import DiskReader
+from offload.storage.transfer import Transfer
 
 
 class StagedTransfer:

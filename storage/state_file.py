@@ -7,11 +7,11 @@ import stat
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
-from storage.arena import HostBuffer
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
-from storage.engines.posix import direct_io_unit_bytes
-from storage.errors import DiskFolderError, DiskFull, OffloadError, ReadError, gib
-from storage.whole_file import without_name
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
+from offload.storage.engines.posix import direct_io_unit_bytes
+from offload.storage.errors import DiskFolderError, DiskFull, OffloadError, ReadError, gib
+from offload.storage.whole_file import without_name
 
 _CHECKED_BYTES = 64 << 20
 """That one checksum is of."""

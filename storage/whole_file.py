@@ -6,7 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from storage.errors import DiskFolderError
+from offload.storage.errors import DiskFolderError
 
 PARTIAL = ".offload-partial"
 """How the name of a file ends that this project has not finished writing; no other program's does."""

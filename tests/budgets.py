@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from offload import BudgetTooSmall, Session, offload
-from scheduler.model_spec import ModelSpec, Workload
-from scheduler.planner import least_budget_bytes
+from offload.scheduler.model_spec import ModelSpec, Workload
+from offload.scheduler.planner import least_budget_bytes
 
 NONE, SOME, ALL, SPLIT = "none", "some", "all", "split"
 PLENTY = 1 << 30

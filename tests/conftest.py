@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +21,13 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # What was imported is never garbage: looking for it after each test would take longer than most tests.
 gc.collect()
 gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_import_package():
+    """Nothing but `offload` is imported: a module of the user's may be called `storage` or `scheduler`."""
+    yield
+    assert not {"scheduler", "storage"} & sys.modules.keys()
 
 
 @pytest.fixture(autouse=True)

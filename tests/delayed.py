@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from storage.arena import HostBuffer
-from storage.device import Copy, unversioned
+from offload.storage.arena import HostBuffer
+from offload.storage.device import Copy, unversioned
 
 
 @dataclass(eq=False)

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_scheduler_loads_no_torch():
     code = (
-        "import sys, pkgutil, importlib, scheduler\n"
-        "for module in pkgutil.walk_packages(scheduler.__path__, 'scheduler.'): importlib.import_module(module.name)\n"
+        "import sys, pkgutil, importlib, offload.scheduler as scheduler\n"
+        "for module in pkgutil.walk_packages(scheduler.__path__, 'offload.scheduler.'): importlib.import_module(module.name)\n"
         "assert 'torch' not in sys.modules, 'torch was loaded'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -8,9 +8,9 @@ from rich.table import Table
 
 from offload.cli.terminal import print_table
 from offload.config import parse_bytes
-from scheduler.expert_replay import POLICIES, SCOPES, Replay, Tally, replay, slots_in
-from scheduler.routing import Routing
-from storage.errors import ConfigError, gib
+from offload.scheduler.expert_replay import POLICIES, SCOPES, Replay, Tally, replay, slots_in
+from offload.scheduler.routing import Routing
+from offload.storage.errors import ConfigError, gib
 
 SUMMARY = "Compare cache policies for experts on a recorded routing (from `generate --expert-trace`)."
 

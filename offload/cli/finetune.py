@@ -17,6 +17,7 @@ from offload.generate import load_tokenizer
 from offload.model.loading import find_folder
 from offload.report.learning import Learning, Outlook
 from offload.report.record import Record, write_record
+from offload.storage.errors import ConfigError, gib
 from offload.training.adapters import save_adapters, save_model, with_adapters
 from offload.training.checkpoint import read_manifest
 from offload.training.data import Batches, check_packing, packed, read_examples
@@ -32,7 +33,6 @@ from offload.training.options import (
     Training,
 )
 from offload.training.recipe import FULL, LORA, METHODS, Recipe
-from storage.errors import ConfigError, gib
 
 CHECKPOINT = "checkpoint"
 """The folder inside of --output that training is resumed from."""

@@ -23,8 +23,8 @@ from offload.report.perfetto import as_perfetto
 from offload.report.record import Record, write_record
 from offload.runtime.expert_part import AUTO, MISSES, POLICIES, PREFETCH
 from offload.session import Session
+from offload.storage.errors import ConfigError
 from offload.training.adapters import load_adapters
-from storage.errors import ConfigError
 
 SUMMARY = "Generate text. Tokens go to stdout as they are made, the report to stderr."
 

@@ -7,7 +7,7 @@ import warnings
 
 from offload import __version__
 from offload.cli import experts, finetune, generate, merge, plan, probe, report, synth
-from storage.errors import OffloadError
+from offload.storage.errors import OffloadError
 
 _COMMANDS = {
     "generate": generate,

@@ -9,8 +9,8 @@ from transformers.utils import logging as transformers_logging
 from offload.cli.terminal import say
 from offload.generate import load_tokenizer
 from offload.model.loading import find_folder
+from offload.storage.errors import ConfigError
 from offload.training.adapters import load_adapters, merge, save_model
-from storage.errors import ConfigError
 
 SUMMARY = "Fold an adapter into its model. Writes a folder that transformers loads."
 

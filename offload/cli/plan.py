@@ -12,9 +12,9 @@ from offload.cli.terminal import check_writable, print_table, progress_bar, say
 from offload.config import EXACTNESS
 from offload.planning import Asked, Planned, Planner
 from offload.runtime.expert_part import AUTO, POLICIES
-from scheduler.hardware import HardwareProfile
-from scheduler.plan import Plan
-from storage.errors import duration, gib
+from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.plan import Plan
+from offload.storage.errors import duration, gib
 
 SUMMARY = "Plan a run without loading the model: what lives where, how fast, what holds it back, what would help."
 

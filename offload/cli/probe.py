@@ -9,8 +9,8 @@ from rich.table import Table
 from offload.cli.terminal import check_writable, print_table, progress_bar, say
 from offload.config import resolve_device
 from offload.probe import hardware_profile, profile_folder
-from scheduler.hardware import HardwareProfile, LinkRate
-from storage.errors import duration, gib
+from offload.scheduler.hardware import HardwareProfile, LinkRate
+from offload.storage.errors import duration, gib
 
 SUMMARY = "Measure this machine (a few seconds), for `plan` and for predictions. The profile is kept by hardware id."
 

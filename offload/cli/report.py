@@ -8,7 +8,7 @@ from rich.table import Table
 from offload.cli.terminal import check_writable, print_table, say
 from offload.report.record import Record, write_record
 from offload.report.report import Report
-from storage.errors import ConfigError, duration, gib
+from offload.storage.errors import ConfigError, duration, gib
 
 SUMMARY = "Show a run again that `generate --report FILE.json` wrote; given two, compare them."
 

@@ -4,8 +4,8 @@ import argparse
 
 from offload.cli.terminal import progress_bar, say
 from offload.config import parse_bytes
+from offload.storage.errors import gib
 from offload.synth import FAMILIES, synthesize
-from storage.errors import gib
 
 SUMMARY = "Write a checkpoint with random weights, sharded like real ones, with a tokenizer."
 

@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from offload.config import Progress as ProgressCall
-from storage.errors import ConfigError
+from offload.storage.errors import ConfigError
 
 
 def say(text: str) -> None:

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from storage.errors import ConfigError
+from offload.storage.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)

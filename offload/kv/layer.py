@@ -9,9 +9,9 @@ from offload.kv.policy import Choice, LayerPolicy
 from offload.kv.shape import PageShape, Pair
 from offload.kv.store import KvStore, Reading
 from offload.kv.stretch import Rows, Stretch
-from storage.blocks import Tier
-from storage.errors import ConfigError
-from storage.page_pool import Page
+from offload.storage.blocks import Tier
+from offload.storage.errors import ConfigError
+from offload.storage.page_pool import Page
 
 
 class Order(list["PagedLayer"]):

@@ -9,7 +9,7 @@ from offload.kv.codec import Quantised
 from offload.kv.policy import KeepAll, LayerPolicy
 from offload.kv.retrieve import INDEX_SHARE, Retrieve, page_tokens
 from offload.kv.window import Window
-from storage.errors import ConfigError
+from offload.storage.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)

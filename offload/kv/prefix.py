@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicLayer
 
 from offload.kv.cache import PagedCacheLayer
 from offload.kv.shelf import bring_back
-from storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of, path_of
-from storage.errors import CorruptCheckpoint, DiskFull, ReadError
+from offload.storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of, path_of
+from offload.storage.errors import CorruptCheckpoint, DiskFull, ReadError
 
 BLOCK_TOKENS = 256
 

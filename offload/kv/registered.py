@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from offload.kv.attention import attend
 from offload.kv.handle import PagedTensor
-from storage.errors import ConfigError
+from offload.storage.errors import ConfigError
 
 _PREFIX = "offload_"
 _STOCK = ("sdpa", "eager")

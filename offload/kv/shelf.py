@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from offload.kv.store import KvStore
-from storage.page_pool import Page
+from offload.storage.page_pool import Page
 
 _UPDATES = ("update", "update_conv_state", "update_recurrent_state", "update_indexer")
 

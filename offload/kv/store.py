@@ -11,10 +11,10 @@ from offload.kv.reused import ReusedMemory
 from offload.kv.shape import PageShape, Pair
 from offload.kv.stream import PageStream
 from offload.kv.stretch import Stretch
-from scheduler.kv_pages import Residency, coming
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, Tier, align_up
-from storage.errors import ConfigError, gib
-from storage.page_pool import Landing, Page, PagePool
+from offload.scheduler.kv_pages import Residency, coming
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, Tier, align_up
+from offload.storage.errors import ConfigError, gib
+from offload.storage.page_pool import Landing, Page, PagePool
 
 
 class Filler(Protocol):

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
 
-from storage.page_pool import Landing, Page
+from offload.storage.page_pool import Landing, Page
 
 
 class PageStream:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from offload.kv.shape import PageShape
-from storage.page_pool import Page
+from offload.storage.page_pool import Page
 
 
 class Rows:

@@ -7,7 +7,7 @@ import torch
 from offload.kv.budget import KvBudget
 from offload.kv.policy import Choice, KeepAll
 from offload.kv.stretch import Stretch
-from storage.errors import ConfigError
+from offload.storage.errors import ConfigError
 
 SINK_TOKENS = 4
 

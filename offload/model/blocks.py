@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from scheduler.model_spec import BlockRole
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, BlockKey, BlockSpec, TensorSpec
-from storage.errors import UnsupportedCheckpoint
+from offload.scheduler.model_spec import BlockRole
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, BlockKey, BlockSpec, TensorSpec
+from offload.storage.errors import UnsupportedCheckpoint
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 """These have no forward: what they hold is called instead."""

@@ -18,9 +18,9 @@ from transformers import PreTrainedConfig
 
 from offload.model.blocks import Structure, Unit, find_structure
 from offload.model.micro_batch import MicroBatches
-from scheduler.model_spec import BlockRole
-from scheduler.work import PassWork, WindowWork, Work
-from storage.blocks import BlockKey
+from offload.scheduler.model_spec import BlockRole
+from offload.scheduler.work import PassWork, WindowWork, Work
+from offload.storage.blocks import BlockKey
 
 _CACHES = ("past_key_values", "cache_params")
 # fmt: off

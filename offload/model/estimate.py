@@ -1,7 +1,7 @@
 """The work of a pass from the sizes of its blocks alone, for models whose code cannot be run without values."""
 
-from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock
-from scheduler.work import PassWork, WindowWork, Work
+from offload.scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock
+from offload.scheduler.work import PassWork, WindowWork, Work
 
 _OPERATIONS = 80
 """Of one layer: about what the decoders take that can be counted."""

@@ -14,8 +14,8 @@ import torch
 from offload.model.experts import ExpertPieces
 from offload.model.homes import FileMaps
 from offload.model.stand_ins import stand_in
-from storage.block_file import BlockFileWriter
-from storage.blocks import FileRange
+from offload.storage.block_file import BlockFileWriter
+from offload.storage.blocks import FileRange
 
 _MOST_PIECES = 8
 """Of one expert's part of a parameter: with more, its bytes are scattered, and it is converted."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, BlockKey, FileRange, align_up
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, BlockKey, FileRange, align_up
 
 MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
 """What transformers' decorator of experts classes leaves on each of their modules."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from storage.errors import ConfigError
+from offload.storage.errors import ConfigError
 
 HUB = frozenset({"revision", "cache_dir", "token", "local_files_only", "force_download"})
 """Where a hub id's files come from."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from storage.errors import SessionError
+from offload.storage.errors import SessionError
 
 _MARK = "_offload_guise"
 

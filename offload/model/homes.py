@@ -9,8 +9,8 @@ import numpy
 import torch
 from torch import nn
 
-from storage.blocks import FileRange
-from storage.errors import SessionError
+from offload.storage.blocks import FileRange
+from offload.storage.errors import SessionError
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PRESENT, _SWAPPED, _FILE_PAGE = 1 << 63, 1 << 62, 1 << 61

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from offload.model.dry_run import DryRun, DryRunFailed
-from scheduler.model_spec import Workload
-from scheduler.plan import Plan
-from storage.errors import PlanError
+from offload.scheduler.model_spec import Workload
+from offload.scheduler.plan import Plan
+from offload.storage.errors import PlanError
 
 _LEAST_MICRO_BATCH = 2
 LEAST_CHUNK = 64

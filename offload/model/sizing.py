@@ -13,9 +13,9 @@ from offload.model.blocks import Structure, Unit, divisible_modules
 from offload.model.dry_run import DryRun, DryRunFailed
 from offload.model.experts import ExpertsUnit, expert_slot_bytes
 from offload.model.parts import LEAST_CHUNK
-from scheduler.kv_pages import KvShape
-from scheduler.model_spec import BlockRole, DivisibleWeight, ExpertsSpec, ModelSpec, PlacedBlock, Temporaries, Workload
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, align_up
+from offload.scheduler.kv_pages import KvShape
+from offload.scheduler.model_spec import BlockRole, DivisibleWeight, ExpertsSpec, ModelSpec, PlacedBlock, Temporaries, Workload
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, align_up
 
 _HIDDEN_COPIES = 12
 """Tensors as wide as the hidden state that a layer holds at once: input, residual, norm, q, k, v, attention, their casts."""

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from offload.model.experts import ExpertPieces
-from storage.block_file import BlockFileWriter, spill_folder
-from storage.blocks import FileRange
-from storage.checkpoint import identity
-from storage.errors import CheckpointChanged
+from offload.storage.block_file import BlockFileWriter, spill_folder
+from offload.storage.blocks import FileRange
+from offload.storage.checkpoint import identity
+from offload.storage.errors import CheckpointChanged
 
 
 def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

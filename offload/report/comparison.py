@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 from offload.runtime.clock import DECODE, PREFILL, PhaseTimes
 from offload.runtime.forecast import Forecast, Order, WhatIf, drifted_hardware
-from scheduler.model_spec import ModelSpec
-from scheduler.plan import Plan
-from scheduler.prediction import Prediction
+from offload.scheduler.model_spec import ModelSpec
+from offload.scheduler.plan import Plan
+from offload.scheduler.prediction import Prediction
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from offload.runtime.expert_part import ExpertPart
-from scheduler.plan import Plan
+from offload.scheduler.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

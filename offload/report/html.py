@@ -8,8 +8,8 @@ from offload.report.experts import ExpertUse
 from offload.report.kv import kv_sentences
 from offload.report.learning import Learning
 from offload.report.record import Record
-from scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
-from storage.errors import duration, gib
+from offload.scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
+from offload.storage.errors import duration, gib
 
 _WIDTH, _ROW = 1000, 26
 _SPANS_DRAWN = 3000

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from storage.errors import gib
+from offload.storage.errors import gib
 
 
 def _planned(kv: Mapping[str, Any]) -> str:

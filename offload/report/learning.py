@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from storage.errors import duration, gib
+from offload.storage.errors import duration, gib
 
 
 @dataclass(frozen=True, slots=True)

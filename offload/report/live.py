@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offload.report.report import LinkUse, PhaseUse, TierUse
-from storage.errors import duration, gib
+from offload.storage.errors import duration, gib
 
 _UPDATES_PER_SECOND = 4
 _BAR_WIDTH = 24

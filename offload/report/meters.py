@@ -5,12 +5,12 @@ from dataclasses import replace
 from offload.config import process_bytes
 from offload.report.report import LinkUse, Peak, TierUse
 from offload.runtime.recorder import Recorder
-from scheduler.plan import Plan
-from storage.blocks import Tier
-from storage.device import Device
-from storage.ledger import MemoryLedger
-from storage.reader import DiskReader
-from storage.transfer import Link
+from offload.scheduler.plan import Plan
+from offload.storage.blocks import Tier
+from offload.storage.device import Device
+from offload.storage.ledger import MemoryLedger
+from offload.storage.reader import DiskReader
+from offload.storage.transfer import Link
 
 _PROBE_BYTES = 256 << 20
 _PROBE_SHARE = 0.05

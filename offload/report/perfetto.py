@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from scheduler.trace import Trace
+from offload.scheduler.trace import Trace
 
 _PROCESS = 1
 

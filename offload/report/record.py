@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from offload.report.report import Report
-from scheduler.trace import Trace
-from storage.errors import ConfigError
+from offload.scheduler.trace import Trace
+from offload.storage.errors import ConfigError
 
 _SPANS_KEPT = 20_000
 """In a file: the beginning of a long run, which is like the rest of it."""

@@ -11,7 +11,7 @@ from offload.report.experts import ExpertUse
 from offload.report.learning import Learning
 from offload.runtime.clock import BACKWARD, DECODE, OUTSIDE, PREFILL, PhaseTimes
 from offload.runtime.forecast import WhatIf
-from storage.ledger import MemoryLedger
+from offload.storage.ledger import MemoryLedger
 
 
 @dataclass(frozen=True, slots=True)

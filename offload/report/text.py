@@ -8,7 +8,7 @@ from rich.text import Text
 
 from offload.report.kv import kv_sentences
 from offload.report.report import Comparison, Peak, PhaseUse, Report, TierUse
-from storage.errors import duration, gib
+from offload.storage.errors import duration, gib
 
 _WIDTH = 100
 

@@ -13,10 +13,10 @@ from transformers import EncoderDecoderCache
 from offload.kv.options import KvOptions
 from offload.kv.prefix import BLOCK_TOKENS, PrefixStore, add_block, block_of
 from offload.runtime.passes import ModelPass
-from scheduler.plan import Plan
-from storage.device import Device
-from storage.errors import ConfigError
-from storage.transfer import Link
+from offload.scheduler.plan import Plan
+from offload.storage.device import Device
+from offload.storage.errors import ConfigError
+from offload.storage.transfer import Link
 
 _NAME = "beginning of a prompt"
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from storage.device import Device
-from storage.ledger import MemoryLedger
+from offload.storage.device import Device
+from offload.storage.ledger import MemoryLedger
 
 
 class DeviceBuffers:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from offload.runtime.recorder import Recorder
-from scheduler.trace import OWN, PASS, WAIT
+from offload.scheduler.trace import OWN, PASS, WAIT
 
 PREFILL = "prefill"
 DECODE = "decode"

@@ -14,12 +14,12 @@ from offload.model.blocks import Structure, Unit, can_split, find_structure
 from offload.model.experts import ExpertsUnit, find_experts, undecorated_experts
 from offload.model.parts import parts_of
 from offload.model.sizing import element_bytes_of, generates, kv_sizes, model_spec
-from scheduler.kv_pages import KvShape, PagedKv, cut, paged_ways
-from scheduler.model_spec import ModelSpec, Temporaries, Workload
-from scheduler.plan import Plan
-from scheduler.planner import make_plan
-from storage.blocks import BlockKey
-from storage.errors import BudgetTooSmall, ConfigError, PlanError, gib
+from offload.scheduler.kv_pages import KvShape, PagedKv, cut, paged_ways
+from offload.scheduler.model_spec import ModelSpec, Temporaries, Workload
+from offload.scheduler.plan import Plan
+from offload.scheduler.planner import make_plan
+from offload.storage.blocks import BlockKey
+from offload.storage.errors import BudgetTooSmall, ConfigError, PlanError, gib
 
 _SHARED_ROOM = 1.5
 """Of what a batch with a common beginning takes."""

@@ -8,11 +8,11 @@ import torch
 
 from offload.runtime.clock import PassClock
 from offload.runtime.weights import Arrival, SlotRegion, StreamedBlock, Waits
-from scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
-from scheduler.trace import OWN
-from storage.blocks import BlockKey
-from storage.device import Device, DeviceBuffer, Event
-from storage.errors import SessionError
+from offload.scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
+from offload.scheduler.trace import OWN
+from offload.storage.blocks import BlockKey
+from offload.storage.device import Device, DeviceBuffer, Event
+from offload.storage.errors import SessionError
 
 
 class SharedLock:

@@ -7,9 +7,9 @@ import torch
 
 from offload.model.experts import ExpertsUnit
 from offload.runtime.expert_store import ExpertStore
-from scheduler.expert_cache import ExpertCache
-from scheduler.expert_cost import MissRule
-from scheduler.expert_policies import MOST_ADMITTED
+from offload.scheduler.expert_cache import ExpertCache
+from offload.scheduler.expert_cost import MissRule
+from offload.scheduler.expert_policies import MOST_ADMITTED
 
 _LANES = 4
 """As many parts of experts on their way as the disk has threads."""

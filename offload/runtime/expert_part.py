@@ -18,17 +18,17 @@ from offload.runtime.experts import ExpertStreaming, ExpertTally, LayerTally
 from offload.runtime.hooks import ForwardWrap
 from offload.runtime.look_ahead import NextRouter, find_router
 from offload.runtime.placement import Placement
-from scheduler.expert_cache import ExpertCache
-from scheduler.expert_cost import ALWAYS_LOAD, UNMEASURED, MissRule, miss_rule
-from scheduler.expert_policies import ADMISSION, LFU, make_policy
-from scheduler.hardware import HardwareProfile
-from scheduler.model_spec import ExpertsSpec
-from scheduler.plan import Plan
-from storage.checkpoint import identity
-from storage.device import Device
-from storage.errors import ConfigError
-from storage.ledger import MemoryLedger
-from storage.reader import DiskReader
+from offload.scheduler.expert_cache import ExpertCache
+from offload.scheduler.expert_cost import ALWAYS_LOAD, UNMEASURED, MissRule, miss_rule
+from offload.scheduler.expert_policies import ADMISSION, LFU, make_policy
+from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.model_spec import ExpertsSpec
+from offload.scheduler.plan import Plan
+from offload.storage.checkpoint import identity
+from offload.storage.device import Device
+from offload.storage.errors import ConfigError
+from offload.storage.ledger import MemoryLedger
+from offload.storage.reader import DiskReader
 
 AUTO, IN_LAYERS, LOAD, CPU, ON, OFF = "auto", "layers", "load", "cpu", "on", "off"
 POLICIES = (AUTO, "lru", "lfu", "admission", IN_LAYERS)

@@ -6,10 +6,10 @@ from offload.config import Progress
 from offload.model.experts import ExpertPieces, ExpertsUnit, sliced
 from offload.runtime.expert_store import ExpertSource, FileExperts, HostExperts
 from offload.runtime.placement import Placement
-from scheduler.plan import Plan
-from storage.device import Device
-from storage.reader import DiskReader
-from storage.staging import StagedReader
+from offload.scheduler.plan import Plan
+from offload.storage.device import Device
+from offload.storage.reader import DiskReader
+from offload.storage.staging import StagedReader
 
 EXPERTS = "experts"
 """What the ledgers call them."""

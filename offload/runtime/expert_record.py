@@ -8,9 +8,9 @@ import numpy
 
 from offload.runtime.clock import PREFILL
 from offload.runtime.experts import Visit
-from scheduler import routing
-from scheduler.expert_replay import bound
-from scheduler.routing import Routing
+from offload.scheduler import routing
+from offload.scheduler.expert_replay import bound
+from offload.scheduler.routing import Routing
 
 _MOST_BYTES = 64 << 20
 """Of choices kept; later ones are not."""

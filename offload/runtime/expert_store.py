@@ -9,12 +9,12 @@ from offload.model.experts import ExpertLayout, ExpertPieces, ExpertsUnit
 from offload.model.homes import ParameterHome
 from offload.model.stand_ins import paths_of
 from offload.runtime.weights import Arrival, CopyArrival, DirectSource, SlotRegion, StagedSource, Waits
-from storage.arena import HostBuffer
-from storage.blocks import FileRange
-from storage.device import Device, Event
-from storage.landing import Landing, plan_landing_at
-from storage.reader import DiskReader
-from storage.staging import StagedReader
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import FileRange
+from offload.storage.device import Device, Event
+from offload.storage.landing import Landing, plan_landing_at
+from offload.storage.reader import DiskReader
+from offload.storage.staging import StagedReader
 
 Pool = Mapping[str, torch.Tensor]
 """The parameters of a module of experts with slots in place of experts: [slots, ...], by name in the module."""

@@ -15,10 +15,10 @@ from offload.runtime.expert_call import ExpertCall
 from offload.runtime.expert_store import ExpertStore, HomeExperts
 from offload.runtime.look_ahead import Accuracy, Prediction, Predictor
 from offload.runtime.slotted import SlottedModule, SlottedWeight
-from scheduler.expert_cache import ExpertCache
-from scheduler.expert_cost import MissRule, ahead_of_a_prompt
-from storage.device import Device
-from storage.errors import SessionError
+from offload.scheduler.expert_cache import ExpertCache
+from offload.scheduler.expert_cost import MissRule, ahead_of_a_prompt
+from offload.storage.device import Device
+from offload.storage.errors import SessionError
 
 
 @dataclass(slots=True)

@@ -11,18 +11,18 @@ from offload.model.dry_run import DryRun, DryRunFailed
 from offload.model.estimate import estimated_pass
 from offload.model.parts import parts_of
 from offload.runtime.clock import DECODE, PREFILL, PhaseTimes
-from scheduler.cost import CostModel
-from scheduler.hardware import HardwareProfile, LinkRate
-from scheduler.kv_pages import PagedKv
-from scheduler.model_spec import ModelSpec, Workload
-from scheduler.plan import Plan
-from scheduler.prediction import Prediction, predict
-from scheduler.work import PassWork
-from storage.blocks import BlockKey
-from storage.errors import BudgetTooSmall
+from offload.scheduler.cost import CostModel
+from offload.scheduler.hardware import HardwareProfile, LinkRate
+from offload.scheduler.kv_pages import PagedKv
+from offload.scheduler.model_spec import ModelSpec, Workload
+from offload.scheduler.plan import Plan
+from offload.scheduler.prediction import Prediction, predict
+from offload.scheduler.work import PassWork
+from offload.storage.blocks import BlockKey
+from offload.storage.errors import BudgetTooSmall
 
 if TYPE_CHECKING:
-    from scheduler.choice import Task
+    from offload.scheduler.choice import Task
 
 Shape = tuple[int, int, int, int]
 """Batch size, prompt tokens, context tokens, tokens of the prompt in one pass."""
@@ -133,7 +133,7 @@ class Forecast:
         Raises:
             BudgetTooSmall: if none fits.
         """
-        from scheduler.choice import choose_plan
+        from offload.scheduler.choice import choose_plan
 
         cost = self.cost if hardware is None else CostModel(hardware, self._dtype)
         rounding = order.exactness == ROUNDING
@@ -155,7 +155,7 @@ class Forecast:
         }
 
     def _task(self, spec: ModelSpec, order: Order, cost: CostModel) -> "Task":
-        from scheduler.choice import Task
+        from offload.scheduler.choice import Task
 
         context = order.prompt_tokens + order.new_tokens // 2
         chunk = order.workload.prefill_chunk

@@ -21,11 +21,11 @@ from offload.runtime.divided import DividedProduct
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.lookups import RowFetching
 from offload.runtime.weights import GatheredTable
-from scheduler.model_spec import BlockRole
-from scheduler.plan import Plan
-from scheduler.trace import COMPUTE, HOST_COMPUTE
-from storage.blocks import BlockKey
-from storage.errors import SessionError, StaleSlot
+from offload.scheduler.model_spec import BlockRole
+from offload.scheduler.plan import Plan
+from offload.scheduler.trace import COMPUTE, HOST_COMPUTE
+from offload.storage.blocks import BlockKey
+from offload.storage.errors import SessionError, StaleSlot
 
 Forward = Callable[..., Any]
 

@@ -13,17 +13,17 @@ from offload.kv.registered import OwnAttention
 from offload.kv.shelf import Shelf
 from offload.kv.store import KvStore
 from offload.runtime.clock import PassClock
-from scheduler.hardware import HardwareProfile
-from scheduler.kv_pages import KvPages, KvShape, cut, reads_beside, streamed_bytes
-from scheduler.model_spec import Workload
-from scheduler.plan import Plan
-from storage.blocks import Tier
-from storage.device import Device
-from storage.errors import BudgetExceeded, gib
-from storage.ledger import MemoryLedger
-from storage.page_file import PageFile
-from storage.page_pool import STAGING_PAGES, PagePool
-from storage.transfer import Link
+from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.kv_pages import KvPages, KvShape, cut, reads_beside, streamed_bytes
+from offload.scheduler.model_spec import Workload
+from offload.scheduler.plan import Plan
+from offload.storage.blocks import Tier
+from offload.storage.device import Device
+from offload.storage.errors import BudgetExceeded, gib
+from offload.storage.ledger import MemoryLedger
+from offload.storage.page_file import PageFile
+from offload.storage.page_pool import STAGING_PAGES, PagePool
+from offload.storage.transfer import Link
 
 CATEGORY = "KV cache"
 _PAGES = "pages of the KV cache"

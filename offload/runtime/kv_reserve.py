@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from scheduler.model_spec import ModelSpec, Workload
-from storage.errors import BudgetExceeded, BudgetTooSmall, gib
+from offload.scheduler.model_spec import ModelSpec, Workload
+from offload.storage.errors import BudgetExceeded, BudgetTooSmall, gib
 
 _HEADROOM = 1.25
 """Reserve somewhat more than the next pass needs, so that not every pass makes a new plan."""

@@ -8,8 +8,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from offload.runtime.weights import GatheredTable
-from storage.blocks import BlockKey
-from storage.errors import StaleSlot
+from offload.storage.blocks import BlockKey
+from offload.storage.errors import StaleSlot
 
 
 class RowFetching(TorchFunctionMode):

@@ -12,7 +12,7 @@ from offload.runtime.executor import LayerExecutor
 from offload.runtime.hooks import Forward
 from offload.runtime.kv_part import KvPart
 from offload.runtime.kv_reserve import KvReserve, cache_bytes, cached_tokens
-from storage.device import Device
+from offload.storage.device import Device
 
 _CACHES = ("past_key_values", "cache_params")
 _INPUTS = ("decoder_input_ids", "input_ids", "decoder_inputs_embeds", "inputs_embeds")

@@ -25,17 +25,17 @@ from offload.runtime.weights import (
     packed_offsets,
     views_of,
 )
-from scheduler.model_spec import DivisibleWeight
-from scheduler.plan import Plan
-from storage.arena import HostBuffer
-from storage.block_file import BlockFile, spill_folder
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
-from storage.device import Device
-from storage.errors import gib
-from storage.ledger import MemoryLedger
-from storage.probe import copy_bytes_per_second
-from storage.reader import DiskReader
-from storage.staging import StagedReader
+from offload.scheduler.model_spec import DivisibleWeight
+from offload.scheduler.plan import Plan
+from offload.storage.arena import HostBuffer
+from offload.storage.block_file import BlockFile, spill_folder
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
+from offload.storage.device import Device
+from offload.storage.errors import gib
+from offload.storage.ledger import MemoryLedger
+from offload.storage.probe import copy_bytes_per_second
+from offload.storage.reader import DiskReader
+from offload.storage.staging import StagedReader
 
 
 class Placement:

@@ -2,7 +2,7 @@
 
 import time
 
-from scheduler.trace import MemorySample, Span, Trace
+from offload.scheduler.trace import MemorySample, Span, Trace
 
 _MOST_SPANS = 400_000
 """At some 100 bytes each; a run that is longer keeps its beginning, and its sums stay right."""

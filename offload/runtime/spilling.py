@@ -7,8 +7,8 @@ import torch
 
 from offload.config import Progress
 from offload.model.homes import ParameterHome
-from storage.block_file import BlockFile, BlockFileWriter, check_folder
-from storage.errors import DiskFull, gib
+from offload.storage.block_file import BlockFile, BlockFileWriter, check_folder
+from offload.storage.errors import DiskFull, gib
 
 
 def spill(homes: Sequence[ParameterHome], folder: str, progress: Progress) -> tuple[BlockFile, int]:

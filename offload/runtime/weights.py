@@ -9,13 +9,13 @@ from typing import Protocol
 import torch
 
 from offload.model.homes import ParameterHome
-from storage.arena import HostBuffer
-from storage.blocks import BlockKey, FileRange, align_up
-from storage.device import Device, DeviceBuffer, Event
-from storage.landing import Landing
-from storage.reader import DiskReader
-from storage.staging import StagedReader, StagedTransfer
-from storage.transfer import Transfer
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import BlockKey, FileRange, align_up
+from offload.storage.device import Device, DeviceBuffer, Event
+from offload.storage.landing import Landing
+from offload.storage.reader import DiskReader
+from offload.storage.staging import StagedReader, StagedTransfer
+from offload.storage.transfer import Transfer
 
 Waits = dict[str, float]
 """Seconds that compute stood still, by the name of the link that it waited for."""

@@ -12,11 +12,11 @@ from typing import Protocol
 
 import torch
 
-from storage.arena import HostBuffer
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
-from storage.device import Device, Event
-from storage.state_file import StateFile
-from storage.transfer import Link, Transfer
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
+from offload.storage.device import Device, Event
+from offload.storage.state_file import StateFile
+from offload.storage.transfer import Link, Transfer
 
 _LEAST_BYTES = 1024
 """Smaller ones stay where they are."""

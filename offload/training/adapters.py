@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.storage.block_file import BlockFileWriter, spill_folder
+from offload.storage.errors import ConfigError
+from offload.storage.whole_file import PARTIAL
 from offload.training.recipe import Recipe
-from storage.block_file import BlockFileWriter, spill_folder
-from storage.errors import ConfigError
-from storage.whole_file import PARTIAL
 
 
 def with_adapters(model: nn.Module, recipe: Recipe) -> Any:

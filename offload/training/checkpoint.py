@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.storage.errors import ConfigError, CorruptCheckpoint, OffloadError
+from offload.storage.fingerprint import fingerprint_of
+from offload.storage.whole_file import is_partial_of, replace_text
 from offload.training.managed import ManagedTraining
 from offload.training.states import Frozen
-from storage.errors import ConfigError, CorruptCheckpoint, OffloadError
-from storage.fingerprint import fingerprint_of
-from storage.whole_file import is_partial_of, replace_text
 
 MANIFEST = "training.json"
 _VERSION = 2

@@ -15,8 +15,8 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from offload.runtime.hooks import Forward, ForwardWrap
+from offload.storage.errors import ConfigError, SessionError
 from offload.training.weighting import IGNORED
-from storage.errors import ConfigError, SessionError
 
 
 class _Call(threading.local):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from offload.json_lines import Item, json_lines, read_text
+from offload.storage.errors import ConfigError
 from offload.training.weighting import IGNORED
-from storage.errors import ConfigError
 
 _OPEN_ROWS = 64
 """Sequences that a short example may still be packed into."""

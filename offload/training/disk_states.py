@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from offload.scheduler.sub_groups import StateLayout, SubGroup
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import BlockKey
+from offload.storage.errors import SessionError
+from offload.storage.state_file import StateFile
+from offload.storage.transfer import Link, Transfer
 from offload.training.states import Frozen, Weights, Working, read_weights, views
-from scheduler.sub_groups import StateLayout, SubGroup
-from storage.arena import HostBuffer
-from storage.blocks import BlockKey
-from storage.errors import SessionError
-from storage.state_file import StateFile
-from storage.transfer import Link, Transfer
 
 _PART_BYTES = 8 << 20
 

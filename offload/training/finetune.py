@@ -12,11 +12,11 @@ import numpy
 import torch
 from torch import nn
 
+from offload.storage.errors import ConfigError, TrainingError
 from offload.training.checkpoint import compare
 from offload.training.data import Batches
 from offload.training.recipe import Recipe
 from offload.training.weighting import item_count, token_shares
-from storage.errors import ConfigError, TrainingError
 
 Batch = dict[str, torch.Tensor]
 

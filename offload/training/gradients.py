@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from offload.runtime.hooks import Forward, ForwardWrap
-from storage.arena import HostBuffer
-from storage.blocks import BlockKey, align_up
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import BlockKey, align_up
 
 Named = tuple[str, nn.Parameter]
 

@@ -17,6 +17,14 @@ from offload.model.blocks import Structure
 from offload.model.homes import ParameterHome
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.placement import Placement
+from offload.scheduler.sub_groups import SubGroup
+from offload.storage.block_file import check_folder
+from offload.storage.blocks import BlockKey
+from offload.storage.errors import DiskFull, SessionError, TrainingError, gib
+from offload.storage.ledger import MemoryLedger
+from offload.storage.reader import DiskReader
+from offload.storage.state_file import StateFile
+from offload.storage.transfer import Link
 from offload.training.disk_states import BUFFER_COUNT, DiskStates
 from offload.training.gradients import HostGradients, TiedUse, gradient_bytes, gradient_dtype
 from offload.training.memory_states import MemoryStates
@@ -25,14 +33,6 @@ from offload.training.options import CPU, Training
 from offload.training.rules import Rule, rule_of
 from offload.training.states import Frozen, States
 from offload.training.weights import OUTSIDE, TrainedWeights
-from scheduler.sub_groups import SubGroup
-from storage.block_file import check_folder
-from storage.blocks import BlockKey
-from storage.errors import DiskFull, SessionError, TrainingError, gib
-from storage.ledger import MemoryLedger
-from storage.reader import DiskReader
-from storage.state_file import StateFile
-from storage.transfer import Link
 
 _STATES = "optimizer states"
 

@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 
+from offload.scheduler.sub_groups import MASTER, StateLayout, SubGroup
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import BlockKey
+from offload.storage.state_file import StateFile
+from offload.storage.transfer import Link, Transfer
 from offload.training.states import Frozen, Tensors, Weights, Working, read_weights, views
-from scheduler.sub_groups import MASTER, StateLayout, SubGroup
-from storage.arena import HostBuffer
-from storage.blocks import BlockKey
-from storage.state_file import StateFile
-from storage.transfer import Link, Transfer
 
 
 class MemoryStates:

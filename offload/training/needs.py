@@ -7,16 +7,16 @@ from torch import nn
 
 from offload.config import Budgets
 from offload.model.blocks import find_structure
+from offload.scheduler.model_spec import BlockRole
+from offload.scheduler.plan import Plan
+from offload.scheduler.sub_groups import StateLayout, Trained, lay_out
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
+from offload.storage.errors import BudgetTooSmall, gib
 from offload.training.activations import INPUT_BUFFERS
 from offload.training.disk_states import BUFFER_COUNT
 from offload.training.gradients import gradient_bytes
 from offload.training.options import CPU, GPU, NVME, Training
 from offload.training.rules import rule_of
-from scheduler.model_spec import BlockRole
-from scheduler.plan import Plan
-from scheduler.sub_groups import StateLayout, Trained, lay_out
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
-from storage.errors import BudgetTooSmall, gib
 
 
 @dataclass(frozen=True, slots=True)

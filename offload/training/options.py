@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from storage.errors import ConfigError
+from offload.storage.errors import ConfigError
 
 ADAMW, ADAMW8BIT, SGD = "adamw", "adamw8bit", "sgd"
 OPTIMIZERS = (ADAMW, ADAMW8BIT, SGD)

@@ -4,12 +4,12 @@ from typing import Any
 
 from offload.report.learning import Outlook
 from offload.runtime.forecast import Forecast
+from offload.scheduler.model_spec import ModelSpec, Workload
+from offload.scheduler.plan import Plan
+from offload.scheduler.prediction import predict
 from offload.training.managed import ManagedTraining
 from offload.training.needs import inputs_bytes
 from offload.training.options import NVME
-from scheduler.model_spec import ModelSpec, Workload
-from scheduler.plan import Plan
-from scheduler.prediction import predict
 
 _UPDATE_BYTES = 28
 """Of memory traffic, for each element that AdamW steps: four tensors read, three written."""

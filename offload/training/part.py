@@ -18,6 +18,12 @@ from offload.runtime.decision import Decision, decide
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
+from offload.scheduler.model_spec import Temporaries, Workload
+from offload.storage.block_file import spill_folder
+from offload.storage.blocks import BlockKey
+from offload.storage.device import Device
+from offload.storage.reader import DiskReader
+from offload.storage.transfer import Link
 from offload.training.activations import DiskInputs, HostInputs, InputStore
 from offload.training.checkpoint import Checkpoints, identity_of
 from offload.training.chunked_loss import ChunkedLoss
@@ -28,12 +34,6 @@ from offload.training.options import CPU, NVME, Training
 from offload.training.recompute import Backward
 from offload.training.rounds import Rounds
 from offload.training.windows import TrainingWindow
-from scheduler.model_spec import Temporaries, Workload
-from storage.block_file import spill_folder
-from storage.blocks import BlockKey
-from storage.device import Device
-from storage.reader import DiskReader
-from storage.transfer import Link
 
 INPUTS = "layers' inputs"
 """The category of what layers keep for backward."""

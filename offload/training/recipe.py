@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from offload.storage.errors import ConfigError
 from offload.training.data import Batches
-from storage.errors import ConfigError
 
 LORA, FULL = "lora", "full"
 METHODS = (LORA, FULL)

@@ -21,11 +21,11 @@ from transformers import Cache
 from offload.model.nested import leaves, tensors
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
+from offload.scheduler.trace import COMPUTE
+from offload.storage.blocks import BlockKey
+from offload.storage.errors import SessionError, StaleSlot
 from offload.training.activations import InputStore, Kept
 from offload.training.surroundings import Autocasts, Randomness
-from scheduler.trace import COMPUTE
-from storage.blocks import BlockKey
-from storage.errors import SessionError, StaleSlot
 
 Forward = Callable[..., Any]
 

@@ -15,8 +15,8 @@ import torch
 
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
+from offload.storage.blocks import BlockKey
 from offload.training.surroundings import Autocasts, Randomness
-from storage.blocks import BlockKey
 
 Task = Callable[[], Any]
 

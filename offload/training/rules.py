@@ -7,8 +7,8 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from offload.scheduler.sub_groups import Moment
 from offload.training.options import ADAMW8BIT, SGD, Training
-from scheduler.sub_groups import Moment
 
 _SHARED = 256
 """Elements of a moment in 8 bits that share a scale."""

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from offload.model.homes import ParameterHome
+from offload.storage.blocks import BlockKey
+from offload.storage.errors import SessionError
 from offload.training.recompute import Backward
-from storage.blocks import BlockKey
-from storage.errors import SessionError
 
 
 @dataclass(frozen=True, slots=True)

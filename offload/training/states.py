@@ -6,10 +6,10 @@ from typing import Protocol
 
 import torch
 
-from scheduler.sub_groups import MASTER, Region, Span, StateLayout, SubGroup
-from storage.arena import HostBuffer
-from storage.blocks import BlockKey
-from storage.state_file import StateFile
+from offload.scheduler.sub_groups import MASTER, Region, Span, StateLayout, SubGroup
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import BlockKey
+from offload.storage.state_file import StateFile
 
 Tensors = dict[str, list[torch.Tensor]]
 """By kind of state, one for each piece; the weights under the empty name."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from storage.errors import ConfigError
+from offload.storage.errors import ConfigError
 
 IGNORED = -100
 """The label of a token that the loss does not count; transformers' own."""

@@ -11,11 +11,11 @@ from offload.model.homes import ParameterHome
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.placement import Placement
 from offload.runtime.weights import HostSource
-from scheduler.sub_groups import StateLayout, SubGroup
-from storage.arena import HostBuffer
-from storage.blocks import BlockKey, FileRange
-from storage.reader import DiskReader
-from storage.state_file import StateFile
+from offload.scheduler.sub_groups import StateLayout, SubGroup
+from offload.storage.arena import HostBuffer
+from offload.storage.blocks import BlockKey, FileRange
+from offload.storage.reader import DiskReader
+from offload.storage.state_file import StateFile
 
 OUTSIDE = "(no block)"
 """The block of what no block holds: adapters, a norm."""

@@ -10,12 +10,12 @@ from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.hooks import Forward, UnitWindow
 from offload.runtime.weights import GatheredTable
+from offload.scheduler.model_spec import BlockRole
+from offload.storage.blocks import BlockKey
 from offload.training.activations import InputStore
 from offload.training.options import GPU
 from offload.training.recompute import Backward, Frame
 from offload.training.saved import SavedFrame
-from scheduler.model_spec import BlockRole
-from storage.blocks import BlockKey
 
 
 class TrainingWindow(UnitWindow):

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy
 
-from storage.arena import HostBuffer
-from storage.engines.base import ReadEngine
-from storage.engines.posix import PosixEngine
-from storage.errors import ReadError
+from offload.storage.arena import HostBuffer
+from offload.storage.engines.base import ReadEngine
+from offload.storage.engines.posix import PosixEngine
+from offload.storage.errors import ReadError
 
 _PROBE_BYTES = 32 << 20
 _ROUNDS = 2

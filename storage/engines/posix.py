@@ -7,9 +7,9 @@ import os
 import struct
 from dataclasses import dataclass, replace
 
-from storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
-from storage.errors import CheckpointChanged, ReadError
-from storage.fingerprint import fingerprint
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
+from offload.storage.errors import CheckpointChanged, ReadError
+from offload.storage.fingerprint import fingerprint
 
 _STATX_DIOALIGN = 0x2000
 _AT_EMPTY_PATH = 0x1000

@@ -5,7 +5,7 @@ import torch
 
 from offload import offload
 from offload.kv.options import METHODS, Method
-from scheduler.model_spec import Workload
+from offload.scheduler.model_spec import Workload
 from tests.architectures import make, oracle_of, tokens
 from tests.offload.test_kv import BATCH, MAX_TOKENS, PAGE_TOKENS, PLENTY, memory_for
 

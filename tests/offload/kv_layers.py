@@ -9,10 +9,10 @@ from offload.kv.codec import Quantised
 from offload.kv.layer import Order, PagedLayer
 from offload.kv.policy import KeepAll, LayerPolicy
 from offload.kv.store import KvStore
-from storage.cpu import CpuDevice
-from storage.page_file import PageFile
-from storage.page_pool import PagePool
-from storage.transfer import Link
+from offload.storage.cpu import CpuDevice
+from offload.storage.page_file import PageFile
+from offload.storage.page_pool import PagePool
+from offload.storage.transfer import Link
 
 
 @contextmanager

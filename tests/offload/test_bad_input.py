@@ -120,7 +120,7 @@ def test_weights_that_are_not_used_are_told(folder):
 
 def test_spilling_to_memory_is_refused(monkeypatch):
     model = make("llama")
-    monkeypatch.setattr("storage.block_file._filesystem", lambda folder: "tmpfs")
+    monkeypatch.setattr("offload.storage.block_file._filesystem", lambda folder: "tmpfs")
     with pytest.raises(DiskFolderError, match="is in memory"):
         enter(model, cpu_memory=tight(model), batch_size=2, max_tokens=16)
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offload.cli.main import main
+from offload.storage.checkpoint import read_checkpoint
 from offload.synth import FAMILIES, synthesize
-from storage.checkpoint import read_checkpoint
 
 BUDGET = "6MiB"
 

@@ -5,7 +5,7 @@ import pytest
 from offload.runtime import clock as clocks
 from offload.runtime.clock import DECODE, PREFILL, PassClock
 from offload.runtime.recorder import Recorder
-from scheduler.trace import COMPUTE, OWN
+from offload.scheduler.trace import COMPUTE, OWN
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 
 from offload.config import cgroup_limit_bytes, default_host_bytes, parse_bytes, process_bytes, resolve_budgets
-from storage.cpu import CpuDevice
-from storage.errors import BudgetTooSmall, ConfigError
+from offload.storage.cpu import CpuDevice
+from offload.storage.errors import BudgetTooSmall, ConfigError
 from tests.delayed import DelayedDevice
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from offload import BudgetTooSmall, offload
-from scheduler.model_spec import Workload
-from scheduler.planner import least_budget_bytes
+from offload.scheduler.model_spec import Workload
+from offload.scheduler.planner import least_budget_bytes
 from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
 from tests.delayed import DelayedDevice
@@ -20,7 +20,7 @@ def device(monkeypatch):
     device = DelayedDevice()
     monkeypatch.setattr("offload.api.resolve_device", lambda name: device)
     # So that the tiny models have more blocks than there are buffers between disk and device.
-    monkeypatch.setattr("scheduler.planner._STAGING_BUFFERS", 1)
+    monkeypatch.setattr("offload.scheduler.planner._STAGING_BUFFERS", 1)
     return device
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload import offload
 from offload.runtime import weights
-from scheduler.model_spec import ModelSpec
+from offload.scheduler.model_spec import ModelSpec
 from tests.architectures import ARCHITECTURES, BY_NAME, VOCAB, Architecture, make, oracle_of, text_inputs
 from tests.budgets import ALL, NONE, SOME, SPLIT, budget_for, enter, spec_of
 from tests.poison import DiskMeter, poison_homes

@@ -12,7 +12,7 @@ from offload.model.blocks import estimated_slot_bytes
 from offload.model.experts import find_experts
 from offload.model.sizing import count_temporaries, takes_tokens
 from offload.runtime.decision import Experts, decide
-from scheduler.model_spec import Workload
+from offload.scheduler.model_spec import Workload
 from tests.architectures import oracle_of
 from tests.expert_models import decorated, make_model
 from tests.poison import DiskMeter, poison_homes

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 from offload import BudgetTooSmall, ConfigError, SessionError, offload
 from offload.cli.main import main
 from offload.model.experts import find_experts
-from scheduler.routing import Routing
-from storage.errors import StaleSlot
+from offload.scheduler.routing import Routing
+from offload.storage.errors import StaleSlot
 from tests.architectures import make, oracle_of, tokens
 from tests.delayed import DelayedDevice
 from tests.offload.test_expert_classes import plan_for

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offload import BudgetTooSmall, PlanError, offload
-from scheduler.plan import Plan
+from offload.scheduler.plan import Plan
 from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import NONE, budget_for, spec_of
 from tests.delayed import DelayedDevice

@@ -18,9 +18,9 @@ from offload.kv.attention import attend
 from offload.kv.options import METHODS, Method
 from offload.model.sizing import element_bytes_of, kv_sizes
 from offload.runtime import decision
-from scheduler.kv_pages import cut, streamed_bytes
-from scheduler.model_spec import Workload
-from storage.blocks import Tier
+from offload.scheduler.kv_pages import cut, streamed_bytes
+from offload.scheduler.model_spec import Workload
+from offload.storage.blocks import Tier
 from tests.architectures import ARCHITECTURES, BY_NAME, VOCAB, make, oracle_of, tokens
 from tests.delayed import DelayedDevice
 from tests.offload.kv_layers import layer_of

@@ -17,9 +17,9 @@ from offload.kv.options import METHODS, Method
 from offload.kv.policy import KeepAll
 from offload.kv.retrieve import Retrieve
 from offload.kv.window import SINK_TOKENS, Window
-from storage.blocks import Tier
-from storage.errors import OffloadError, ReadError
-from storage.page_file import PageFile
+from offload.storage.blocks import Tier
+from offload.storage.errors import OffloadError, ReadError
+from offload.storage.page_file import PageFile
 from tests.architectures import VOCAB, make, tokens
 from tests.offload.kv_layers import layer_of, store_of
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from offload import offload
 from offload.kv import prefix
-from storage.block_file import path_of
+from offload.storage.block_file import path_of
 from tests.architectures import VOCAB, make, tokens
 from tests.offload.test_kv import hybrid
 

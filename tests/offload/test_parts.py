@@ -12,7 +12,7 @@ from offload.model.dry_run import DryRun, DryRunFailed
 from offload.model.micro_batch import MicroBatches
 from offload.model.parts import parts_of
 from offload.runtime.hooks import UnitWindow
-from scheduler.model_spec import Workload
+from offload.scheduler.model_spec import Workload
 from tests.architectures import BY_NAME, VOCAB, make, oracle_of
 from tests.budgets import NONE, budget_for, spec_of
 from tests.delayed import DelayedDevice

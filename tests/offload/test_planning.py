@@ -13,8 +13,8 @@ from offload import BudgetTooSmall, ConfigError, PlanError, ProfileError, offloa
 from offload.cli.main import main
 from offload.planning import Asked, Planner
 from offload.probe import hardware_profile, measure
-from scheduler.hardware import HardwareProfile, LinkRate
-from storage.cpu import CpuDevice
+from offload.scheduler.hardware import HardwareProfile, LinkRate
+from offload.storage.cpu import CpuDevice
 from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import SOME, SPLIT, budget_for, spec_of
 from tests.scheduler.machines import RTX_3060

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from offload import BudgetTooSmall, ConfigError, SessionError, offload
-from scheduler.model_spec import Workload
+from offload.scheduler.model_spec import Workload
 from tests.architectures import VOCAB, make, oracle_of
 from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
 from tests.delayed import DelayedDevice

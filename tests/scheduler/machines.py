@@ -1,8 +1,8 @@
 """Machines and models that are described, for tests of decisions."""
 
-from scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
-from scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock
-from scheduler.work import PassWork, WindowWork, Work
+from offload.scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
+from offload.scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock
+from offload.scheduler.work import PassWork, WindowWork, Work
 
 MIB, GIB = 1 << 20, 1 << 30
 

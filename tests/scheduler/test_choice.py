@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.choice import Home, Task, choose_plan, evaluate, solve
-from scheduler.cost import CostModel
-from scheduler.model_spec import Temporaries, Workload
-from scheduler.plan import HostCompute
-from storage.errors import BudgetTooSmall
+from offload.scheduler.choice import Home, Task, choose_plan, evaluate, solve
+from offload.scheduler.cost import CostModel
+from offload.scheduler.model_spec import Temporaries, Workload
+from offload.scheduler.plan import HostCompute
+from offload.storage.errors import BudgetTooSmall
 from tests.scheduler.machines import GIB, LAPTOP, MIB, RTX_3060, RTX_4090, machine, stack, work
 
 WORKLOADS = {"chat": (32, 1, 200), "batch": (32 * 64, 32, 100), "long prompt": (8192, 1, 20)}

@@ -7,19 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.cost import CostModel
-from scheduler.expert_cache import ExpertCache
-from scheduler.expert_cost import ALWAYS_LOAD, ahead_of_a_prompt, miss_rule
-from scheduler.expert_policies import ADMISSION, BELADY, LFU, LRU, ONLINE, make_policy
-from scheduler.expert_replay import replay, slots_in
-from scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
-from scheduler.model_spec import BlockRole, ExpertsSpec, ModelSpec, PlacedBlock, Workload
-from scheduler.plan import Plan
-from scheduler.planner import least_budget_bytes, make_plan
-from scheduler.prediction import predict
-from scheduler.routing import DECODE, PREFILL, Routing, Visit
-from scheduler.work import PassWork, WindowWork, Work
-from storage.errors import BudgetTooSmall, ConfigError, PlanError
+from offload.scheduler.cost import CostModel
+from offload.scheduler.expert_cache import ExpertCache
+from offload.scheduler.expert_cost import ALWAYS_LOAD, ahead_of_a_prompt, miss_rule
+from offload.scheduler.expert_policies import ADMISSION, BELADY, LFU, LRU, ONLINE, make_policy
+from offload.scheduler.expert_replay import replay, slots_in
+from offload.scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
+from offload.scheduler.model_spec import BlockRole, ExpertsSpec, ModelSpec, PlacedBlock, Workload
+from offload.scheduler.plan import Plan
+from offload.scheduler.planner import least_budget_bytes, make_plan
+from offload.scheduler.prediction import predict
+from offload.scheduler.routing import DECODE, PREFILL, Routing, Visit
+from offload.scheduler.work import PassWork, WindowWork, Work
+from offload.storage.errors import BudgetTooSmall, ConfigError, PlanError
 from tests.scheduler.machines import LAPTOP
 
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from scheduler.hardware import HardwareProfile, MatrixRate, Processor
-from storage.errors import ProfileError
+from offload.scheduler.hardware import HardwareProfile, MatrixRate, Processor
+from offload.storage.errors import ProfileError
 from tests.scheduler.machines import RTX_3060
 
 GOOD = RTX_3060.to_dict()

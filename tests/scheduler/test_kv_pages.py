@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from scheduler.cost import CostModel
-from scheduler.kv_pages import KvShape, PagedKv, Residency, coming, cut, paged_ways, reads_beside, streamed_bytes
-from scheduler.model_spec import Workload
-from scheduler.planner import make_plan
-from scheduler.prediction import predict
-from storage.errors import BudgetTooSmall
+from offload.scheduler.cost import CostModel
+from offload.scheduler.kv_pages import KvShape, PagedKv, Residency, coming, cut, paged_ways, reads_beside, streamed_bytes
+from offload.scheduler.model_spec import Workload
+from offload.scheduler.planner import make_plan
+from offload.scheduler.prediction import predict
+from offload.storage.errors import BudgetTooSmall
 from tests.scheduler.machines import GIB, LAPTOP, MIB, RTX_4090, stack, work
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.model_spec import BlockRole, DivisibleWeight, ModelSpec, PlacedBlock, Temporaries, Workload
-from scheduler.plan import HostCompute, Plan
-from scheduler.planner import least_budget_bytes, make_plan, spread
-from storage.errors import BudgetTooSmall
+from offload.scheduler.model_spec import BlockRole, DivisibleWeight, ModelSpec, PlacedBlock, Temporaries, Workload
+from offload.scheduler.plan import HostCompute, Plan
+from offload.scheduler.planner import least_budget_bytes, make_plan, spread
+from offload.storage.errors import BudgetTooSmall
 
 MIB = 1 << 20
 WORK = Workload(batch_size=2, total_tokens=100, pass_tokens=50)

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.cost import CostModel
-from scheduler.model_spec import DivisibleWeight, Workload
-from scheduler.plan import HostCompute
-from scheduler.planner import make_plan
-from scheduler.prediction import predict
-from scheduler.simulator import simulate
-from scheduler.trace import COMPUTE, OWN, PASS, WAIT
-from scheduler.work import Work
+from offload.scheduler.cost import CostModel
+from offload.scheduler.model_spec import DivisibleWeight, Workload
+from offload.scheduler.plan import HostCompute
+from offload.scheduler.planner import make_plan
+from offload.scheduler.prediction import predict
+from offload.scheduler.simulator import simulate
+from offload.scheduler.trace import COMPUTE, OWN, PASS, WAIT
+from offload.scheduler.work import Work
 from tests.scheduler.machines import GIB, LAPTOP, MIB, RTX_3060, RTX_4090, machine, stack, work
 
 ONE = Workload(1, 1, 1)

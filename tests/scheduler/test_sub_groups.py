@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.sub_groups import MASTER, PIECE_ELEMENTS, Moment, Trained, lay_out
+from offload.scheduler.sub_groups import MASTER, PIECE_ELEMENTS, Moment, Trained, lay_out
 
 MOMENTS = (Moment("exp_avg"), Moment("exp_avg_sq"))
 

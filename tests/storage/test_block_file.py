@@ -8,12 +8,12 @@ import time
 import pytest
 import torch
 
-from storage.block_file import BlockFile, BlockFileWriter, key_of, path_of
-from storage.cpu import CpuDevice
-from storage.engines.posix import PosixEngine
-from storage.errors import CorruptCheckpoint, DiskFolderError, DiskFull
-from storage.reader import DiskReader
-from storage.transfer import Link
+from offload.storage.block_file import BlockFile, BlockFileWriter, key_of, path_of
+from offload.storage.cpu import CpuDevice
+from offload.storage.engines.posix import PosixEngine
+from offload.storage.errors import CorruptCheckpoint, DiskFolderError, DiskFull
+from offload.storage.reader import DiskReader
+from offload.storage.transfer import Link
 from tests import processes
 from tests.processes import DEADLOCK_SECONDS
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from storage.arena import HostBuffer
-from storage.cpu import CpuDevice
+from offload.storage.arena import HostBuffer
+from offload.storage.cpu import CpuDevice
 from tests.delayed import DelayedDevice
 
 

@@ -4,8 +4,8 @@ import numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.blocks import TENSOR_ALIGNMENT_BYTES, FileRange
-from storage.landing import plan_landing
+from offload.storage.blocks import TENSOR_ALIGNMENT_BYTES, FileRange
+from offload.storage.landing import plan_landing
 
 UNIT = 4096
 

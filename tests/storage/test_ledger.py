@@ -2,9 +2,9 @@
 
 import pytest
 
-from storage.blocks import Tier
-from storage.errors import BudgetExceeded
-from storage.ledger import MemoryLedger
+from offload.storage.blocks import Tier
+from offload.storage.errors import BudgetExceeded
+from offload.storage.ledger import MemoryLedger
 
 
 def test_refuses_what_would_pass_the_budget_and_counts_nothing_then():

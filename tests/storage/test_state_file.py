@@ -5,15 +5,15 @@ import os
 
 import pytest
 
-from storage.arena import HostBuffer
-from storage.errors import DiskFolderError, DiskFull, ReadError
-from storage.state_file import StateFile
+from offload.storage.arena import HostBuffer
+from offload.storage.errors import DiskFolderError, DiskFull, ReadError
+from offload.storage.state_file import StateFile
 
 
 @pytest.fixture(params=[True, False], ids=["direct", "buffered"])
 def file(request, tmp_path, monkeypatch):
     if not request.param:
-        monkeypatch.setattr("storage.state_file.direct_io_unit_bytes", lambda descriptor: 1 << 20)
+        monkeypatch.setattr("offload.storage.state_file.direct_io_unit_bytes", lambda descriptor: 1 << 20)
     made = StateFile.new(str(tmp_path), 3 * 4096)
     assert made.direct == request.param
     assert not list(tmp_path.iterdir())
@@ -90,7 +90,7 @@ def test_a_filesystem_where_every_file_has_a_name_at_first(tmp_path, monkeypatch
 
 
 def test_a_flipped_bit_changes_a_checksum(file, monkeypatch):
-    monkeypatch.setattr("storage.state_file._CHECKED_BYTES", 8192)
+    monkeypatch.setattr("offload.storage.state_file._CHECKED_BYTES", 8192)
     content = bytearray(filled(file))
     before = file.checksums(file.nbytes)
     assert len(before) == 2

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from storage.transfer import Link
+from offload.storage.transfer import Link
 
 
 @pytest.fixture

@@ -1,0 +1,43 @@
+"""The errors that offload raises on purpose; all are an `OffloadError`."""
+
+from offload.storage.errors import (
+    BudgetExceeded,
+    BudgetTooSmall,
+    CheckpointChanged,
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpoint,
+    DiskFolderError,
+    DiskFull,
+    MissingShard,
+    OffloadError,
+    PlanError,
+    PlatformError,
+    ProfileError,
+    ReadError,
+    SessionError,
+    StaleSlot,
+    TrainingError,
+    UnsupportedCheckpoint,
+)
+
+__all__ = [
+    "BudgetExceeded",
+    "BudgetTooSmall",
+    "CheckpointChanged",
+    "CheckpointError",
+    "ConfigError",
+    "CorruptCheckpoint",
+    "DiskFolderError",
+    "DiskFull",
+    "MissingShard",
+    "OffloadError",
+    "PlanError",
+    "PlatformError",
+    "ProfileError",
+    "ReadError",
+    "SessionError",
+    "StaleSlot",
+    "TrainingError",
+    "UnsupportedCheckpoint",
+]
