@@ -175,8 +175,8 @@ def budget_bytes(folder: str) -> int:
 
     from offload.config import Budgets
     from offload.model.loading import CheckpointLoader
-    from offload.model.sizing import count_temporaries
-    from offload.runtime.decision import Experts, decide
+    from offload.planning.describe import count_temporaries
+    from offload.planning.fit import Experts, decide
     from offload.scheduler.model_spec import Workload
 
     loader = CheckpointLoader(folder)

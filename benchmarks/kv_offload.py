@@ -103,7 +103,7 @@ def child(tokens: int, exactness: str) -> dict[str, Any]:
 
 def _raw_seconds(part: Any, nbytes: int) -> float:
     """Read as many pages from the same file, four at a time, into the same memory."""
-    from offload.storage.arena import HostBuffer
+    from offload.storage.host_buffer import HostBuffer
 
     pool = part.store.raw
     buffers = [HostBuffer(pool.page_bytes) for _ in range(4)]

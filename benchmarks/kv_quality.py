@@ -22,12 +22,12 @@ import torch
 
 from benchmarks.recall_model import FILLER, Texts, texts, trained
 from offload import offload
-from offload.kv.budget import KvBudget
-from offload.kv.codec import Quantised
+from offload.kv.kv_block import Stretch
 from offload.kv.options import METHODS, Method
-from offload.kv.policy import Choice, KeepAll
-from offload.kv.shape import PageShape, Pair
-from offload.kv.stretch import Stretch
+from offload.kv.page_layout import PageShape, Pair
+from offload.kv.policies.base import Choice, KeepAll
+from offload.kv.policies.budget import KvBudget
+from offload.kv.quantization import Quantised
 
 BUDGETS = (0.5, 0.25)
 OUTLIERS = (1, 30, 100)

@@ -27,16 +27,16 @@ from benchmarks.peak import peaks
 from benchmarks.throttled import Rates, Speed, machine, paced_products
 from offload import offload
 from offload.config import Budgets
-from offload.model.dry_run import DryRun
+from offload.planning.dry_run import DryRun
+from offload.planning.predictor import Forecast, Order
 from offload.probe import measure, window_seconds
-from offload.runtime.forecast import Forecast, Order
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.model_spec import BlockRole, ModelSpec, Workload
 from offload.scheduler.plan import DEVICE_ALONE, HostCompute, Plan
 from offload.scheduler.planner import make_plan, spread
 from offload.scheduler.simulator import simulate
 from offload.scheduler.work import total
-from offload.storage.cpu import CpuDevice
+from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import BudgetTooSmall
 
 _SIZES = {
@@ -316,8 +316,8 @@ def disk(folder: str, rounds: int) -> list[dict[str, Any]]:
 
 def speed() -> dict[str, float]:
     """Of deciding: a plan for 126 layers on three tiers, and 5,000 simulated layer steps."""
-    from offload.scheduler.choice import Task, choose_plan
     from offload.scheduler.cost import CostModel
+    from offload.scheduler.plan_search import Task, choose_plan
     from tests.scheduler.machines import GIB, MIB, RTX_3060, stack, work
 
     model = stack(126, 400 * MIB)

@@ -18,10 +18,10 @@ from torch import nn
 
 from offload.scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
 from offload.scheduler.plan import Plan
-from offload.storage.arena import HostBuffer
-from offload.storage.cpu import CpuDevice
-from offload.storage.device import Copy
-from offload.storage.engines.posix import PosixEngine
+from offload.storage.devices.base import Copy
+from offload.storage.devices.cpu import CpuDevice
+from offload.storage.host_buffer import HostBuffer
+from offload.storage.io_engines.posix import PosixEngine
 
 _SLEEP_LATE_SECONDS = 1e-4
 """By which a sleep is usually too long."""
@@ -221,8 +221,8 @@ def machine(rates: Rates) -> Iterator[None]:
     device = CpuDevice() if rates.link is None else ThrottledDevice(rates.link)
     with (
         patch("offload.api.resolve_device", lambda name: device),
-        patch("offload.session.choose_engine", lambda sample: ThrottledEngine(rates.disk)),
-        patch("offload.session.PosixEngine", lambda: ThrottledEngine(rates.disk)),
+        patch("offload.session.session.choose_engine", lambda sample: ThrottledEngine(rates.disk)),
+        patch("offload.session.session.PosixEngine", lambda: ThrottledEngine(rates.disk)),
     ):
         yield
 

@@ -5,11 +5,11 @@ import warnings
 from transformers import AutoTokenizer
 
 from offload import Training, offload
+from offload.adapters.peft import with_adapters
+from offload.finetune.data import Batches, Example
+from offload.finetune.loop import train
+from offload.finetune.recipe import Recipe
 from offload.model.loading import find_folder
-from offload.training.adapters import with_adapters
-from offload.training.data import Batches, Example
-from offload.training.finetune import train
-from offload.training.recipe import Recipe
 
 warnings.simplefilter("ignore")
 folder = find_folder("demo")

@@ -11,7 +11,7 @@ from offload.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
     from offload.api import offload
-    from offload.session import Session
+    from offload.session.session import Session
     from offload.training.options import Training
     from offload.training.weighting import token_shares
 
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = ["Session", "Training", "offload", "token_shares", *errors.__all__]
 
 _MODULES = {
-    "Session": "offload.session",
+    "Session": "offload.session.session",
     "Training": "offload.training.options",
     "offload": "offload.api",
     "token_shares": "offload.training.weighting",

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from offload.config import EXACTNESS, IDENTICAL, Progress, parse_bytes, resolve_device
-from offload.kv.budget import KvBudget
 from offload.kv.options import NONE, PLAIN, KvOptions
+from offload.kv.policies.budget import KvBudget
 from offload.model.from_pretrained import TAKEN, LoadingOptions, unknown
-from offload.runtime.decision import load_plan
-from offload.runtime.expert_part import AUTO, CPU, ExpertOptions
+from offload.moe.component import AUTO, CPU, ExpertOptions
+from offload.planning.fit import load_plan
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.plan import Plan
-from offload.session import Request, Session
+from offload.session.session import Request, Session
 from offload.storage.errors import ConfigError
 from offload.training.options import Training
 

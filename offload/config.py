@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from offload.storage.cpu import CpuDevice
-from offload.storage.device import Device
+from offload.storage.devices.base import Device
+from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import BudgetTooSmall, ConfigError, PlatformError, gib
 
 IDENTICAL, ROUNDING = "identical", "rounding"
@@ -81,7 +81,7 @@ def resolve_device(name: str) -> Device:
     index = int(match[1] or 0)
     if index >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r} was asked for, and there are {torch.cuda.device_count()} CUDA cards")
-    from offload.storage.cuda import CudaDevice
+    from offload.storage.devices.cuda import CudaDevice
 
     return CudaDevice(index)
 

@@ -9,7 +9,7 @@ from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.kv_pages import CPU_ATTENTION_SHARE, reads_beside
 from offload.scheduler.model_spec import ModelSpec
 from offload.scheduler.plan import Plan
-from offload.scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
+from offload.scheduler.slot_schedule import Evict, Instruction, Lease, Load, SlotSchedule
 from offload.scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
 from offload.scheduler.work import PassWork, WindowWork, Work
 from offload.storage.blocks import BlockKey

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from offload.storage.device import Device
+from offload.storage.devices.base import Device
 
 _ROUNDS = 3
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from offload.storage.arena import HostBuffer
 from offload.storage.blocks import FileRange
-from offload.storage.engines.base import ReadEngine
 from offload.storage.errors import CorruptCheckpoint
-from offload.storage.landing import Landing, plan_landing
+from offload.storage.host_buffer import HostBuffer
+from offload.storage.io_engines.base import ReadEngine
+from offload.storage.read_plan import Landing, plan_landing
 from offload.storage.transfer import Link, Part, Transfer
 
 _PART_BYTES = 8 << 20

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from offload.storage.arena import HostBuffer
 from offload.storage.blocks import FileRange
-from offload.storage.device import Device, Event
-from offload.storage.landing import Landing
+from offload.storage.devices.base import Device, Event
+from offload.storage.host_buffer import HostBuffer
+from offload.storage.read_plan import Landing
 from offload.storage.reader import DiskReader
 from offload.storage.transfer import Transfer
 

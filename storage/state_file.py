@@ -7,10 +7,10 @@ import stat
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
-from offload.storage.arena import HostBuffer
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
-from offload.storage.engines.posix import direct_io_unit_bytes
 from offload.storage.errors import DiskFolderError, DiskFull, OffloadError, ReadError, gib
+from offload.storage.host_buffer import HostBuffer
+from offload.storage.io_engines.posix import direct_io_unit_bytes
 from offload.storage.whole_file import without_name
 
 _CHECKED_BYTES = 64 << 20

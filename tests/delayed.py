@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from offload.storage.arena import HostBuffer
-from offload.storage.device import Copy, unversioned
+from offload.storage.devices.base import Copy, unversioned
+from offload.storage.host_buffer import HostBuffer
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from offload import Session
-from offload.runtime.experts import ExpertStreaming
+from offload.moe.streaming import ExpertStreaming
 
 
 def poison_homes(session: Session) -> int:

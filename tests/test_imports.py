@@ -23,4 +23,4 @@ def test_only_one_file_names_torch_cuda():
         for path in (ROOT / package).rglob("*.py")
         if "torch.cuda." in path.read_text() and "torch.cuda.is_available" not in path.read_text()
     ]
-    assert users == ["storage/cuda.py"]
+    assert users == ["storage/devices/cuda.py"]

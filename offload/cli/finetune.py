@@ -11,17 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
+from offload.adapters.peft import save_adapters, save_model, with_adapters
 from offload.api import offload
 from offload.cli.terminal import check_writable, progress_bar, say
-from offload.generate import load_tokenizer
+from offload.finetune.data import Batches, check_packing, packed, read_examples
+from offload.finetune.loop import Step, train
+from offload.finetune.recipe import FULL, LORA, METHODS, Recipe
+from offload.generation.text import load_tokenizer
 from offload.model.loading import find_folder
-from offload.report.learning import Learning, Outlook
 from offload.report.record import Record, write_record
+from offload.report.training import Learning, Outlook
 from offload.storage.errors import ConfigError, gib
-from offload.training.adapters import save_adapters, save_model, with_adapters
-from offload.training.checkpoint import read_manifest
-from offload.training.data import Batches, check_packing, packed, read_examples
-from offload.training.finetune import Step, train
+from offload.training.optimizer.checkpoint import read_manifest
 from offload.training.options import (
     ACTIVATION_TIERS,
     ADAMW,
@@ -32,7 +33,6 @@ from offload.training.options import (
     STATE_TIERS,
     Training,
 )
-from offload.training.recipe import FULL, LORA, METHODS, Recipe
 
 CHECKPOINT = "checkpoint"
 """The folder inside of --output that training is resumed from."""

@@ -9,22 +9,22 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from offload.adapters.peft import load_adapters
 from offload.api import offload
 from offload.cli.kv import add_kv_arguments
 from offload.cli.terminal import check_writable, live_console, progress_bar, say
 from offload.config import EXACTNESS, ROUNDING, Progress, resolve_device
-from offload.generate import LEAST_SHARED_TOKENS, Completion, Prompts, Sampling, complete, load_tokenizer
+from offload.generation.text import LEAST_SHARED_TOKENS, Completion, Prompts, Sampling, complete, load_tokenizer
 from offload.json_lines import decoded, json_lines
 from offload.model.from_pretrained import LoadingOptions
 from offload.model.loading import find_folder
+from offload.moe.component import AUTO, MISSES, POLICIES, PREFETCH
 from offload.probe import hardware_profile, kept_profile
 from offload.report.live import LiveView
 from offload.report.perfetto import as_perfetto
 from offload.report.record import Record, write_record
-from offload.runtime.expert_part import AUTO, MISSES, POLICIES, PREFETCH
-from offload.session import Session
+from offload.session.session import Session
 from offload.storage.errors import ConfigError
-from offload.training.adapters import load_adapters
 
 SUMMARY = "Generate text. Tokens go to stdout as they are made, the report to stderr."
 

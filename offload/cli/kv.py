@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from offload.config import parse_bytes
-from offload.kv.budget import KvBudget
 from offload.kv.options import METHODS, NONE, KvOptions
+from offload.kv.policies.budget import KvBudget
 
 
 def add_kv_arguments(add: Callable[..., Any]) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from offload.adapters.peft import load_adapters, merge, save_model
 from offload.cli.terminal import say
-from offload.generate import load_tokenizer
+from offload.generation.text import load_tokenizer
 from offload.model.loading import find_folder
 from offload.storage.errors import ConfigError
-from offload.training.adapters import load_adapters, merge, save_model
 
 SUMMARY = "Fold an adapter into its model. Writes a folder that transformers loads."
 

@@ -10,10 +10,10 @@ from transformers.utils import logging as transformers_logging
 from offload.cli.kv import add_kv_arguments, kv_options
 from offload.cli.terminal import check_writable, print_table, progress_bar, say
 from offload.config import EXACTNESS
-from offload.planning import Asked, Planned, Planner
-from offload.runtime.expert_part import AUTO, POLICIES
+from offload.moe.component import AUTO, POLICIES
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.plan import Plan
+from offload.session.preview import Asked, Planned, Planner
 from offload.storage.errors import duration, gib
 
 SUMMARY = "Plan a run without loading the model: what lives where, how fast, what holds it back, what would help."

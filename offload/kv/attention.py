@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
+from offload.kv.kv_block import Rows
 from offload.kv.layer import PagedLayer
-from offload.kv.policy import Choice
-from offload.kv.shape import Pair
+from offload.kv.page_layout import Pair
+from offload.kv.policies.base import Choice
 from offload.kv.store import Reading
-from offload.kv.stretch import Rows
 
 _GATHERED_TOKENS = 512
 """Short segments are put together up to so many tokens: a product's start costs more than copying them."""

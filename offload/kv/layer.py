@@ -5,13 +5,13 @@ from contextlib import contextmanager
 
 import torch
 
-from offload.kv.policy import Choice, LayerPolicy
-from offload.kv.shape import PageShape, Pair
+from offload.kv.kv_block import Rows, Stretch
+from offload.kv.page_layout import PageShape, Pair
+from offload.kv.policies.base import Choice, LayerPolicy
 from offload.kv.store import KvStore, Reading
-from offload.kv.stretch import Rows, Stretch
 from offload.storage.blocks import Tier
 from offload.storage.errors import ConfigError
-from offload.storage.page_pool import Page
+from offload.storage.pages.pool import Page
 
 
 class Order(list["PagedLayer"]):

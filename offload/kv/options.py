@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from offload.kv.budget import KvBudget
-from offload.kv.codec import Quantised
-from offload.kv.policy import KeepAll, LayerPolicy
-from offload.kv.retrieve import INDEX_SHARE, Retrieve, page_tokens
-from offload.kv.window import Window
+from offload.kv.policies.base import KeepAll, LayerPolicy
+from offload.kv.policies.budget import KvBudget
+from offload.kv.policies.retrieve import INDEX_SHARE, Retrieve, page_tokens
+from offload.kv.policies.window import Window
+from offload.kv.quantization import Quantised
 from offload.storage.errors import ConfigError
 
 

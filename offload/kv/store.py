@@ -6,15 +6,15 @@ from typing import Any, Protocol
 
 import torch
 
-from offload.kv.codec import Quantised
-from offload.kv.reused import ReusedMemory
-from offload.kv.shape import PageShape, Pair
-from offload.kv.stream import PageStream
-from offload.kv.stretch import Stretch
+from offload.kv.buffer_cache import ReusedMemory
+from offload.kv.kv_block import Stretch
+from offload.kv.page_layout import PageShape, Pair
+from offload.kv.prefetch import PageStream
+from offload.kv.quantization import Quantised
 from offload.scheduler.kv_pages import Residency, coming
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, Tier, align_up
 from offload.storage.errors import ConfigError, gib
-from offload.storage.page_pool import Landing, Page, PagePool
+from offload.storage.pages.pool import Landing, Page, PagePool
 
 
 class Filler(Protocol):

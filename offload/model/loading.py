@@ -22,12 +22,12 @@ from offload.model.expert_loading import SingleExperts
 from offload.model.experts import ExpertPieces
 from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, unknown
 from offload.model.homes import FileMaps
-from offload.storage.arena import release_freed_memory
 from offload.storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of, spill_folder
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, FileRange
 from offload.storage.checkpoint import dtypes_of, identity, read_checkpoint, weight_files
 from offload.storage.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
-from offload.storage.landing import plan_landing
+from offload.storage.host_buffer import release_freed_memory
+from offload.storage.read_plan import plan_landing
 
 DEMO = "demo"
 _OF_THE_CONFIG = ("attn_implementation", "experts_implementation")

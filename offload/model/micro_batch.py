@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import Cache, EncoderDecoderCache
 
-from offload.model.nested import leaves, tensors
+from offload.model.pytree import leaves, tensors
 
 Forward = Callable[..., Any]
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from offload.runtime.expert_part import ExpertPart
+from offload.moe.component import ExpertPart
 from offload.scheduler.plan import Plan
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from offload.report.experts import ExpertUse
 from offload.report.kv import kv_sentences
-from offload.report.learning import Learning
 from offload.report.record import Record
+from offload.report.training import Learning
 from offload.scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
 from offload.storage.errors import duration, gib
 

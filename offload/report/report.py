@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from offload.report.comparison import Comparison
+from offload.planning.compare import Comparison
+from offload.planning.predictor import WhatIf
 from offload.report.experts import ExpertUse
-from offload.report.learning import Learning
+from offload.report.training import Learning
 from offload.runtime.clock import BACKWARD, DECODE, OUTSIDE, PREFILL, PhaseTimes
-from offload.runtime.forecast import WhatIf
 from offload.storage.ledger import MemoryLedger
 
 

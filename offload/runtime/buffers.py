@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from offload.storage.device import Device
+from offload.storage.devices.base import Device
 from offload.storage.ledger import MemoryLedger
 
 

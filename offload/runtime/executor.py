@@ -8,10 +8,10 @@ import torch
 
 from offload.runtime.clock import PassClock
 from offload.runtime.weights import Arrival, SlotRegion, StreamedBlock, Waits
-from offload.scheduler.streaming import Evict, Instruction, Lease, Load, SlotSchedule
+from offload.scheduler.slot_schedule import Evict, Instruction, Lease, Load, SlotSchedule
 from offload.scheduler.trace import OWN
 from offload.storage.blocks import BlockKey
-from offload.storage.device import Device, DeviceBuffer, Event
+from offload.storage.devices.base import Device, DeviceBuffer, Event
 from offload.storage.errors import SessionError
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from offload.model.nested import moved
+from offload.kv.component import KvPart
+from offload.kv.reservation import KvReserve, cache_bytes, cached_tokens
+from offload.model.pytree import moved
 from offload.runtime.clock import DECODE, PREFILL, PassClock
 from offload.runtime.executor import LayerExecutor
-from offload.runtime.hooks import Forward
-from offload.runtime.kv_part import KvPart
-from offload.runtime.kv_reserve import KvReserve, cache_bytes, cached_tokens
-from offload.storage.device import Device
+from offload.runtime.module_wrappers import Forward
+from offload.storage.devices.base import Device
 
 _CACHES = ("past_key_values", "cache_params")
 _INPUTS = ("decoder_input_ids", "input_ids", "decoder_inputs_embeds", "inputs_embeds")

@@ -11,7 +11,7 @@ from torch import nn
 from offload.config import Progress
 from offload.model.blocks import Structure, Unit, divisible_modules, estimated_slot_bytes
 from offload.model.homes import FileMaps, ParameterHome
-from offload.runtime.divided import DividedProduct
+from offload.runtime.hybrid_linear import DividedProduct
 from offload.runtime.spilling import spill
 from offload.runtime.weights import (
     BlockSource,
@@ -27,11 +27,11 @@ from offload.runtime.weights import (
 )
 from offload.scheduler.model_spec import DivisibleWeight
 from offload.scheduler.plan import Plan
-from offload.storage.arena import HostBuffer
 from offload.storage.block_file import BlockFile, spill_folder
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
-from offload.storage.device import Device
+from offload.storage.devices.base import Device
 from offload.storage.errors import gib
+from offload.storage.host_buffer import HostBuffer
 from offload.storage.ledger import MemoryLedger
 from offload.storage.probe import copy_bytes_per_second
 from offload.storage.reader import DiskReader

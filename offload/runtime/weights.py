@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 
 from offload.model.homes import ParameterHome
-from offload.storage.arena import HostBuffer
 from offload.storage.blocks import BlockKey, FileRange, align_up
-from offload.storage.device import Device, DeviceBuffer, Event
-from offload.storage.landing import Landing
+from offload.storage.devices.base import Device, DeviceBuffer, Event
+from offload.storage.host_buffer import HostBuffer
+from offload.storage.read_plan import Landing
 from offload.storage.reader import DiskReader
 from offload.storage.staging import StagedReader, StagedTransfer
 from offload.storage.transfer import Transfer

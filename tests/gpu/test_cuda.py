@@ -25,12 +25,12 @@ HOST = {"from disk": 2, "from CPU memory": 1000}
 class TestCuda(DeviceContract):
     @pytest.fixture
     def device(self):
-        from offload.storage.cuda import CudaDevice
+        from offload.storage.devices.cuda import CudaDevice
 
         return CudaDevice(0)
 
     def test_page_locking_takes_the_exact_size_and_gives_it_back(self, device):
-        from offload.storage.arena import HostBuffer
+        from offload.storage.host_buffer import HostBuffer
 
         for _ in range(3):
             buffer = HostBuffer(5 << 20)
@@ -40,7 +40,7 @@ class TestCuda(DeviceContract):
             assert not buffer.tensor.is_pinned()
 
     def test_a_refused_lock_leaves_no_error_behind(self, device):
-        from offload.storage.arena import HostBuffer
+        from offload.storage.host_buffer import HostBuffer
 
         buffer = HostBuffer(1 << 20)
         assert device.lock_pages(buffer)
@@ -50,7 +50,7 @@ class TestCuda(DeviceContract):
 
     def test_fresh_memory_is_not_written_before_compute_is_through_with_it(self, device):
         """torch hands out again what was freed in the order of the compute stream, whose kernels may not have run yet."""
-        from offload.storage.arena import HostBuffer
+        from offload.storage.host_buffer import HostBuffer
 
         nbytes = 48 << 20
         source = HostBuffer(nbytes)
@@ -124,7 +124,7 @@ def test_identical(name, dtype, residency, host, saved, tmp_path):
 @pytest.mark.parametrize("slow", ["copies", "compute"])
 def test_slots_are_safe_when_one_side_is_slow(slow, saved, monkeypatch):
     """Copies that start late, or compute that ends late, with slots that hold NaN before a copy arrives."""
-    from offload.storage.cuda import CudaDevice
+    from offload.storage.devices.cuda import CudaDevice
 
     real = CudaDevice.copy_in
     cycles = 20_000_000

@@ -5,13 +5,13 @@ from contextlib import contextmanager
 
 import torch
 
-from offload.kv.codec import Quantised
 from offload.kv.layer import Order, PagedLayer
-from offload.kv.policy import KeepAll, LayerPolicy
+from offload.kv.policies.base import KeepAll, LayerPolicy
+from offload.kv.quantization import Quantised
 from offload.kv.store import KvStore
-from offload.storage.cpu import CpuDevice
-from offload.storage.page_file import PageFile
-from offload.storage.page_pool import PagePool
+from offload.storage.devices.cpu import CpuDevice
+from offload.storage.pages.file import PageFile
+from offload.storage.pages.pool import PagePool
 from offload.storage.transfer import Link
 
 

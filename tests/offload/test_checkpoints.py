@@ -11,7 +11,7 @@ import torch
 
 from offload import ConfigError, Training, offload
 from offload.storage.state_file import StateFile
-from offload.training.checkpoint import Checkpoints
+from offload.training.optimizer.checkpoint import Checkpoints
 from tests.offload.test_full_training import FAST, RESERVE, micro_batches, prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

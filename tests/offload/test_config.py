@@ -3,7 +3,7 @@
 import pytest
 
 from offload.config import cgroup_limit_bytes, default_host_bytes, parse_bytes, process_bytes, resolve_budgets
-from offload.storage.cpu import CpuDevice
+from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import BudgetTooSmall, ConfigError
 from tests.delayed import DelayedDevice
 

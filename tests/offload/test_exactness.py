@@ -206,7 +206,7 @@ def test_these_tests_fail_when_nothing_is_loaded(folders, monkeypatch):
             assert poison_homes(session)
             assert not torch.equal(run("forward", "llama", session.model)[0], wanted["forward"][0])
     with monkeypatch.context() as patch:
-        patch.setattr("offload.runtime.hooks.UnitWindow.wrap", lambda self, forward: forward)
+        patch.setattr("offload.runtime.module_wrappers.UnitWindow.wrap", lambda self, forward: forward)
         with offload(folder, device="cpu", cpu_memory=budget, batch_size=BATCH, max_tokens=MAX_TOKENS) as session:
             assert poison_homes(session)
             assert run("forward", "llama", session.model)[0].isnan().all()

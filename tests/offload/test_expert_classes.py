@@ -10,8 +10,8 @@ from offload import offload
 from offload.config import Budgets
 from offload.model.blocks import estimated_slot_bytes
 from offload.model.experts import find_experts
-from offload.model.sizing import count_temporaries, takes_tokens
-from offload.runtime.decision import Experts, decide
+from offload.planning.describe import count_temporaries, takes_tokens
+from offload.planning.fit import Experts, decide
 from offload.scheduler.model_spec import Workload
 from tests.architectures import oracle_of
 from tests.expert_models import decorated, make_model

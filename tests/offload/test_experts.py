@@ -119,8 +119,8 @@ def test_what_is_written_to_an_expert_counts(tmp_path):
 def test_what_was_asked_for_and_cannot_be_is_told(saved, monkeypatch):
     folder, model = saved("qwen3_moe")
     options = {"plan": plan_for(model, 5), "expert_policy": "admission", "expert_prefetch": "on"}
-    monkeypatch.setattr("offload.runtime.expert_part.find_router", lambda model, key: None)
-    monkeypatch.setattr("offload.runtime.expert_record._MOST_BYTES", 0)
+    monkeypatch.setattr("offload.moe.component.find_router", lambda model, key: None)
+    monkeypatch.setattr("offload.moe.routing_log._MOST_BYTES", 0)
     with offload(folder, **options, **OPTIONS) as session:
         generate(session.model, tokens())
         assert session.routing().visits

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 from offload import ConfigError, Training, TrainingError, offload
 from offload.cli.main import main
+from offload.finetune.data import IGNORED, Batches, Example, check_packing, packed, read_examples
+from offload.finetune.loop import train
+from offload.finetune.recipe import Recipe
 from offload.model.loading import find_folder
-from offload.training.data import IGNORED, Batches, Example, check_packing, packed, read_examples
-from offload.training.finetune import train
-from offload.training.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -178,7 +178,7 @@ def test_a_merged_model_is_pefts_own(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from offload.training.adapters import merge
+    from offload.adapters.peft import merge
 
     def adapted():
         torch.manual_seed(1)

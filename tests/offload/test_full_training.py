@@ -19,7 +19,7 @@ from offload import (
     TrainingError,
     offload,
 )
-from offload.training.needs import needs_of
+from offload.training.memory import needs_of
 from tests import oracle_loop
 from tests.architectures import VOCAB, make, oracle_of
 from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
@@ -436,7 +436,7 @@ def refuse_what_does_not_fit(entered, tmp_path):
 def test_where_layers_inputs_wait(name, tier, major, monkeypatch, tmp_path):
     model, twin = prepared(name, True, torch.bfloat16, router_loss=name == "mixtral")
     on_a_device(monkeypatch)
-    monkeypatch.setattr("offload.training.activations._LEAST_BYTES", 64)
+    monkeypatch.setattr("offload.training.backward.activation_offload._LEAST_BYTES", 64)
     budget = device_budget(model) + (1 << 20)
     steps = micro_batches(3, 3)
     training = Training(**FAST, activation_tier=tier, state_dir=str(tmp_path), sub_group_elements=4096)
@@ -462,7 +462,7 @@ def test_adapters_and_where_inputs_wait(tier, residency, monkeypatch, tmp_path):
     model.save_pretrained(checkpoint)
     states = tmp_path / "states"
     states.mkdir()
-    monkeypatch.setattr("offload.training.activations._LEAST_BYTES", 64)
+    monkeypatch.setattr("offload.training.backward.activation_offload._LEAST_BYTES", 64)
     budget = budget_for(spec_of(str(checkpoint), **RESERVE), residency, BATCH, LENGTH)
     with offload(
         str(checkpoint), device="cpu", cpu_memory="64MiB", training=Training(activation_tier=tier), **RESERVE
@@ -705,7 +705,7 @@ LONG = [
 def test_thirty_steps(name, activations, states, major, stays, monkeypatch, tmp_path):
     """Tied, clipped, accumulated, in bf16 with masters, an auxiliary loss where there is one; every tier, order and residency."""
     model, twin = prepared(name, True, torch.bfloat16, router_loss=name == "mixtral")
-    monkeypatch.setattr("offload.training.activations._LEAST_BYTES", 64)
+    monkeypatch.setattr("offload.training.backward.activation_offload._LEAST_BYTES", 64)
     checkpoint, folder = tmp_path / "model", tmp_path / "states"
     model.save_pretrained(checkpoint)
     folder.mkdir()

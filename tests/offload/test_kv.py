@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicLayer
 from offload import offload
 from offload.kv.attention import attend
 from offload.kv.options import METHODS, Method
-from offload.model.sizing import element_bytes_of, kv_sizes
-from offload.runtime import decision
+from offload.planning import fit as decision
+from offload.planning.describe import element_bytes_of, kv_sizes
 from offload.scheduler.kv_pages import cut, streamed_bytes
 from offload.scheduler.model_spec import Workload
 from offload.storage.blocks import Tier
@@ -38,7 +38,7 @@ def small_pages(monkeypatch):
     """Pages of four tokens, so that short texts have several."""
     monkeypatch.setitem(METHODS, "none", Method(page_tokens=lambda total: PAGE_TOKENS))
     # Paged, however much memory there is.
-    monkeypatch.setattr("offload.runtime.decision._whole", lambda *sizes: 1 << 60)
+    monkeypatch.setattr("offload.planning.fit._whole", lambda *sizes: 1 << 60)
 
 
 def memory_for(session_bytes: int, layers: int, page_bytes: int, placement: str) -> int:
@@ -297,7 +297,7 @@ def test_the_cpu_reads_pages_where_they_are(host, monkeypatch):
     monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice(0.001))
     pages = {"cpu": 4000, "both": 12}[host]
     monkeypatch.setattr(Workload, "kv_host_bytes", lambda self, model, host_bytes: pages * 4096)
-    monkeypatch.setattr("offload.runtime.kv_part.reads_beside", lambda *machine: True)
+    monkeypatch.setattr("offload.kv.component.reads_beside", lambda *machine: True)
     with paged(model_of("llama", torch.float32), BELOW, True, device="delayed", gpu_memory=PLENTY) as session:
         for mode in modes("llama"):
             for mine, theirs in zip(run(mode, "llama", session.model), wanted("llama", torch.float32)[mode], strict=True):

@@ -10,16 +10,16 @@ import transformers as hf
 
 from offload import BudgetTooSmall, ConfigError, DiskFull, offload
 from offload.kv.attention import attend
-from offload.kv.budget import KvBudget
-from offload.kv.codec import Quantised
 from offload.kv.layer import Order, PagedLayer
 from offload.kv.options import METHODS, Method
-from offload.kv.policy import KeepAll
-from offload.kv.retrieve import Retrieve
-from offload.kv.window import SINK_TOKENS, Window
+from offload.kv.policies.base import KeepAll
+from offload.kv.policies.budget import KvBudget
+from offload.kv.policies.retrieve import Retrieve
+from offload.kv.policies.window import SINK_TOKENS, Window
+from offload.kv.quantization import Quantised
 from offload.storage.blocks import Tier
 from offload.storage.errors import OffloadError, ReadError
-from offload.storage.page_file import PageFile
+from offload.storage.pages.file import PageFile
 from tests.architectures import VOCAB, make, tokens
 from tests.offload.kv_layers import layer_of, store_of
 
@@ -317,7 +317,7 @@ def test_a_batch_that_a_page_is_too_small_for():
 
 def test_a_context_longer_than_was_reserved_for(monkeypatch):
     monkeypatch.setitem(METHODS, "none", Method(page_tokens=lambda total: 8))
-    monkeypatch.setattr("offload.runtime.decision._whole", lambda *sizes: 1 << 60)
+    monkeypatch.setattr("offload.planning.fit._whole", lambda *sizes: 1 << 60)
     session = offload(make("llama"), device="cpu", cpu_memory=PLENTY, max_tokens=60, kv_memory=60000)
     with session, torch.inference_mode(), pytest.raises(OffloadError, match="max_tokens that will be used"):
         session.model(input_ids=tokens(1, 100), past_key_values=session.kv_cache())

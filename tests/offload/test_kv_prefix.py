@@ -12,7 +12,7 @@ import transformers as hf
 from transformers import DynamicCache
 
 from offload import offload
-from offload.kv import prefix
+from offload.kv import prefix_store as prefix
 from offload.storage.block_file import path_of
 from tests.architectures import VOCAB, make, tokens
 from tests.offload.test_kv import hybrid
@@ -24,9 +24,9 @@ BLOCK = 16
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(prefix, "BLOCK_TOKENS", BLOCK)
-    monkeypatch.setattr("offload.runtime.beginnings.BLOCK_TOKENS", BLOCK)
+    monkeypatch.setattr("offload.kv.prefix_cache.BLOCK_TOKENS", BLOCK)
     # However fast the disk of the described machine is.
-    monkeypatch.setattr("offload.session.Session._worth_loading", lambda self, nbytes: True)
+    monkeypatch.setattr("offload.session.session.Session._worth_loading", lambda self, nbytes: True)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from offload import BudgetTooSmall, PlanError, offload
-from offload.model.dry_run import DryRun, DryRunFailed
 from offload.model.micro_batch import MicroBatches
-from offload.model.parts import parts_of
-from offload.runtime.hooks import UnitWindow
+from offload.planning.dry_run import DryRun, DryRunFailed
+from offload.planning.pass_splits import parts_of
+from offload.runtime.module_wrappers import UnitWindow
 from offload.scheduler.model_spec import Workload
 from tests.architectures import BY_NAME, VOCAB, make, oracle_of
 from tests.budgets import NONE, budget_for, spec_of

@@ -11,10 +11,10 @@ import torch
 import offload.probe as probe
 from offload import BudgetTooSmall, ConfigError, PlanError, ProfileError, offload
 from offload.cli.main import main
-from offload.planning import Asked, Planner
 from offload.probe import hardware_profile, measure
 from offload.scheduler.hardware import HardwareProfile, LinkRate
-from offload.storage.cpu import CpuDevice
+from offload.session.preview import Asked, Planner
+from offload.storage.devices.cpu import CpuDevice
 from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import SOME, SPLIT, budget_for, spec_of
 from tests.scheduler.machines import RTX_3060
@@ -244,8 +244,8 @@ def test_the_peak_of_memory_is_predicted_and_excess_is_told(tmp_path, monkeypatc
     model = make("llama")
     model.save_pretrained(tmp_path)
     held = [10 << 20]
-    monkeypatch.setattr("offload.session.process_bytes", lambda: held[0])
-    monkeypatch.setattr("offload.report.meters.process_bytes", lambda: held[0])
+    monkeypatch.setattr("offload.session.session.process_bytes", lambda: held[0])
+    monkeypatch.setattr("offload.runtime.meters.process_bytes", lambda: held[0])
     with offload(str(tmp_path), device="cpu", cpu_memory="1MiB", max_tokens=24) as session:
         assert session.report().peak.measured_bytes is None
         held[0] += 5 << 20

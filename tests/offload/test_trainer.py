@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from offload import SessionError, Training, offload, token_shares
+from offload.finetune.data import Batches, read_examples
+from offload.finetune.loop import train
+from offload.finetune.recipe import Recipe
 from offload.model.loading import find_folder
-from offload.training.data import Batches, read_examples
-from offload.training.finetune import train
-from offload.training.recipe import Recipe
 from tests.architectures import make, oracle_of, tokens
 from tests.budgets import NONE, budget_for, spec_of
 

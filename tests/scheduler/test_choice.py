@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from offload.scheduler.choice import Home, Task, choose_plan, evaluate, solve
 from offload.scheduler.cost import CostModel
 from offload.scheduler.model_spec import Temporaries, Workload
 from offload.scheduler.plan import HostCompute
+from offload.scheduler.plan_search import Home, Task, choose_plan, evaluate, solve
 from offload.storage.errors import BudgetTooSmall
 from tests.scheduler.machines import GIB, LAPTOP, MIB, RTX_3060, RTX_4090, machine, stack, work
 

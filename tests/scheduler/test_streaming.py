@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.scheduler.streaming import Evict, Load, SlotSchedule
+from offload.scheduler.slot_schedule import Evict, Load, SlotSchedule
 
 
 def names(count):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from offload.storage.block_file import BlockFile, BlockFileWriter, key_of, path_of
-from offload.storage.cpu import CpuDevice
-from offload.storage.engines.posix import PosixEngine
+from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import CorruptCheckpoint, DiskFolderError, DiskFull
+from offload.storage.io_engines.posix import PosixEngine
 from offload.storage.reader import DiskReader
 from offload.storage.transfer import Link
 from tests import processes

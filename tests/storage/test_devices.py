@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from offload.storage.arena import HostBuffer
-from offload.storage.cpu import CpuDevice
+from offload.storage.devices.cpu import CpuDevice
+from offload.storage.host_buffer import HostBuffer
 from tests.delayed import DelayedDevice
 
 

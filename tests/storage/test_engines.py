@@ -7,11 +7,11 @@ import types
 import numpy
 import pytest
 
-from offload.storage.arena import HostBuffer
-from offload.storage.engines.gds import KvikioEngine, choose_engine
-from offload.storage.engines.posix import PosixEngine
 from offload.storage.errors import CheckpointChanged, ReadError
 from offload.storage.fingerprint import fingerprint_of
+from offload.storage.host_buffer import HostBuffer
+from offload.storage.io_engines.gds import KvikioEngine, choose_engine
+from offload.storage.io_engines.posix import PosixEngine
 
 SIZE = 100_000
 
@@ -124,7 +124,7 @@ def test_where_the_content_is_the_same_it_goes_on(engine, content, change, monke
         overwrite(path, data)
     engine.check_unchanged()
     # It was looked at, and is not again.
-    monkeypatch.setattr("offload.storage.engines.posix.fingerprint", lambda descriptor: pytest.fail("read again"))
+    monkeypatch.setattr("offload.storage.io_engines.posix.fingerprint", lambda descriptor: pytest.fail("read again"))
     engine.check_unchanged()
 
 
@@ -171,7 +171,7 @@ def test_a_missing_file(engine, tmp_path):
 
 def test_where_direct_reads_are_refused_buffered_ones_are_named(content, monkeypatch):
     path, data = content
-    monkeypatch.setattr("offload.storage.engines.posix._direct_read_works", lambda descriptor: False)
+    monkeypatch.setattr("offload.storage.io_engines.posix._direct_read_works", lambda descriptor: False)
     engine = PosixEngine()
     engine.open(path)
     buffer = HostBuffer(engine.unit_bytes)
@@ -193,7 +193,7 @@ def test_kvikio_is_used_only_where_it_is_faster(sample, monkeypatch):
     for rates, name in (((2.0, 1.0), "kvikio"), ((1.0, 2.0), "posix")):
         speeds = dict(zip(("kvikio", "posix"), rates, strict=True))
         monkeypatch.setattr(
-            "offload.storage.engines.gds._bytes_per_second", lambda engine, path, speeds=speeds: speeds[engine.name]
+            "offload.storage.io_engines.gds._bytes_per_second", lambda engine, path, speeds=speeds: speeds[engine.name]
         )
         engine = choose_engine(sample)
         assert (engine.name, engine.fallbacks) == (name, [])

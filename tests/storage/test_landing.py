@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.storage.blocks import TENSOR_ALIGNMENT_BYTES, FileRange
-from offload.storage.landing import plan_landing
+from offload.storage.read_plan import plan_landing
 
 UNIT = 4096
 

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from offload.storage.arena import HostBuffer
 from offload.storage.errors import DiskFolderError, DiskFull, ReadError
+from offload.storage.host_buffer import HostBuffer
 from offload.storage.state_file import StateFile
 
 

@@ -1,0 +1,205 @@
+"""The paged KV cache, as the session holds it: its pages, which caches get them, what became of them."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache
+
+from offload.kv.attention_backend import OwnAttention
+from offload.kv.options import KvOptions
+from offload.kv.state_offload import Shelf
+from offload.kv.store import KvStore
+from offload.kv.transformers_cache import PagedLayers
+from offload.runtime.clock import PassClock
+from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.kv_pages import KvPages, KvShape, cut, reads_beside, streamed_bytes
+from offload.scheduler.model_spec import Workload
+from offload.scheduler.plan import Plan
+from offload.storage.blocks import Tier
+from offload.storage.devices.base import Device
+from offload.storage.errors import BudgetExceeded, gib
+from offload.storage.ledger import MemoryLedger
+from offload.storage.pages.file import PageFile
+from offload.storage.pages.pool import STAGING_PAGES, PagePool
+from offload.storage.transfer import Link
+
+CATEGORY = "KV cache"
+_PAGES = "pages of the KV cache"
+
+_SEALED_SHARE = 3
+"""Where full pages are coded, the others have this part of the memory at most."""
+
+
+def new_cache(model: nn.Module) -> Any:
+    """An empty cache of transformers' own, as `generate` makes it."""
+    config: Any = model.config
+    cache = DynamicCache(config=config)
+    return EncoderDecoderCache(cache, DynamicCache(config=config)) if config.is_encoder_decoder else cache
+
+
+class KvPart:
+    """Pages for the caches of one session.
+
+    Args:
+        shape: of the model's cache.
+        workload: what the pages are cut for.
+        reads, writes: the disk's queues.
+        disk_dir: where pages go; None for the folder of temporary files.
+        tell: told a sentence of what is otherwise than planned.
+        hardware: tells whether the CPU reads pages in its memory sooner than the device gets them.
+    """
+
+    def __init__(
+        self,
+        options: KvOptions,
+        plan: Plan,
+        shape: KvShape,
+        workload: Workload,
+        device: Device,
+        clock: PassClock,
+        reads: Link,
+        writes: Link,
+        disk_dir: str | None,
+        host_ledger: MemoryLedger,
+        disk_ledger: MemoryLedger,
+        tell: Callable[[str], None],
+        hardware: HardwareProfile | None,
+    ) -> None:
+        self.options = options
+        self.shape = shape
+        self._plan = plan
+        self._workload = workload
+        self._device = device
+        self._clock = clock
+        self._links = reads, writes
+        self._disk_dir = disk_dir
+        self._ledgers = host_ledger, disk_ledger
+        self._tell = tell
+        self.pages = self._cut(plan.kv_memory_bytes)
+        pages, codec = self.pages, options.method.codec
+        self._raw_pages = pages.device_pages
+        if codec is not None:
+            # The open ones, and a few that no code is good enough for, which go to disk.
+            self._raw_pages = shape.layers + max(2, (pages.device_pages - shape.layers) // _SEALED_SHARE)
+        self.store = KvStore(
+            self._pool(pages.page_bytes, self._raw_pages, plan.kv_host_bytes if codec is None else 0),
+            pages.ring_pages if codec is None else 1,
+            pages.resident_pages(shape.layers) if codec is None else 1,
+            codec,
+            self._coded_pool,
+            beside=bool(plan.kv_segments) and not device.host_memory and reads_beside(hardware),
+            tell=tell,
+            page_tokens=options.tokens_a_page(workload.total_tokens),
+        )
+        shelf = Shelf(self.store) if plan.kv_shelves else None
+        self._layers = PagedLayers(self.store, options.layer_policy(), bool(plan.kv_segments), shelf)
+
+    def open(self, model: nn.Module, stack: ExitStack) -> None:
+        """Take memory, and the place of the model's attention where that is needed; all undone by `stack`."""
+        host, disk = self._ledgers
+        if self._plan.kv_host_bytes:
+            host.charge(_PAGES, self._plan.kv_host_bytes)
+            stack.callback(lambda: host.set(_PAGES, 0))
+        stack.callback(lambda: disk.set(CATEGORY, 0))
+        stack.callback(self.store.close)
+        if self._plan.kv_segments:
+            stack.callback(OwnAttention(model).undo)
+
+    def adopt(self, cache: Any) -> bool:
+        """Give a new cache paged layers; whether it has them."""
+        return cache is not None and self._layers.adopt(cache)
+
+    def new_cache(self, model: nn.Module) -> Any:
+        """An empty cache with paged layers."""
+        cache = new_cache(model)
+        self.adopt(cache)
+        return cache
+
+    def check(self, batch_size: int, context_tokens: int) -> None:
+        """Raise BudgetExceeded if a layer could not be put together after a pass with so many tokens."""
+        if self._plan.kv_segments:
+            return
+        needed = batch_size * context_tokens * self.shape.token_bytes
+        if needed > self.pages.assembled_bytes:
+            raise BudgetExceeded(
+                f"{batch_size} x {context_tokens} tokens of one layer take {gib(needed)} in one piece, and the KV cache was "
+                f"laid out for {self._workload.batch_size} x {self._workload.total_tokens}; enter with the batch_size and "
+                "max_tokens that will be used"
+            )
+
+    def observe(self) -> None:
+        """A pass is over."""
+        _, disk = self._ledgers
+        disk.set(CATEGORY, sum(pool.disk_bytes for pool in self.store.pools))
+        if any(pool.unlocked_bytes for pool in self.store.pools) and not self._device.host_memory:
+            self._tell("the KV cache's pages in CPU memory could not be page-locked: copies from them are slower")
+
+    @property
+    def brought_bytes(self) -> int:
+        """Of pages, from lower tiers, since the session began."""
+        return sum(pool.brought_bytes for pool in self.store.pools)
+
+    @property
+    def written_bytes(self) -> int:
+        """Of pages, to lower tiers."""
+        return sum(pool.written_bytes for pool in self.store.pools)
+
+    def use(self) -> dict[str, int | str]:
+        """For the report."""
+        peaks = {f"peak_{tier.value}_bytes": self.store.peak_bytes[tier] for tier in Tier}
+        return {
+            "policy": self.options.policy,
+            "budget": self.options.seen,
+            "memory_bytes": self._plan.kv_memory_bytes,
+            "page_bytes": self.pages.page_bytes,
+            **peaks,
+            "brought_bytes": self.brought_bytes,
+            "written_bytes": self.written_bytes,
+            "planned_bytes_per_pass": self._planned_bytes(),
+            "sealed_pages": self.store.sealed,
+            "kept_raw_pages": self.store.kept_raw,
+        }
+
+    def _planned_bytes(self) -> int:
+        """What a pass at the end reads where everything is read as it is: what does not stay, once."""
+        if self.options.is_lossy:
+            return 0
+        return streamed_bytes(self.shape, self.pages, self._workload.batch_size, self._workload.total_tokens)
+
+    def _cut(self, memory_bytes: int) -> KvPages:
+        workload, options, percent = self._workload, self.options, self._plan.kv_stored_percent
+        sizes = workload.batch_size, workload.total_tokens, memory_bytes
+        page_tokens = options.tokens_a_page(workload.total_tokens)
+        return cut(
+            self.shape,
+            *sizes,
+            bool(self._plan.kv_segments),
+            page_tokens,
+            options.index_share,
+            percent,
+        )
+
+    def _pool(self, page_bytes: int, device_pages: int, host_bytes: int) -> PagePool:
+        # What passes between disk and device is part of it.
+        (reads, writes), host_pages = self._links, max(0, host_bytes // page_bytes - STAGING_PAGES)
+        return PagePool(
+            self._device, page_bytes, device_pages, host_pages, self._open_file, reads, writes, self._clock.charge_wait
+        )
+
+    def _coded_pool(self, page_bytes: int) -> tuple[PagePool, int, int]:
+        """For full pages, in what the others leave of the memory."""
+        pages = self.pages
+        room = pages.page_bytes * (pages.device_pages - self._raw_pages)
+        count = max(3, room // page_bytes)
+        ring = max(2, min(pages.ring_pages, count // 3))
+        return self._pool(page_bytes, count, self._plan.kv_host_bytes), ring, count - ring - 1
+
+    def _open_file(self, page_bytes: int) -> PageFile:
+        file = PageFile(self._disk_dir, page_bytes)
+        if not file.direct:
+            self._tell(
+                "the disk folder refuses O_DIRECT: pages of the KV cache go through the page cache and are dropped from it"
+            )
+        return file

@@ -1,0 +1,135 @@
+"""The beginning of a prompt: computed or loaded once, and continued by as many sequences as begin so."""
+
+import inspect
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import EncoderDecoderCache
+
+from offload.kv.options import KvOptions
+from offload.kv.prefix_store import BLOCK_TOKENS, PrefixStore, add_block, block_of
+from offload.runtime.passes import ModelPass
+from offload.scheduler.plan import Plan
+from offload.storage.devices.base import Device
+from offload.storage.errors import ConfigError
+from offload.storage.transfer import Link
+
+_NAME = "beginning of a prompt"
+
+
+class Beginnings:
+    """Fills empty caches.
+
+    Args:
+        root: the model's passes.
+        source_key: stands for the checkpoint; None for a model that no file is known of.
+        worth: whether loading so many bytes is expected to be faster than computing a block.
+        tell: told a sentence of what is otherwise than one would expect.
+        reads, writes: what the disk moved is counted there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: Device,
+        root: ModelPass,
+        options: KvOptions,
+        plan: Plan,
+        source_key: str | None,
+        worth: Callable[[int], bool],
+        tell: Callable[[str], None],
+        reads: Link,
+        writes: Link,
+    ) -> None:
+        self._reads, self._writes = reads, writes
+        self.loaded_tokens = 0
+        self.computed_tokens = 0
+        self._model = model
+        self._device = device
+        self._root = root
+        self._options = options
+        self._source_key = source_key
+        self._worth = worth
+        self._tell = tell
+        self._computed_by = {
+            "source": source_key,
+            "torch": torch.__version__,
+            "device": device.hardware_name,
+            "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", "")),
+            "kept": options.level,
+            "rounds": plan.rounds,
+        }
+        self._versions = {id(value): value._version for value in model.parameters()}
+
+    def _store(self) -> PrefixStore | None:
+        """The blocks of the model as it is now; None where they are not asked for, or its weights are not the file's."""
+        if self._options.prefix_dir is None:
+            return None
+        added = {}
+        for name, value in self._model.named_parameters():
+            if id(value) not in self._versions:
+                content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                added[name] = zlib.crc32(memoryview(content))  # type: ignore[arg-type]
+            elif value._version != self._versions[id(value)]:
+                self._tell(f"{name} was changed in this session, so beginnings of prompts are neither kept nor loaded")
+                return None
+        return PrefixStore(self._options.prefix_dir, self._computed_by | {"added": added}, self._tell)
+
+    def fill(self, cache: Any, tokens: Sequence[int], batch_size: int) -> Any:
+        """Put a beginning into an empty cache.
+
+        With a store these are whole blocks of it only.
+
+        Args:
+            batch_size: sequences that continue it.
+
+        Returns:
+            The cache.
+
+        Raises:
+            ConfigError: for a model that reads and writes apart.
+        """
+        if isinstance(cache, EncoderDecoderCache):
+            raise ConfigError("the model reads its prompt with an encoder: there is no beginning to keep")
+        with torch.inference_mode():
+            store = self._store()
+            if store is not None:
+                self._by_blocks(cache, tokens, store)
+            elif self._options.prefix_dir is None:
+                self._compute(cache, tokens, 1)
+                self.computed_tokens += len(tokens)
+            if batch_size > 1 and cache.get_seq_length():
+                cache.batch_repeat_interleave(batch_size)
+        return cache
+
+    def _by_blocks(self, cache: Any, tokens: Sequence[int], store: PrefixStore) -> None:
+        keys = store.keys(tokens)
+        for index, key in enumerate(keys):
+            start, end = index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS
+            nbytes = store.nbytes(key)
+            begun = time.perf_counter()
+            parts = store.load(key) if nbytes is not None and self._worth(nbytes) else None
+            if parts is not None:
+                self._reads.count(_NAME, begun, time.perf_counter(), nbytes or 0)
+                add_block(cache, parts, self._device.torch_device)
+                self.loaded_tokens += BLOCK_TOKENS
+                continue
+            self._compute(cache, tokens[start:end], len(keys) - index)
+            self.computed_tokens += BLOCK_TOKENS
+            if store.nbytes(key) is None:
+                begun = time.perf_counter()
+                store.save(key, block_of(cache, start, end))
+                self._writes.count(_NAME, begun, time.perf_counter(), store.nbytes(key) or 0)
+
+    def _compute(self, cache: Any, tokens: Sequence[int], passes_left: int) -> None:
+        """One pass. Args: passes_left: of the same prompt, this one included, before the one that ends it."""
+        inputs = torch.tensor([list(tokens)], device=self._device.torch_device)
+        options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
+            options["logits_to_keep"] = 1
+        self._root.prompt_goes_on(passes_left)
+        self._model(input_ids=inputs, **options)

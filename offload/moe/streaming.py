@@ -1,0 +1,243 @@
+"""The windows of experts: which are needed is known when the router has spoken; they are brought, computed with, and kept."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+
+from offload.model.experts import ExpertsUnit
+from offload.model.homes import ParameterHome
+from offload.moe.forward import ExpertCall
+from offload.moe.router_prediction import Accuracy, Prediction, Predictor
+from offload.moe.slot_tensor import SlottedModule, SlottedWeight
+from offload.moe.slots import ExpertStore, HomeExperts
+from offload.runtime.clock import PassClock
+from offload.runtime.executor import LayerExecutor
+from offload.scheduler.expert_cache import ExpertCache
+from offload.scheduler.expert_cost import MissRule, ahead_of_a_prompt
+from offload.storage.devices.base import Device
+from offload.storage.errors import SessionError
+
+
+@dataclass(slots=True)
+class LayerTally:
+    """What became of the experts that one layer asked for; each counts once a pass.
+
+    Attributes:
+        choices: experts asked for.
+        hits: of them, those that were in a slot, or on their way there.
+        copies: brought.
+        copied_bytes: theirs.
+        computed_on_cpu: computed where they were.
+    """
+
+    choices: int = 0
+    hits: int = 0
+    copies: int = 0
+    copied_bytes: int = 0
+    computed_on_cpu: int = 0
+
+
+@dataclass(slots=True)
+class ExpertTally:
+    """What became of a session's experts.
+
+    Attributes:
+        prefetches: experts that were brought because they were predicted.
+        prefetches_used: of them, those that were asked for then.
+        accuracy: of the predictions.
+    """
+
+    layers: list[LayerTally]
+    prefetches: int = 0
+    prefetches_used: int = 0
+    accuracy: Accuracy = field(default_factory=Accuracy)
+
+    def add(self, layer: int, needed: int, hits: int, elsewhere: int, expert_bytes: int) -> None:
+        """One pass through one layer."""
+        tally = self.layers[layer]
+        tally.choices += needed
+        tally.hits += hits
+        tally.copies += needed - hits - elsewhere
+        tally.copied_bytes += (needed - hits - elsewhere) * expert_bytes
+        tally.computed_on_cpu += elsewhere
+
+
+@dataclass(slots=True)
+class Visit:
+    """One pass through one layer."""
+
+    layer: int
+    phase: str
+    choices: Any
+    weights: Any
+    resident: frozenset[int] = field(default_factory=frozenset)
+
+
+class ExpertStreaming:
+    """The experts of a model, whatever layer they are in.
+
+    Args:
+        cache: decides.
+        store: does.
+        homes: of each layer's parameters, in the order of its layout.
+        tally: added to.
+        observer: told of every visit.
+        rule: which experts the CPU computes.
+        predictor: of what the next layer will ask for in decode; None to bring nothing ahead.
+        prompts_ahead: bring experts of the next layer while a long prompt is computed.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        executor: LayerExecutor,
+        clock: PassClock,
+        units: Sequence[ExpertsUnit],
+        homes: Sequence[Sequence[ParameterHome]],
+        cache: ExpertCache,
+        store: ExpertStore,
+        tally: ExpertTally,
+        rule: MissRule,
+        observer: Callable[[Visit], None],
+        predictor: Predictor | None,
+        prompts_ahead: bool,
+    ) -> None:
+        self.cache = cache
+        self.store = store
+        self._tally = tally
+        self._device = device
+        self._executor = executor
+        self._clock = clock
+        self._units = list(units)
+        self._homes = [list(items) for items in homes]
+        self._rule = rule
+        self._observer = observer
+        self._predictor = predictor
+        self._prompts_ahead = prompts_ahead
+        self._predicted: Prediction | None = None
+        self._ahead: dict[int, int] = {}
+        """Slots of experts that were brought because they were predicted, by expert."""
+        self._changes: dict[int, Any] = {}
+        """What was seen last of parameters that the user changed."""
+
+    def compute(
+        self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What the module of a layer's experts computes; arguments and result are those of its `forward`."""
+        with self._executor.lock:
+            return self._run(layer, hidden_states, top_k_index, top_k_weights)
+
+    def settle(self) -> None:
+        """Nothing is on its way afterwards."""
+        for layer, expert in (self.cache.holder(slot) for slot in self.store.settle()):
+            # A lane holds no expert.
+            if expert >= 0:
+                self.cache.drop(layer, expert)
+
+    def _run(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        self._see_changes(layer)
+        choices = index.detach().to("cpu").numpy()
+        shares = weights.detach().to("cpu", torch.float64).numpy()
+        self.cache.policy.note(layer, choices, shares)
+        uniques, first, counts = numpy.unique(choices, return_index=True, return_counts=True)
+        needed: list[int] = uniques[numpy.argsort(first)].tolist()
+        unit = self._units[layer]
+        self._check_prediction(layer, needed)
+        rows = dict(zip(uniques.tolist(), counts.tolist(), strict=True))
+        asynchronous = not self._device.host_memory
+        call = ExpertCall(layer, unit, self.cache, self.store, needed, rows, self._wait, self._rule, asynchronous)
+        try:
+            call.begin()
+            self._tally.add(layer, len(needed), len(call.hits), len(call.computed_elsewhere), unit.nbytes)
+            self._observer(Visit(layer, self._clock.phase, choices, shares, call.hits))
+            self._look_ahead(layer, *choices.shape)
+            # The model's own code, on weights that lie in slots.
+            output: torch.Tensor = type(unit.module).forward(self._slotted(unit, call, hidden.device), hidden, index, weights)
+        except BaseException:
+            call.end()
+            self._start_over(layer)
+            raise
+        call.end()
+        return output
+
+    def _check_prediction(self, layer: int, needed: Sequence[int]) -> None:
+        """What was brought in vain and is still on its way makes room for what is needed."""
+        prediction, ahead = self._predicted, self._ahead
+        self._predicted, self._ahead = None, {}
+        if prediction is not None and prediction.layer == layer:
+            self._tally.accuracy.add(prediction, needed)
+        for expert, slot in ahead.items():
+            here = self.cache.holder(slot) == (layer, expert)
+            if here and expert in needed:
+                self._tally.prefetches_used += 1
+            elif here and self.store.is_coming(slot):
+                self.store.cancel(slot)
+                self.cache.drop(layer, expert)
+
+    def _look_ahead(self, layer: int, rows: int, chosen: int) -> None:
+        """Begin to bring what the next layer will ask for, behind what this one needs.
+
+        Args:
+            rows: tokens of this pass, each of which was sent to `chosen` experts.
+        """
+        self._predicted = None if self._predictor is None else self._predictor.after(layer)
+        if self._predicted is not None:
+            self._bring_ahead(self._predicted.layer, self._predicted.experts)
+        elif self._prompts_ahead and layer + 1 < len(self._units):
+            following = layer + 1
+            count = ahead_of_a_prompt(rows, self._units[following].count, chosen, self.cache.room(following))
+            ranks, here = self.cache.policy.ranks[following], self.cache.slots[following]
+            missing = (expert for expert in range(self._units[following].count) if here[expert] < 0)
+            self._bring_ahead(following, sorted(missing, key=lambda expert: -ranks[expert])[:count])
+
+    def _bring_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        answer = self.cache.request(layer, experts)
+        for placed in answer.loads:
+            self.store.begin(layer, placed.expert, placed.slot)
+        self.cache.release(placed.slot for placed in (*answer.hits, *answer.loads))
+        self._ahead = {placed.expert: placed.slot for placed in answer.loads}
+        self._tally.prefetches += len(answer.loads)
+
+    def _slotted(self, unit: ExpertsUnit, call: ExpertCall, device: torch.device) -> SlottedModule:
+        parameters = {}
+        for tensor in unit.layout.tensors:
+            shape = (unit.count, *tensor.shape)
+            parameters[tensor.name] = SlottedWeight.of(call, tensor.name, shape, tensor.dtype, device)
+        return SlottedModule(unit.module, parameters, by_groups=bool(call.computed_elsewhere))
+
+    def _wait(self, slots: Sequence[int]) -> None:
+        late = [slot for slot in slots if self.store.is_coming(slot)]
+        if late:
+            self._clock.pause()
+            waited = self.store.wait(late)
+            self._clock.resume()
+            self._executor.charge_waits(waited)
+
+    def _see_changes(self, layer: int) -> None:
+        """What the user wrote to a parameter counts from now on.
+
+        Raises:
+            SessionError: if there is something else in its place.
+        """
+        homes, unit = self._homes[layer], self._units[layer]
+        for home, tensor in zip(homes, unit.layout.tensors, strict=True):
+            if unit.module._parameters.get(tensor.name) is not home.parameter:
+                raise SessionError(
+                    f"{home.name} was replaced or parametrised (an adapter on experts, perhaps), and its experts are brought "
+                    "one by one from where they were; give expert_policy='layers' (--expert-policy layers)"
+                )
+            home.notice_changes()
+        state = tuple((home.version, home.tensor.data_ptr()) for home in homes)
+        if any(home.modified for home in homes) and self._changes.get(layer) != state:
+            self._changes[layer] = state
+            self._start_over(layer)
+            self.store.sources[layer] = HomeExperts(self._units[layer], homes, self._device)
+
+    def _start_over(self, layer: int) -> None:
+        """Forget what the layer has in slots: it is not to be trusted, or no longer what counts."""
+        self.settle()
+        for expert in range(self._units[layer].count):
+            self.cache.drop(layer, expert)

@@ -1,0 +1,314 @@
+"""From a model and its budgets to a plan, taking blocks apart where they are too large."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+from torch import nn
+
+from offload.config import IDENTICAL, ROUNDING, Budgets
+from offload.kv.attention_backend import takes_own_attention
+from offload.kv.options import PLAIN, KvOptions
+from offload.model.blocks import Structure, Unit, can_split, find_structure
+from offload.model.experts import ExpertsUnit, find_experts, undecorated_experts
+from offload.planning.describe import element_bytes_of, generates, kv_sizes, model_spec
+from offload.planning.pass_splits import parts_of
+from offload.scheduler.kv_pages import KvShape, PagedKv, cut, paged_ways
+from offload.scheduler.model_spec import ModelSpec, Temporaries, Workload
+from offload.scheduler.plan import Plan
+from offload.scheduler.planner import make_plan
+from offload.storage.blocks import BlockKey
+from offload.storage.errors import BudgetTooSmall, ConfigError, PlanError, gib
+
+_SHARED_ROOM = 1.5
+"""Of what a batch with a common beginning takes."""
+
+
+class Experts(Enum):
+    """Whether experts are brought one by one."""
+
+    IN_LAYERS = "they are part of their layers"
+    WHERE_IT_HELPS = "one by one, unless the whole model fits"
+    ONE_BY_ONE = "always"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How a model is taken apart, and where its blocks go."""
+
+    structure: Structure
+    spec: ModelSpec
+    plan: Plan
+    split: frozenset[BlockKey]
+    fallbacks: tuple[str, ...]
+    experts: tuple[ExpertsUnit, ...] = ()
+    """Those that are brought one by one."""
+    paged: tuple[PagedKv, ...] = ()
+    """Other ways to keep keys and values in pages, of the same exactness, where they are."""
+
+
+def decide(
+    model: nn.Module,
+    budgets: Budgets,
+    workload: Workload,
+    slot_bytes: Callable[[Unit], int],
+    temporaries: Temporaries | None,
+    in_parts: bool = True,
+    candidates: frozenset[BlockKey] | None = None,
+    experts: Experts = Experts.IN_LAYERS,
+    kv: KvOptions = PLAIN,
+    exactness: str = IDENTICAL,
+) -> Decision:
+    """Plan; where the budget is too small for the largest blocks, take those apart and plan again.
+
+    Where nothing fits even so, the passes are taken apart, which is of level *rounding*, and said.
+
+    Args:
+        slot_bytes: what a unit's block takes in the slots.
+        temporaries: of a pass, as counted; None to estimate them.
+        in_parts: passes may be taken apart.
+        candidates: the blocks that may stay on the device; None for all.
+        experts: whether they are brought one by one.
+        kv: what was asked of the KV cache.
+        exactness: `identical` or `rounding`.
+
+    Raises:
+        BudgetTooSmall: if it is too small for the largest module that cannot be taken apart.
+        ConfigError: if the KV cache cannot be kept as it was asked for.
+    """
+    paged = _paged(model, workload, kv, exactness)
+    shares = kv.shared_tokens > 0 and takes_own_attention(model)
+    asked = kv.is_lossy or (bool(paged) and (shares or kv.memory_bytes is not None))
+    if asked:
+        workload, paged = replace(workload, paged=paged[0]), paged[1:]
+    units = tuple(find_experts(model)) if experts is not Experts.IN_LAYERS else ()
+    whole: Decision | list[BudgetTooSmall] = []
+    if units and experts is Experts.WHERE_IT_HELPS:
+        whole = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates, ())
+        if isinstance(whole, Decision) and not whole.plan.streamed:
+            return whole
+    found = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates, units)
+    if isinstance(found, Decision):
+        pieces = _in_pieces(found, workload, kv) if exactness != ROUNDING else []
+        told = (*found.fallbacks, *pieces, *_unshared(model, found.plan, kv), *_other_experts(model, found, experts))
+        return replace(found, fallbacks=told, paged=_smaller(paged, found.plan) if asked else ())
+    if isinstance(whole, Decision):
+        # Of a model so small that single experts, read in whole units, take more than a layer.
+        said = "single experts would take more than the budget has room for: whole layers are streamed"
+        return replace(whole, fallbacks=(*whole.fallbacks, said))
+    # The KV cache goes to lower tiers before passes are taken apart: in one piece, that is exact.
+    below = [replace(workload, paged=way) for way in paged]
+    exact = [way for way in below if way.paged is not None and not way.paged.segments]
+    rest = [way for way in below if way not in exact]
+    steps = [lambda: exact, lambda: rest]
+    if in_parts:
+        steps[1:1] = [lambda: parts_of(model, workload)]
+        steps += [lambda: _chunked(model, exact[-1:]), lambda: _chunked(model, rest[-1:])]
+    # The state of other layers, which is written anew in each pass, comes last.
+    steps += [lambda: _shelving(exact[-1:]), lambda: _shelving(rest[-1:])]
+    for step in steps:
+        ways = step()
+        apart = _fitting(model, budgets, ways, slot_bytes, temporaries, candidates, units) if ways else []
+        if isinstance(apart, Decision):
+            told = (*_forced(apart.plan), *_other_experts(model, apart, experts))
+            others = [way.paged for way in ways if way.paged is not None]
+            return replace(apart, fallbacks=(*apart.fallbacks, *told), paged=_smaller(others, apart.plan))
+        found += apart
+    # Taken apart further, a model may need more: what lies beside the parts stays on the device.
+    raise min(found, key=lambda refusal: refusal.least_bytes)
+
+
+def _smaller(ways: Sequence[PagedKv], plan: Plan) -> tuple[PagedKv, ...]:
+    """Those that are read as in the plan, and leave more memory to weights."""
+    return tuple(way for way in ways if way.segments == bool(plan.kv_segments) and way.memory_bytes < plan.kv_memory_bytes)
+
+
+def _unshared(model: nn.Module, plan: Plan, kv: KvOptions) -> list[str]:
+    """That what a batch begins with is not read once for all of it."""
+    if not kv.shared_tokens or plan.kv_segments:
+        return []
+    return [
+        f"what all sequences begin with is computed and read for each of them: the attention of {type(model).__name__} is its "
+        "own code, or no layer keeps all tokens"
+    ]
+
+
+def _in_pieces(decision: Decision, workload: Workload, kv: KvOptions) -> list[str]:
+    """That the memory that was asked for is too little for a layer in one piece, and what would do."""
+    shape = decision.spec.kv
+    if not decision.plan.kv_segments or kv.is_lossy or shape is None:
+        return []
+    try:
+        cut(shape, workload.batch_size, workload.total_tokens, decision.plan.kv_memory_bytes, False)
+    except BudgetTooSmall as error:
+        return [
+            f"{gib(decision.plan.kv_memory_bytes)} for the KV cache have no room for a layer in one piece: attention reads it "
+            f"piece by piece, exactness is rounding; from kv_memory={error.least_bytes} ({gib(error.least_bytes)}) on it is "
+            "identical"
+        ]
+    return []
+
+
+def _forced(plan: Plan) -> list[str]:
+    """What was done because nothing else fits."""
+    said = []
+    if plan.kv_memory_bytes:
+        said.append("the KV cache does not fit the budget: a part of it goes to lower tiers")
+    if plan.rounds:
+        said.append(f"nothing else fits the budget: {' and '.join(plan.rounds)}; exactness is rounding")
+    return said
+
+
+def _chunked(model: nn.Module, workloads: Sequence[Workload]) -> list[Workload]:
+    """A cache in pages is not cut by sequences."""
+    return [way for workload in workloads for way in parts_of(model, workload) if not way.micro_batch]
+
+
+def _shelving(workloads: Sequence[Workload]) -> list[Workload]:
+    return [replace(way, paged=replace(way.paged, shelves=True)) for way in workloads if way.paged is not None]
+
+
+def _paged(model: nn.Module, workload: Workload, kv: KvOptions, exactness: str) -> list[PagedKv]:
+    """The ways to keep the KV cache in pages, the best first; none where that was asked for and everything fits anyway.
+
+    Raises:
+        ConfigError: if a method was asked for that the model cannot take.
+        BudgetTooSmall: if the memory that was asked for is too little.
+    """
+    element_bytes = element_bytes_of(model)
+    shape = kv_sizes(getattr(model, "config", None), element_bytes).shape if generates(model) else None
+    if shape is None:
+        if kv.is_lossy or kv.memory_bytes is not None:
+            raise ConfigError(
+                f"{type(model).__name__} has no layers that keep keys and values of all tokens (they are sliding, recurrent, "
+                "or there are none), so that kv_memory and kv_policy say nothing: leave them out"
+            )
+        return []
+    own_attention = takes_own_attention(model)
+    shares = kv.shared_tokens > 0 and own_attention
+    if kv.memory_bytes is not None and not (kv.is_lossy or shares) and _whole(workload, shape) <= kv.memory_bytes:
+        return []
+    if kv.method.takes_budget and not own_attention:
+        raise ConfigError(
+            f"kv_policy={kv.policy!r} chooses what a query sees, and the attention of {type(model).__name__} is its own code, "
+            "which cannot be told; give kv_policy='none', 'int8' or 'int4'"
+        )
+    segments = [False, True] if own_attention else [False]
+    if kv.method.takes_budget or shares:
+        segments = [True]
+    elif exactness == ROUNDING:
+        segments.reverse()
+    percent = kv.stored_percent(element_bytes)
+    sizes = workload.batch_size, workload.total_tokens
+    share = 1.0
+    if shares:
+        share *= 1 - (1 - 1 / sizes[0]) * min(kv.shared_tokens, sizes[1]) / sizes[1]
+        # Each layer fills two pages more: the beginning's last one, and the first one after it.
+        share *= _SHARED_ROOM
+    return paged_ways(
+        shape,
+        *sizes,
+        kv.memory_bytes,
+        segments,
+        percent,
+        share,
+        kv.tokens_a_page(sizes[1]),
+        kv.index_share,
+        anyway=kv.is_lossy or shares,
+    )
+
+
+def _whole(workload: Workload, shape: KvShape) -> int:
+    return workload.batch_size * workload.total_tokens * shape.all_token_bytes
+
+
+def _fitting(
+    model: nn.Module,
+    budgets: Budgets,
+    workloads: Sequence[Workload],
+    slot_bytes: Callable[[Unit], int],
+    temporaries: Temporaries | None,
+    candidates: frozenset[BlockKey] | None,
+    experts: tuple[ExpertsUnit, ...],
+) -> "Decision | list[BudgetTooSmall]":
+    """The first of the workloads that fits, with as few blocks taken apart as possible; else what was refused."""
+    split: frozenset[BlockKey] = frozenset()
+    refusals: list[BudgetTooSmall] = []
+    while True:
+        structure = find_structure(model, split, [value for unit in experts for value in unit.parameters.values()])
+        spec = model_spec(model, structure, slot_bytes, temporaries, experts)
+        # The parts of layers are no layers: a batch cannot be taken apart around them.
+        for workload in (item for item in workloads if not (split and item.micro_batch)):
+            try:
+                plan = make_plan(spec, budgets.device_bytes, workload, budgets.host_bytes, candidates)
+            except BudgetTooSmall as error:
+                refusals.append(error)
+            else:
+                return Decision(structure, spec, plan, split, _said(structure, split), experts)
+        largest = _largest_to_split(structure)
+        if not largest:
+            return refusals
+        split |= largest
+
+
+def _other_experts(model: nn.Module, decision: Decision, experts: Experts) -> list[str]:
+    """That experts are streamed with their layers, because they cannot be told apart."""
+    names = undecorated_experts(model) if decision.plan.streamed and experts is not Experts.IN_LAYERS else []
+    if not names:
+        return []
+    return [f"{' and '.join(names)} hold experts otherwise than transformers' interface for them: whole layers are streamed"]
+
+
+def _largest_to_split(structure: Structure) -> frozenset[BlockKey]:
+    sizes = {unit.key: unit.block.nbytes for unit in structure.units if can_split(unit)}
+    largest = max(sizes.values(), default=0)
+    return frozenset(key for key, size in sizes.items() if size == largest)
+
+
+def _said(structure: Structure, split: frozenset[BlockKey]) -> tuple[str, ...]:
+    sentences = []
+    if structure.by_leaf:
+        sentences.append("the model has no list of repeated blocks: it is streamed by single modules, a transfer each")
+    if split:
+        largest = max(unit.block.nbytes for unit in structure.units)
+        sentences.append(
+            f"{len(split)} blocks are larger than the budget has room for and are streamed by their sub-modules, of which the "
+            f"largest has {gib(largest)}"
+        )
+    return tuple(sentences)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Raises PlanError, which names the file."""
+    try:
+        return Plan.from_json(Path(path).read_text())
+    except OSError as error:
+        raise PlanError(f"the plan {path} cannot be read: {error.strerror}") from error
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def given_plan(plan: Plan, spec: ModelSpec, workload: Workload, budgets: Budgets, exactness: str) -> Plan:
+    """A plan that somebody gave, edited perhaps: checked, and its sums made anew.
+
+    Raises:
+        PlanError: if it is for another model, or rounds otherwise than the plain model where that was not asked for.
+        BudgetTooSmall: if it takes more than the budget.
+    """
+    plan.check(spec)
+    plan = plan.completed(spec, workload)
+    if plan.rounds and exactness != ROUNDING:
+        raise PlanError(
+            f"by the plan {' and '.join(plan.rounds)}, whose results are rounded otherwise than the plain model's; "
+            "give exactness='rounding' (--exactness rounding) to allow that"
+        )
+    if (plan.computed_on_host or plan.in_host_memory) and budgets.host_bytes is None:
+        raise PlanError("the plan places layers in CPU memory beside a device, and the device that computes is the CPU")
+    if plan.device_bytes > budgets.device_bytes:
+        raise BudgetTooSmall(
+            f"the plan takes {gib(plan.device_bytes)} of the device, and the budget is {gib(budgets.device_bytes)}; "
+            "give a larger budget, or make less of it resident",
+            plan.device_bytes,
+        )
+    return plan

@@ -1,0 +1,131 @@
+"""The instruments of a session: what its tiers hold, what its links moved, when."""
+
+from dataclasses import replace
+
+from offload.config import process_bytes
+from offload.report.report import LinkUse, Peak, TierUse
+from offload.runtime.recorder import Recorder
+from offload.scheduler.plan import Plan
+from offload.storage.blocks import Tier
+from offload.storage.devices.base import Device
+from offload.storage.ledger import MemoryLedger
+from offload.storage.reader import DiskReader
+from offload.storage.transfer import Link
+
+_PROBE_BYTES = 256 << 20
+_PROBE_SHARE = 0.05
+"""The report's own measurement reads at most this part of what the session streamed."""
+
+
+_SET_ASIDE = ("layers' inputs", "KV cache", "temporaries")
+
+_BESIDE_BYTES = 14 << 20
+"""On the CPU: stacks of threads, caches of kernels, Python's objects of a session."""
+
+_KEPT_SHARE = 0.65
+"""Of what comes and goes in a CPU's memory (temporaries, KV cache), what its allocator keeps in pieces besides."""
+
+
+def predicted_peak_bytes(plan: Plan, host_memory: bool) -> int:
+    """Of the device that computes.
+
+    Args:
+        host_memory: its memory is the host's, whose allocator keeps pieces.
+    """
+    if not host_memory:
+        return plan.device_bytes
+    return plan.device_bytes + _BESIDE_BYTES + int(_KEPT_SHARE * (plan.kv_bytes + plan.activation_bytes))
+
+
+class Meters:
+    """Reads the instruments.
+
+    Args:
+        device_bytes, host_bytes: the budgets; no `host_bytes` where the device's memory is the host's.
+    """
+
+    def __init__(self, device: Device, recorder: Recorder, device_bytes: int, host_bytes: int | None) -> None:
+        self.recorder = recorder
+        self.copy_speed: float | None = None
+        """Bytes a second from host to device, measured when the slots were taken."""
+        self._device = device
+        tier = Tier.CPU if device.host_memory else Tier.DEVICE
+        self.ledger = MemoryLedger(tier, device_bytes, recorder.memory)
+        self.host_ledger = self.ledger if host_bytes is None else MemoryLedger(Tier.CPU, host_bytes, recorder.memory)
+        self.disk_ledger = MemoryLedger(Tier.DISK, None, recorder.memory)
+        self._process_peak_bytes = 0
+        self._on_card_before = device.peak_bytes() or 0
+        self._copied_bytes = 0
+        self._copy_seconds = 0.0
+
+    def look(self) -> None:
+        """After a pass: what the allocator took for it, it mostly keeps. A card tells of its own peak."""
+        if self._device.host_memory:
+            self._process_peak_bytes = max(self._process_peak_bytes, process_bytes())
+
+    def peak(self, plan: Plan, before_bytes: int, extra_bytes: int = 0) -> Peak:
+        """Of the device that computes.
+
+        Args:
+            before_bytes: what the process held before the session, without weights that the session moves.
+            extra_bytes: what training holds beside the plan.
+        """
+        host_memory = self._device.host_memory
+        on_card = self._device.peak_bytes()
+        measured = None if on_card is None else on_card - self._on_card_before
+        if host_memory:
+            measured = self._process_peak_bytes - before_bytes if self._process_peak_bytes else None
+        return Peak(predicted_peak_bytes(plan, host_memory) + extra_bytes, measured)
+
+    def collect(self) -> None:
+        """Note the copies that have ended."""
+        for copy in self._device.ended_copies():
+            self._copied_bytes += copy.nbytes
+            self._copy_seconds += copy.end_seconds - copy.begin_seconds
+            self.recorder.span(self._device.copy_link, copy.name, copy.begin_seconds, copy.end_seconds, copy.nbytes)
+
+    def tier_uses(self, before_bytes: int) -> dict[str, TierUse]:
+        """By name.
+
+        Args:
+            before_bytes: what the process held before the session.
+        """
+        ledgers = {Tier.DEVICE: self.ledger, Tier.CPU: self.host_ledger, Tier.DISK: self.disk_ledger}
+        if self._device.host_memory:
+            ledgers[Tier.DEVICE] = MemoryLedger(Tier.DEVICE, 0)
+        unaccounted = {Tier.CPU: max(0, process_bytes() - before_bytes - self._held(self.host_ledger))}
+        on_card = self._device.peak_bytes()
+        if on_card is not None:
+            unaccounted[Tier.DEVICE] = max(0, on_card - self.ledger.peak_bytes)
+        return {tier.value: TierUse.of(ledger, unaccounted.get(tier)) for tier, ledger in ledgers.items()}
+
+    def _held(self, ledger: MemoryLedger) -> int:
+        """Without what is only set aside."""
+        return ledger.used_bytes - sum(ledger.held_bytes(category) for category in _SET_ASIDE)
+
+    def link_uses(self, link: Link, writes: Link, reader: DiskReader, lent: memoryview | None) -> dict[str, LinkUse]:
+        """By name, with what the disk gives right now, where what was streamed is enough to compare with.
+
+        Args:
+            lent: memory to read into; nothing is measured without.
+        """
+        # What was prefetched would compete with the measurement.
+        link.wait_idle()
+        self.collect()
+        speed = None
+        if lent is not None:
+            speed = reader.measure(min(_PROBE_BYTES, int(link.bytes_moved * _PROBE_SHARE)), memory=lent)
+        measured = {"disk": speed, self._device.copy_link: self.copy_speed}
+        return {
+            name: replace(use, measured_bytes_per_second=measured.get(name))
+            for name, use in self.link_sums(link, writes).items()
+        }
+
+    def link_sums(self, link: Link, writes: Link) -> dict[str, LinkUse]:
+        """By name, without a measurement."""
+        uses = {"disk": LinkUse.of(link.bytes_moved, link.busy_seconds)}
+        if writes.bytes_moved:
+            uses["disk writes"] = LinkUse.of(writes.bytes_moved, writes.busy_seconds)
+        if not self._device.host_memory:
+            uses[self._device.copy_link] = LinkUse.of(self._copied_bytes, self._copy_seconds)
+        return uses

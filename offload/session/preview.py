@@ -1,0 +1,181 @@
+"""A plan without loading: from a model's config and headers, for this machine or for one that is described."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from offload.config import HOST_MARGIN_BYTES, ROUNDING, Budgets, parse_bytes, resolve_budgets, resolve_device
+from offload.kv.options import PLAIN, KvOptions
+from offload.model.loading import CheckpointLoader, find_outline
+from offload.moe.component import AUTO, IN_LAYERS
+from offload.planning.describe import count_temporaries
+from offload.planning.fit import Experts, decide
+from offload.planning.predictor import Forecast, Order, WhatIf
+from offload.probe import hardware_profile
+from offload.runtime.meters import predicted_peak_bytes
+from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.model_spec import ModelSpec, Workload
+from offload.scheduler.plan import Plan
+from offload.scheduler.prediction import Prediction
+from offload.storage.errors import ConfigError, gib
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a plan is for.
+
+    Attributes:
+        gpu_memory, cpu_memory: budgets, as a user writes them; None for what there is.
+        exactness: `identical` or `rounding`.
+        expert_policy: `layers` to stream whole layers, anything else to bring experts one by one.
+        kv: how keys and values are kept.
+    """
+
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    batch_size: int = 1
+    gpu_memory: str | int | None = None
+    cpu_memory: str | int | None = None
+    exactness: str = "identical"
+    expert_policy: str = AUTO
+    kv: KvOptions = PLAIN
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan and what it will give.
+
+    Attributes:
+        weight_bytes: of the model.
+        peak_bytes: by tier, all included.
+        by_hit_rate: seconds of a token, by the share of its experts that are in device memory; empty where no experts are
+            brought one by one.
+        expected_hit_rate: the one that `prediction` is for.
+        what_if: the changes that would help, and those that would not; the largest help first.
+        notes: a sentence for everything that is not as one would expect.
+    """
+
+    model: str
+    hardware: str
+    weight_bytes: int
+    plan: Plan
+    prediction: Prediction
+    peak_bytes: dict[str, int]
+    budget_bytes: dict[str, int]
+    by_hit_rate: dict[float, float]
+    expected_hit_rate: float | None
+    what_if: tuple[WhatIf, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Planner:
+    """Plans for one model.
+
+    Args:
+        name: a checkpoint folder, `demo`, or a hub id, of which only the config is fetched.
+        dtype: as `from_pretrained` takes it.
+        hardware: the machine; None for this one.
+        device: what computes, on this machine.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: str = "auto",
+        hardware: HardwareProfile | None = None,
+        device: str = "auto",
+        disk_dir: str | None = None,
+        trust_remote_code: bool = False,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self._name = name
+        self._loader: CheckpointLoader = find_outline(name, dtype, trust_remote_code)
+        outline = self._loader.outline()
+        if outline is None:
+            raise ConfigError(f"{name} is quantised: its plan is known once it is loaded; run `offload generate`")
+        self._model: nn.Module = outline
+        self._device = None if hardware is not None else resolve_device(device)
+        if self._device is not None:
+            hardware = hardware_profile(self._device, disk_dir, progress=progress)
+        assert hardware is not None
+        self.hardware = hardware
+
+    def plan(self, asked: Asked) -> Planned:
+        """The fastest plan.
+
+        Raises:
+            BudgetTooSmall: if none fits; its `least_bytes` would do.
+        """
+        budgets = self._budgets(asked)
+        total = asked.prompt_tokens + asked.new_tokens
+        workload = Workload(asked.batch_size, total, asked.prompt_tokens)
+        temporaries = count_temporaries(self._model, workload)
+        experts = Experts.IN_LAYERS if asked.expert_policy == IN_LAYERS else Experts.WHERE_IT_HELPS
+        decision = decide(
+            self._model,
+            budgets,
+            workload,
+            self._loader.slot_bytes,
+            temporaries,
+            experts=experts,
+            kv=asked.kv,
+            exactness=asked.exactness,
+        )
+        # What had to be taken apart is; where rounding is allowed, all ways are weighed.
+        kept = decision.plan.kept_as if asked.exactness == ROUNDING else decision.plan.asked
+        dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
+        forecast = Forecast(self._model, decision.split, self.hardware, dtype)
+        order = Order(kept(workload), asked.prompt_tokens, asked.new_tokens, budgets, asked.exactness)
+        plan, prediction = forecast.best(decision.spec, order, paged=decision.paged)
+        notes = [*decision.fallbacks]
+        if forecast.failure is not None:
+            notes.append(f"the model's code does not run without values: its work is estimated ({forecast.failure})")
+        if plan.rounds:
+            notes.append(f"{', '.join(plan.rounds)}: exactness is rounding")
+        if budgets.host_bytes is None:
+            besides = predicted_peak_bytes(plan, host_memory=True) - plan.device_bytes
+            notes.append(f"beside its budget the process will hold about {gib(besides)} more than it does before")
+        tiers = ("cpu",) if budgets.host_bytes is None else ("gpu", "cpu")
+        return Planned(
+            model=self._name,
+            hardware=self.hardware.description,
+            weight_bytes=sum(value.nbytes for value in self._model.parameters()),
+            plan=plan,
+            prediction=prediction,
+            peak_bytes=dict(zip(tiers, (plan.device_bytes, _host_bytes(plan, decision.spec)), strict=False)),
+            budget_bytes=dict(zip(tiers, (budgets.device_bytes, budgets.host_bytes or 0), strict=False)),
+            by_hit_rate=forecast.by_hit_rate(plan, decision.spec, order),
+            expected_hit_rate=None if decision.spec.experts is None else decision.spec.experts.hit_rate(plan.expert_slots),
+            what_if=tuple(forecast.what_if(decision.spec, order, prediction, batch=True)),
+            notes=tuple(notes),
+        )
+
+    def _budgets(self, asked: Asked) -> Budgets:
+        if self._device is not None:
+            return resolve_budgets(self._device, asked.gpu_memory, asked.cpu_memory, 0)
+        gpu, cpu = parse_bytes(asked.gpu_memory, "gpu_memory"), parse_bytes(asked.cpu_memory, "cpu_memory")
+        host = cpu or self.hardware.host.memory_bytes - HOST_MARGIN_BYTES
+        if self.hardware.device is None:
+            if gpu is not None:
+                raise ConfigError("gpu_memory was given, and the described machine has no GPU: give cpu_memory only")
+            return Budgets(host, None)
+        return Budgets(gpu or self.hardware.device.memory_bytes * 9 // 10, host)
+
+
+def _host_bytes(plan: Plan, spec: ModelSpec) -> int:
+    """CPU memory beside a device: weights that live there, and staging."""
+    blocks = {block.key: block for block in spec.blocks}
+    held = sum(blocks[key].slot_bytes for key in (*plan.in_host_memory, *plan.computed_on_host))
+    largest = max((blocks[key].slot_bytes for key in plan.streamed), default=0)
+    experts = (plan.experts_in_host_memory + plan.expert_staging_count) * plan.expert_slot_bytes
+    return held + plan.staging_count * largest + experts + plan.kv_host_bytes

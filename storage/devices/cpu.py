@@ -1,0 +1,78 @@
+"""The CPU as the device that computes: its memory is the host's."""
+
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+
+from offload.storage.devices.base import Copy, Event, unversioned
+from offload.storage.host_buffer import HostBuffer
+
+
+class Done:
+    """The event of work that was over when it was submitted."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+DONE = Done()
+
+
+def _model_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+class CpuDevice:
+    """Computes where the disk's bytes land: no copy between host and device, and every call is synchronous."""
+
+    name = "cpu"
+    hardware_name = _model_name()
+    torch_device = torch.device("cpu")
+    host_memory = True
+    copy_link = "ram"
+
+    def allocate(self, nbytes: int) -> HostBuffer:
+        return HostBuffer(nbytes)
+
+    def lock_pages(self, buffer: object) -> bool:
+        return False
+
+    def unlock_pages(self, buffer: object) -> None:
+        pass
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None, name: str = "") -> Event:
+        unversioned(target).copy_(source)
+        return DONE
+
+    def copy_out(self, target: torch.Tensor, source: torch.Tensor, name: str = "") -> Event:
+        unversioned(target).copy_(source)
+        return DONE
+
+    def ended_copies(self) -> list[Copy]:
+        return []
+
+    def record(self) -> Event:
+        return DONE
+
+    def wait(self, event: Event) -> None:
+        event.synchronize()
+
+    def ended_stalls(self) -> list[tuple[float, float]]:
+        return []
+
+    def synchronize(self) -> None:
+        pass
+
+    def free_bytes(self) -> int:
+        return int(psutil.virtual_memory().available)
+
+    def peak_bytes(self) -> int | None:
+        return None

@@ -1,0 +1,331 @@
+"""Pages of bytes on three tiers: device memory, page-locked CPU memory, disk.
+
+A page is written once, in device memory; it may go down a tier, is brought back into a slot for as long as it is read, and
+never written again. Who decides which ones go down is elsewhere; here bytes move, each with its own events, so that
+nothing is synchronised but what is waited for.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from offload.storage.blocks import Tier
+from offload.storage.devices.base import Device, Event
+from offload.storage.errors import BudgetExceeded, OffloadError, ReadError, gib
+from offload.storage.host_buffer import HostBuffer
+from offload.storage.pages.file import PageFile
+from offload.storage.pages.slots import PageSlots
+from offload.storage.transfer import Link, Transfer
+
+STAGING_PAGES = 4
+"""Between disk and a device with memory of its own: as many as the disk has threads."""
+
+
+@dataclass(slots=True, eq=False)
+class Page:
+    """One page, wherever it is.
+
+    Attributes:
+        place: its slot on the device or in CPU memory, or its place in the file.
+        references: caches that hold it; the last one frees it.
+        pins: readers and writers at this moment; a pinned page stays where it is.
+    """
+
+    pool: "PagePool"
+    tier: Tier
+    place: int
+    references: int = 1
+    pins: int = 0
+    leaving: Transfer | None = None
+    """The write to disk that is under way."""
+    copied: Event | None = None
+    """The copy to CPU memory that may be under way."""
+    lost: BaseException | None = None
+    """Why it is nowhere: writing it failed."""
+
+
+class Landing:
+    """A page of a lower tier on its way into a slot of the device, or there."""
+
+    def __init__(self, pool: "PagePool", page: Page, slot: int) -> None:
+        self.page = page
+        self._pool = pool
+        self._slot = slot
+        self.read: Transfer | None = None
+        self.copied: Event | None = None
+
+    def wait(self) -> torch.Tensor:
+        """Its bytes, uint8 [page_bytes] on the device; valid until `release`. Raises what reading it raised."""
+        if self.read is not None:
+            self._pool.wait_for(self.read)
+        if self.copied is not None:
+            self._pool.device.wait(self.copied)
+        return self._pool.slots.tensor(self._slot)
+
+    def release(self) -> None:
+        """The compute that reads it was submitted."""
+        self._end(self._pool.device.record())
+
+    def cancel(self) -> None:
+        """It is not wanted any more."""
+        if self.read is not None:
+            self.read.cancel()
+        self._end(self.copied)
+
+    def _end(self, after: Event | None) -> None:
+        self.page.pins -= 1
+        self._pool.slots.give(self._slot, after)
+
+
+class PagePool:
+    """Pages of one size.
+
+    Args:
+        page_bytes: a multiple of 4 KiB.
+        device_pages: slots in device memory; made as they are needed.
+        host_pages: slots in CPU memory beside a device with memory of its own; 0 where the device's memory is the host's.
+        open_file: makes the file of the lowest tier when it is first needed.
+        reads, writes: the disk's two queues.
+        on_wait: told (name of the link, begin, end) of each wait for the disk, by `time.perf_counter()`.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        page_bytes: int,
+        device_pages: int,
+        host_pages: int,
+        open_file: Callable[[int], PageFile],
+        reads: Link,
+        writes: Link,
+        on_wait: Callable[[str, float, float], None] = lambda *wait: None,
+    ) -> None:
+        self.device = device
+        self.page_bytes = page_bytes
+        self.slots = PageSlots(device.allocate, page_bytes, device_pages)
+        staging = 0 if device.host_memory else STAGING_PAGES
+        self.host = PageSlots(self._locked_memory, page_bytes, host_pages)
+        self._staging = PageSlots(self._locked_memory, page_bytes, staging)
+        self.unlocked_bytes = 0
+        """Of CPU memory that could not be page-locked."""
+        self.brought_bytes = 0
+        self.written_bytes = 0
+        self._open_file = open_file
+        self._file: PageFile | None = None
+        self._reads = reads
+        self._writes = writes
+        self._on_wait = on_wait
+        self._leaving: deque[Page] = deque()
+        """Pages whose writes to disk may be under way."""
+        self._slots_leaving = 0
+        """Slots that will be free when these are over."""
+        self._counting = threading.Lock()
+
+    @property
+    def disk_bytes(self) -> int:
+        return 0 if self._file is None else self._file.nbytes
+
+    @property
+    def file(self) -> PageFile:
+        if self._file is None:
+            self._file = self._open_file(self.page_bytes)
+        return self._file
+
+    @property
+    def has_room(self) -> bool:
+        """A slot is free, or will be when a page has left."""
+        return bool(self._slots_leaving or self.slots.free)
+
+    def allocate(self) -> Page:
+        """A page in device memory, for compute to write; pinned.
+
+        Raises:
+            BudgetExceeded: if every slot is in use.
+        """
+        page = Page(self, Tier.DEVICE, self._slot(), pins=1)
+        after = self.slots.after(page.place)
+        if after is not None:
+            self.device.wait(after)
+        return page
+
+    def tensor(self, page: Page) -> torch.Tensor:
+        """uint8 [page_bytes] of a page that is on the device, or in CPU memory beside it."""
+        if page.tier is Tier.CPU:
+            self._settle(page)
+            return self.host.tensor(page.place)
+        assert page.tier is Tier.DEVICE, page.tier
+        return self.slots.tensor(page.place)
+
+    def share(self, page: Page) -> Page:
+        page.references += 1
+        return page
+
+    def drop(self, page: Page) -> None:
+        """One holder less; the last one frees it."""
+        page.references -= 1
+        if page.references:
+            return
+        with suppress(OffloadError):
+            # What could not be written is not wanted any more.
+            self._settle(page)
+        match page.tier:
+            case Tier.DEVICE:
+                # Compute that reads it may be under way.
+                self.slots.give(page.place, self.device.record())
+            case Tier.CPU:
+                self.host.give(page.place)
+            case Tier.DISK:
+                self.file.give(page.place)
+
+    def demote(self, page: Page) -> None:
+        """Start moving a page down: to CPU memory where there is room, else to disk. It is written once in its life.
+
+        Raises:
+            DiskFull: if there is no room; the page stays where it is.
+        """
+        assert page.tier is Tier.DEVICE and not page.pins, "a page in use does not move"
+        slot, source = page.place, self.slots.tensor(page.place)
+        place = None if self.device.host_memory else self.host.take()
+        if place is not None:
+            after = self.host.after(place)
+            if after is not None:
+                after.synchronize()
+            page.copied = self.device.copy_out(self.host.tensor(place), source, "KV page")
+            page.tier, page.place = Tier.CPU, place
+            self.slots.give(slot, page.copied)
+        else:
+            place = self.file.take()
+            self._write(page, slot, place, source)
+            page.tier, page.place = Tier.DISK, place
+        self.written_bytes += self.page_bytes
+
+    def fetch(self, page: Page) -> Landing:
+        """Start bringing a page of a lower tier into a slot.
+
+        Raises:
+            BudgetExceeded: if every slot is in use.
+        """
+        self._settle(page)
+        if page.lost is not None:
+            raise ReadError(f"a page of the KV cache could not be written before ({page.lost}), and is lost") from page.lost
+        landing = Landing(self, page, self._slot())
+        page.pins += 1
+        after = self.slots.after(landing._slot)
+        target = self.slots.tensor(landing._slot)
+        if page.tier is Tier.CPU:
+            landing.copied = self.device.copy_in(target, self.host.tensor(page.place), after, "KV page")
+        else:
+            self._read(landing, target, after)
+        self.brought_bytes += self.page_bytes
+        return landing
+
+    def wait_for(self, transfer: Transfer) -> None:
+        if transfer.over:
+            transfer.wait()
+            return
+        begun = time.perf_counter()
+        transfer.wait()
+        self._on_wait(transfer.link.name, begun, time.perf_counter())
+
+    def close(self) -> None:
+        """Wait for what is under way, and give all memory back."""
+        for page in self._leaving:
+            if page.leaving is not None:
+                page.leaving.cancel()
+        for slots in (self.host, self._staging):
+            for buffer in slots.close():
+                self.device.unlock_pages(buffer)
+        self.slots.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _slot(self) -> int:
+        # Read first: a slot that leaves meanwhile is free by then.
+        leaving = self._slots_leaving
+        slot = self.slots.take()
+        if slot is None and not leaving:
+            raise BudgetExceeded(
+                f"all {self.slots.limit} pages of {gib(self.page_bytes)} that the KV cache has in device memory are in use; "
+                "give it more (--kv-memory, kv_memory=)"
+            )
+        if slot is None:
+            begun = time.perf_counter()
+            slot = self.slots.wait_take()
+            self._on_wait(self._writes.name, begun, time.perf_counter())
+        return slot
+
+    def _settle(self, page: Page) -> None:
+        """Wait until the page is where it says it is. Raises what writing it raised."""
+        if page.copied is not None:
+            page.copied.synchronize()
+            page.copied = None
+        if page.leaving is not None:
+            leaving, page.leaving = page.leaving, None
+            self._leaving.remove(page)
+            try:
+                self.wait_for(leaving)
+            except BaseException as error:
+                page.lost = error
+                raise
+
+    def _write(self, page: Page, slot: int, place: int, source: torch.Tensor) -> None:
+        file = self.file
+        if self.device.host_memory:
+            memory = self.slots.memory(slot)
+            transfer = self._writes.submit(self.page_bytes, [lambda: file.write(place, memory)], name="KV page")
+            with self._counting:
+                self._slots_leaving += 1
+            transfer.when_over(lambda: self._left(slot))
+        else:
+            staging = self._staging.wait_take()
+            after = self._staging.after(staging)
+            if after is not None:
+                after.synchronize()
+            copied = self.device.copy_out(self._staging.tensor(staging), source, "KV page")
+            self.slots.give(slot, copied)
+
+            def write() -> None:
+                copied.synchronize()
+                file.write(place, self._staging.memory(staging))
+
+            transfer = self._writes.submit(self.page_bytes, [write], name="KV page")
+            transfer.when_over(lambda: self._staging.give(staging))
+        page.leaving = transfer
+        while self._leaving and self._leaving[0].leaving is not None and self._leaving[0].leaving.over:
+            self._settle(self._leaving[0])
+        self._leaving.append(page)
+
+    def _left(self, slot: int) -> None:
+        self.slots.give(slot)
+        with self._counting:
+            self._slots_leaving -= 1
+
+    def _read(self, landing: Landing, target: torch.Tensor, after: Event | None) -> None:
+        file, place, slot = self.file, landing.page.place, landing._slot
+        if self.device.host_memory:
+            memory = self.slots.memory(slot)
+            landing.read = self._reads.submit(self.page_bytes, [lambda: file.read(place, memory)], name="KV page")
+            return
+        staging = self._staging.wait_take()
+        last = self._staging.after(staging)
+
+        def read() -> None:
+            if last is not None:
+                # The device may still be copying out of it.
+                last.synchronize()
+            file.read(place, self._staging.memory(staging))
+            landing.copied = self.device.copy_in(target, self._staging.tensor(staging), after, "KV page")
+
+        landing.read = self._reads.submit(self.page_bytes, [read], name="KV page")
+        landing.read.when_over(lambda: self._staging.give(staging, landing.copied))
+
+    def _locked_memory(self, nbytes: int) -> HostBuffer:
+        buffer = HostBuffer(nbytes)
+        if not self.device.lock_pages(buffer):
+            self.unlocked_bytes += buffer.nbytes
+        return buffer
