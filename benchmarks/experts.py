@@ -175,21 +175,21 @@ def budget_bytes(folder: str) -> int:
 
     from offload.config import Budgets
     from offload.model.loading import CheckpointLoader
-    from offload.planning.describe import count_temporaries
-    from offload.planning.fit import Experts, decide
+    from offload.planning.describe import count_activations
+    from offload.planning.fit import ExpertGranularity, fit
     from offload.scheduler.model_spec import Workload
 
     loader = CheckpointLoader(folder)
     model = loader.outline()
     assert model is not None
     workload = Workload(1, 256, 256)
-    decision = decide(
+    decision = fit(
         model,
         Budgets(1 << 40, None),
         workload,
         loader.slot_bytes,
-        count_temporaries(model, workload),
-        experts=Experts.ONE_BY_ONE,
+        count_activations(model, workload),
+        experts=ExpertGranularity.PER_EXPERT,
     )
     return replace(decision.plan, expert_slots=LAYERS * EXPERTS // 4).device_bytes
 
@@ -272,11 +272,11 @@ def show_speed(result: dict[str, Any]) -> None:
     for name in ("experts", "experts-prefetch"):
         use = result["rounds"][0][name]["experts"]
         if use:
-            compared = use["compared"]
+            compared = use["belady"]
             print(
-                f"{name}: {compared['hits'] / compared['choices']:.1%} of what was asked for was there; an all-knowing cache "
-                f"{compared['best_hits'] / compared['choices']:.1%}; recall {use['recall'] or 0:.0%}, "
-                f"by twice as many names {use['recall_twice'] or 0:.0%}"
+                f"{name}: {compared['measured_hits'] / compared['choices']:.1%} of what was asked for was there; an all-knowing cache "
+                f"{compared['hits'] / compared['choices']:.1%}; recall {use['recall'] or 0:.0%}, "
+                f"by twice as many names {use['recall_at_2k'] or 0:.0%}"
             )
 
 

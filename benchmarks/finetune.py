@@ -174,7 +174,7 @@ def trained(request: argparse.Namespace, session: Any, model: Any) -> dict[str, 
         (now - then) // request.steps
         for now, then in zip((session._link.bytes_moved, session._written.bytes_moved), before, strict=True)
     ]
-    outlook = session.outlook(1)
+    estimate = session.estimate(1)
     parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
     report = session.report()
     kinds = ("resident weights", "trained weights", "gradients", "optimizer states")
@@ -184,8 +184,8 @@ def trained(request: argparse.Namespace, session: Any, model: Any) -> dict[str, 
         "read_bytes": moved[0],
         "written_bytes": moved[1],
         "weight_bytes": report.weight_bytes,
-        "predicted_step_seconds": outlook.step_seconds,
-        "predicted_written_bytes": outlook.written_bytes,
+        "predicted_step_seconds": estimate.step_seconds,
+        "predicted_written_bytes": estimate.written_bytes,
         "trained_parameters": parameters,
         "ledger_peak_bytes": report.tiers["cpu"].peak_bytes,
         "ledger_bytes_a_parameter": held / parameters,

@@ -79,10 +79,10 @@ def child(tokens: int, exactness: str) -> dict[str, Any]:
         token, seconds = torch.tensor([[7]]), []
         brought = 0
         for _ in range(STEPS):
-            came, begun = part.brought_bytes, time.perf_counter()
+            came, begun = part.onloaded_bytes, time.perf_counter()
             session.model(input_ids=token, past_key_values=cache)
             seconds.append(time.perf_counter() - begun)
-            brought = part.brought_bytes - came
+            brought = part.onloaded_bytes - came
             peak = max(peak, process_bytes() - before)
         raw = _raw_seconds(part, brought)
         report = session.report()

@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.recall_model import FILLER, Texts, texts, trained
 from offload import offload
-from offload.kv.kv_block import Stretch
+from offload.kv.kv_block import KvBlock
 from offload.kv.options import METHODS, Method
-from offload.kv.page_layout import PageShape, Pair
-from offload.kv.policies.base import Choice, KeepAll
+from offload.kv.page_layout import KeyValue, PageLayout
+from offload.kv.policies.base import FullAttention, Selection
 from offload.kv.policies.budget import KvBudget
 from offload.kv.quantization import Quantised
 
@@ -33,7 +33,7 @@ BUDGETS = (0.5, 0.25)
 OUTLIERS = (1, 30, 100)
 
 
-class RandomPages(KeepAll):
+class RandomPages(FullAttention):
     """The last tokens, and of the rest any pages, the same ones as long as they are seen."""
 
     own_attention = True
@@ -43,38 +43,38 @@ class RandomPages(KeepAll):
         self._generator = torch.Generator().manual_seed(3)
         self._rank: dict[int, float] = {}
 
-    def chosen(self, stretches: Sequence[Stretch], length: int, query: torch.Tensor) -> list[Choice]:
-        for stretch in stretches:
-            self._rank.setdefault(stretch.start, float(torch.rand((), generator=self._generator)))
-        room = self._budget.of(length) - stretches[-1].tokens
-        seen = {stretches[-1].start}
-        for stretch in sorted(stretches[:-1], key=lambda item: self._rank[item.start]):
-            if stretch.tokens <= room:
-                room -= stretch.tokens
-                seen.add(stretch.start)
-        return [Choice(stretch) for stretch in stretches if stretch.start in seen]
+    def chosen(self, blocks: Sequence[KvBlock], length: int, query: torch.Tensor) -> list[Selection]:
+        for block in blocks:
+            self._rank.setdefault(block.start, float(torch.rand((), generator=self._generator)))
+        room = self._budget.of(length) - blocks[-1].tokens
+        seen = {blocks[-1].start}
+        for block in sorted(blocks[:-1], key=lambda item: self._rank[item.start]):
+            if block.tokens <= room:
+                room -= block.tokens
+                seen.add(block.start)
+        return [Selection(block) for block in blocks if block.start in seen]
 
 
 class KeysByToken(Quantised):
     """What not to do: a token's keys share a scale, so that a channel far larger than the others takes their levels away."""
 
-    def nbytes(self, shape: PageShape) -> int:
+    def nbytes(self, shape: PageLayout) -> int:
         lines = shape.rows * shape.heads * shape.tokens
         return lines * (self._line_bytes(shape.key_dim) + self._line_bytes(shape.value_dim))
 
-    def encode(self, pair: Pair, shape: PageShape, memory: torch.Tensor) -> bool:
+    def encode(self, pair: KeyValue, shape: PageLayout, memory: torch.Tensor) -> bool:
         code = torch.cat([self._encode(part) for part in pair])
         memory[: code.numel()].copy_(code)
         return True
 
-    def decode(self, memory: torch.Tensor, shape: PageShape) -> Pair:
+    def decode(self, memory: torch.Tensor, shape: PageLayout) -> KeyValue:
         lines, place, parts = shape.rows * shape.heads * shape.tokens, 0, []
         for dim in (shape.key_dim, shape.value_dim):
             end = place + lines * self._line_bytes(dim)
             part = self._decode(memory[place:end], lines, dim)
             parts.append(part.view(shape.rows, shape.heads, shape.tokens, dim).to(shape.dtype))
             place = end
-        return Pair(*parts)
+        return KeyValue(*parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ from benchmarks.throttled import Rates, Speed, machine, paced_products
 from offload import offload
 from offload.config import Budgets
 from offload.planning.dry_run import DryRun
-from offload.planning.predictor import Forecast, Order
-from offload.probe import measure, window_seconds
+from offload.planning.predictor import PlanGoal, Predictor
+from offload.probe import measure, module_seconds
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.model_spec import BlockRole, ModelSpec, Workload
 from offload.scheduler.plan import DEVICE_ALONE, HostCompute, Plan
@@ -67,7 +67,7 @@ def paced_operation_seconds(rates: Rates) -> float:
     """Of a tensor operation where the products between are paced: after each pause the caches are cold."""
     model = LlamaForCausalLM(LlamaConfig(**_SIZES, num_hidden_layers=2)).eval()
     _, decode = DryRun(model).passes(1, 8, 8)
-    work = total([decode.between, *(window.work for window in decode.windows)])
+    work = total([decode.between, *(window.work for window in decode.modules)])
     products = sum(rates.device.product_seconds(count, int(flops / count / 2)) for count, flops in work.products)
     token, seconds = torch.ones(1, 1, dtype=torch.long), []
     with torch.inference_mode(), paced_products(model, rates, _NOTHING_ELSEWHERE):
@@ -114,7 +114,7 @@ def run(
         "resident": len(plan.resident),
         "from_cpu_memory": len(plan.in_host_memory),
         "on_cpu": len(plan.computed_on_host),
-        "divided": len(plan.divided),
+        "divided": len(plan.cpu_gpu_split),
         "rounds": list(plan.rounds),
         "prefill": (prediction.prefill_seconds, prediction.prefill_measured_seconds),
         "token": (prediction.seconds_per_token, prediction.measured_seconds_per_token),
@@ -175,14 +175,14 @@ def taken_apart(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str
 
 def _apart(spec: ModelSpec, workload: Workload, budgets: dict[str, int]) -> dict[str, Plan]:
     def plan(workload: Workload, beside: HostCompute = DEVICE_ALONE) -> Plan:
-        return make_plan(spec, budgets["gpu_memory"], workload, budgets["cpu_memory"], beside=beside)
+        return make_plan(spec, budgets["gpu_memory"], workload, budgets["cpu_memory"], host_compute=beside)
 
     whole = plan(workload)
     layers = {block.key for block in spec.layers}
     streamed = frozenset(key for key in whole.in_host_memory if key in layers)
     return {
-        "20% on the CPU": plan(workload, HostCompute(divided=streamed, percent=20)),
-        "60% on the CPU": plan(workload, HostCompute(divided=streamed, percent=60)),
+        "20% on the CPU": plan(workload, HostCompute(shared=streamed, percent=20)),
+        "60% on the CPU": plan(workload, HostCompute(shared=streamed, percent=60)),
         "micro-batch 2": plan(replace(workload, micro_batch=2)),
         "chunks of 16": plan(replace(workload, prefill_chunk=16)),
     }
@@ -225,8 +225,8 @@ def choice(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str, Any
             workload = Workload(batch_size, prompt + new, prompt + new)
             device_bytes = int(weights * 0.4) + workload.kv_bytes(spec) + workload.activation_bytes(spec)
             budgets = {"gpu_memory": device_bytes, "cpu_memory": host_bytes}
-            forecast = Forecast(model, frozenset(), profile, "float32")
-            order = Order(workload, prompt, new, Budgets(device_bytes, host_bytes), "rounding")
+            forecast = Predictor(model, frozenset(), profile, "float32")
+            order = PlanGoal(workload, prompt, new, Budgets(device_bytes, host_bytes), "rounding")
             plans = {"chosen": forecast.best(spec, order)[0]} | fixed_plans(spec, workload, device_bytes, host_bytes)
             for kind, plan in plans.items():
                 found = run(folder, BESIDE, profile, budgets, (batch_size, prompt, new), plan=plan, exactness="rounding")
@@ -317,13 +317,13 @@ def disk(folder: str, rounds: int) -> list[dict[str, Any]]:
 def speed() -> dict[str, float]:
     """Of deciding: a plan for 126 layers on three tiers, and 5,000 simulated layer steps."""
     from offload.scheduler.cost import CostModel
-    from offload.scheduler.plan_search import Task, choose_plan
+    from offload.scheduler.plan_search import SearchProblem, choose_plan
     from tests.scheduler.machines import GIB, MIB, RTX_3060, stack, work
 
     model = stack(126, 400 * MIB)
     cost = CostModel(RTX_3060, "bfloat16")
     prefill, decode = work(model, "prefill", 512), work(model, "decode", 1)
-    task = Task(model, Workload(1, 1, 1), (prefill,), decode, 128, cost, 10 * GIB, 20 * GIB)
+    task = SearchProblem(model, Workload(1, 1, 1), (prefill,), decode, 128, cost, 10 * GIB, 20 * GIB)
     seconds: dict[str, list[float]] = {"plan": [], "simulate": []}
     for _ in range(5):
         begun = time.perf_counter()
@@ -362,7 +362,7 @@ def _sections(request: argparse.Namespace) -> Iterator[tuple[str, Callable[[], A
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                return section(lambda rates: rates.profile(paced_operation_seconds(rates), window_seconds(CpuDevice())))
+                return section(lambda rates: rates.profile(paced_operation_seconds(rates), module_seconds(CpuDevice())))
             finally:
                 torch.set_num_threads(threads)
 

@@ -80,7 +80,7 @@ class Rates:
             h2d=link,
             d2h=link,
             h2d_pageable=link,
-            window_seconds=window_seconds,
+            module_seconds=window_seconds,
         )
 
 
@@ -237,9 +237,11 @@ def paced_products(model: nn.Module, rates: Rates, plan: Plan) -> Iterator[None]
     pauses, handles = _Pauses(), []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            percent = 100 if within(name, plan.computed_on_host) else plan.host_percent if within(name, plan.divided) else 0
+            percent = (
+                100 if within(name, plan.computed_on_host) else plan.cpu_percent if within(name, plan.cpu_gpu_split) else 0
+            )
             host_rows = module.out_features * percent // 100
-            handles += _pace_one(pauses, module, rates, host_rows, hops=within(name, plan.divided))
+            handles += _pace_one(pauses, module, rates, host_rows, hops=within(name, plan.cpu_gpu_split))
         elif name in plan.computed_on_host:
             handles.append(module.register_forward_hook(partial(_hop, pauses, rates)))
     try:

@@ -101,7 +101,7 @@ def offload(
             "exactness='rounding' with it"
         )
     chosen = resolve_device(device)
-    if expert_misses == CPU and chosen.host_memory:
+    if expert_misses == CPU and chosen.shares_host_memory:
         raise ConfigError("expert_misses='cpu' computes experts beside a GPU, and the CPU is what computes here: leave it out")
     if batch_size < 1 or any(count is not None and count < 1 for count in (max_tokens, new_tokens)):
         raise ConfigError(f"batch_size={batch_size}, max_tokens={max_tokens} and new_tokens={new_tokens} must be at least 1")
@@ -137,7 +137,7 @@ def offload(
             hardware=HardwareProfile.load(hardware) if isinstance(hardware, (str, Path)) else hardware,
             plan=load_plan(plan) if isinstance(plan, (str, Path)) else plan,
             training=Training() if training is True else training or None,
-            managed=isinstance(training, Training),
+            uses_session_optimizer=isinstance(training, Training),
             experts=experts,
             kv=kv,
             progress=progress or (lambda what, done, total: None),

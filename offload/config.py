@@ -97,7 +97,7 @@ def resolve_budgets(device: Device, gpu_memory: str | int | None, cpu_memory: st
         BudgetTooSmall: if nothing is left for a default.
     """
     gpu_bytes, cpu_bytes = parse_bytes(gpu_memory, "gpu_memory"), parse_bytes(cpu_memory, "cpu_memory")
-    if device.host_memory:
+    if device.shares_host_memory:
         if gpu_bytes is not None:
             raise ConfigError("gpu_memory was given, and the device is the CPU, which has one budget: give cpu_memory only")
         return Budgets(cpu_bytes if cpu_bytes is not None else default_host_bytes(held_bytes), None)

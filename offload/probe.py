@@ -71,7 +71,7 @@ def profile_folder() -> Path:
 
 def suits(profile: HardwareProfile, device: Device) -> bool:
     """True if the profile describes a machine that computes where `device` does."""
-    return (profile.device is None) == device.host_memory
+    return (profile.device is None) == device.shares_host_memory
 
 
 def hardware_id(device: Device, disk_dir: str) -> str:
@@ -156,7 +156,7 @@ def measure(device: Device, disk_dir: str, progress: Progress, sample: str | Non
     host = _processor(CpuDevice(), psutil.virtual_memory().total, step)
     card = None
     links: dict[str, LinkRate | None] = {}
-    if not device.host_memory:
+    if not device.shares_host_memory:
         card = _processor(device, device.free_bytes(), step)
         links = _copies(device)
     progress("measuring", _STEPS, _STEPS)
@@ -168,7 +168,7 @@ def measure(device: Device, disk_dir: str, progress: Progress, sample: str | Non
         device=card,
         disk_read=read,
         disk_write=write,
-        window_seconds=window_seconds(device),
+        module_seconds=module_seconds(device),
         **links,
     )
 
@@ -268,7 +268,7 @@ def operation_seconds(device: Device, width: int = _SMALL_WIDTH, dtype: torch.dt
     config = LlamaConfig(vocab_size=32, hidden_size=width, intermediate_size=width, num_hidden_layers=4, num_attention_heads=2)
     model = LlamaForCausalLM(config).to(dtype).eval()
     _, decode = DryRun(model).passes(1, 2, 2)
-    operations = total([decode.between, *(window.work for window in decode.windows)]).operations
+    operations = total([decode.between, *(window.work for window in decode.modules)]).operations
     model = model.to(device.torch_device)
     token = torch.zeros(1, 1, dtype=torch.long, device=device.torch_device)
     with torch.inference_mode():
@@ -281,7 +281,7 @@ def operation_seconds(device: Device, width: int = _SMALL_WIDTH, dtype: torch.dt
         return _median_seconds(device, decode_once) / operations
 
 
-def window_seconds(device: Device) -> float:
+def module_seconds(device: Device) -> float:
     """What the runtime takes around a block that has arrived: its slots, its parameters, their way back."""
     executor = LayerExecutor(device, PassClock(Recorder()))
     blocks = [_arrived_block(f"layer.{index}") for index in range(_WINDOWS)]

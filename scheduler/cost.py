@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from offload.scheduler.hardware import HardwareProfile, Processor
 from offload.scheduler.model_spec import DivisibleWeight, PlacedBlock
-from offload.scheduler.work import WindowWork, Work
+from offload.scheduler.work import ModuleWork, Work
 from offload.storage.blocks import DTYPE_BYTES
 
 _LEAST_SHARE = 0.1
@@ -40,42 +40,42 @@ class CostModel:
         self._dtype = dtype
         self._known: dict[tuple[Work, bool], ComputeTime] = {}
 
-    def window(self, work: Work, on_host: bool = False) -> ComputeTime:
+    def module(self, work: Work, on_host: bool = False) -> ComputeTime:
         """The time of `work`: on the device, or on the CPU beside it."""
         known = self._known.get((work, on_host))
         if known is None:
             known = self._known[work, on_host] = self._span(work, self.hardware.host if on_host else self.hardware.computes_on)
         return known
 
-    def divided(self, window: WindowWork, block: PlacedBlock, host_percent: int, copying_seconds: float) -> ComputeTime:
+    def hybrid(self, module: ModuleWork, block: PlacedBlock, cpu_percent: int, copying_seconds: float) -> ComputeTime:
         """A layer that the device and the CPU compute together, each its rows of every product.
 
         What goes into a product is brought to the CPU first and its rows back afterwards. A device that computes behind
         the host's back does so meanwhile; another one before or after.
         """
-        share = sum(weight.host_rows(host_percent) * weight.row_bytes for weight in block.divisible) / block.streamed_bytes
-        ours, theirs = window.work.divided(share)
-        device, host = self.window(ours).compute_seconds, self.on_host(theirs, copying_seconds)
-        rows = max((rows for rows, _ in window.work.products), default=1)
-        hops = sum(self._hop_seconds(weight, rows, host_percent) for weight in block.divisible)
+        share = sum(weight.host_rows(cpu_percent) * weight.row_bytes for weight in block.divisible) / block.streamed_bytes
+        ours, theirs = module.work.shared_out(share)
+        device, host = self.module(ours).compute_seconds, self.on_host(theirs, copying_seconds)
+        rows = max((rows for rows, _ in module.work.products), default=1)
+        hops = sum(self._hop_seconds(weight, rows, cpu_percent) for weight in block.divisible)
         if self.hardware.computes_on.asynchronous:
             seconds = max(device, host + hops)
         else:
             seconds = device + host + hops
         return ComputeTime(seconds, seconds)
 
-    def _hop_seconds(self, weight: DivisibleWeight, rows: int, host_percent: int) -> float:
+    def _hop_seconds(self, weight: DivisibleWeight, rows: int, cpu_percent: int) -> float:
         assert self.hardware.d2h is not None
         assert self.hardware.h2d is not None
         there = self.hardware.d2h.seconds(rows * weight.row_bytes)
-        return there + self.hardware.h2d.seconds(rows * weight.host_rows(host_percent) * weight.element_bytes)
+        return there + self.hardware.h2d.seconds(rows * weight.host_rows(cpu_percent) * weight.element_bytes)
 
     def on_host(self, work: Work, copying_seconds: float) -> float:
         """The CPU's time for `work`, of which the link copies from its memory for `copying_seconds`.
 
         Both read the same memory: what the copies take of its bandwidth, the CPU lacks (HeteGen, arXiv 2403.01164).
         """
-        seconds = self.window(work, on_host=True).compute_seconds
+        seconds = self.module(work, on_host=True).compute_seconds
         if self.hardware.h2d is None or copying_seconds <= 0 or not seconds:
             return seconds
         weights = sum(flops / rows / 2 for rows, flops in work.products)
@@ -85,9 +85,9 @@ class CostModel:
         done = min(seconds, copying_seconds * pace)
         return done / pace + seconds - done
 
-    def gather_seconds(self, window: WindowWork) -> float:
+    def gather_seconds(self, module: ModuleWork) -> float:
         """Reading the looked-up rows from disk, one request a row."""
-        return self.hardware.disk_read.latency_seconds * -(-window.gathered_rows // GATHER_THREADS)
+        return self.hardware.disk_read.latency_seconds * -(-module.gathered_rows // GATHER_THREADS)
 
     def _span(self, work: Work, processor: Processor) -> ComputeTime:
         matrix = sum(processor.matrix_seconds(flops, rows, self._dtype) for rows, flops in work.products)

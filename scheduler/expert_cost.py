@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from offload.scheduler.hardware import HardwareProfile
-from offload.scheduler.model_spec import asked_for
+from offload.scheduler.model_spec import expected_distinct_experts
 
 _MOST_TOKENS = 4096
 _NEARLY_ALL = 0.95
@@ -39,7 +39,7 @@ def ahead_of_a_prompt(rows: int, count: int, chosen: int, room: int) -> int:
     Where nearly all of them will be asked for, as a long prompt does, none of these is in vain, and the link has no pause
     between layers: whole layers, double-buffered, as far as there is room. Else the router is waited for.
     """
-    if asked_for(rows, count, chosen) < _NEARLY_ALL * count:
+    if expected_distinct_experts(rows, count, chosen) < _NEARLY_ALL * count:
         return 0
     return min(_MOST_AHEAD, room // 2)
 

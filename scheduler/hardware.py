@@ -113,7 +113,7 @@ class HardwareProfile:
     h2d: LinkRate | None = None
     d2h: LinkRate | None = None
     h2d_pageable: LinkRate | None = None
-    window_seconds: float = 0.0
+    module_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.device is None) != (self.h2d is None) or (self.device is None) != (self.d2h is None):

@@ -67,7 +67,7 @@ class PagedKv:
     memory_bytes: int
     segments: bool = False
     stored_percent: int = 100
-    shelves: bool = False
+    state_offload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +263,7 @@ def coming(layers: Sequence[Sequence[Item]], layer: int, done: int) -> Iterator[
         yield from layers[(layer + step) % len(layers)]
 
 
-def reads_beside(hardware: HardwareProfile | None) -> bool:
+def cpu_reads_pages(hardware: HardwareProfile | None) -> bool:
     """Whether the CPU reads keys and values in its memory faster than the link brings them to the device.
 
     What goes to and fro for it, queries and results, is nothing beside them.

@@ -6,7 +6,7 @@ from enum import Enum
 from offload.scheduler.kv_pages import KvShape, PagedKv
 from offload.storage.blocks import TENSOR_ALIGNMENT_BYTES, BlockKey
 
-_SHELVED_AT_ONCE = 2
+_OFFLOADED_STATES_AT_ONCE = 2
 """Layers whose state is on the device, where it is put away: the one that computes, and the one before it."""
 
 
@@ -58,16 +58,16 @@ class PlacedBlock:
     streamed_bytes: int
     divisible: tuple[DivisibleWeight, ...] = ()
 
-    def device_part(self, host_percent: int) -> "PlacedBlock":
+    def device_part(self, cpu_percent: int) -> "PlacedBlock":
         """What crosses the link where the CPU computes with `host_percent` of the divisible weights' rows."""
-        host_bytes = sum(weight.host_rows(host_percent) * weight.row_bytes for weight in self.divisible)
+        host_bytes = sum(weight.host_rows(cpu_percent) * weight.row_bytes for weight in self.divisible)
         # Each weight that is left begins aligned again.
         slot_bytes = self.slot_bytes - host_bytes + TENSOR_ALIGNMENT_BYTES * len(self.divisible)
         return replace(self, slot_bytes=slot_bytes, streamed_bytes=self.streamed_bytes - host_bytes)
 
 
 @dataclass(frozen=True, slots=True)
-class Temporaries:
+class ActivationSizes:
     """What a pass holds beside weights and KV cache, by what it grows with.
 
     Attributes:
@@ -81,7 +81,7 @@ class Temporaries:
     between_bytes: int = 0
 
 
-def asked_for(rows: int, count: int, chosen: int) -> float:
+def expected_distinct_experts(rows: int, count: int, chosen: int) -> float:
     """How many of `count` experts so many tokens ask for, if each chooses `chosen` of them by chance."""
     return count * (1.0 - (1.0 - chosen / count) ** rows)
 
@@ -122,7 +122,7 @@ class ExpertsSpec:
 
     def needed(self, rows: int, layer: int) -> float:
         """Experts of a layer that a pass of so many tokens asks for, if all were equally likely."""
-        return asked_for(rows, self.counts[layer], self.chosen)
+        return expected_distinct_experts(rows, self.counts[layer], self.chosen)
 
     @property
     def token_slots(self) -> int:
@@ -158,14 +158,14 @@ class ModelSpec:
     """
 
     blocks: tuple[PlacedBlock, ...]
-    windows: tuple[tuple[BlockKey, ...], ...]
-    pinned_bytes: int = 0
+    co_resident_blocks: tuple[tuple[BlockKey, ...], ...]
+    always_resident_bytes: int = 0
     kv_bytes_per_token: int = 0
     state_bytes_per_sequence: int = 0
-    temporaries: Temporaries = Temporaries()
+    activations: ActivationSizes = ActivationSizes()
     logits_bytes_per_sequence: int = 0
     experts: ExpertsSpec | None = None
-    kv_windows: tuple[tuple[int, int], ...] = ()
+    kv_sliding_windows: tuple[tuple[int, int], ...] = ()
     kv: KvShape | None = None
 
     @property
@@ -174,7 +174,7 @@ class ModelSpec:
 
     @property
     def resident_bytes(self) -> int:
-        return self.pinned_bytes + sum(block.resident_bytes for block in self.blocks)
+        return self.always_resident_bytes + sum(block.resident_bytes for block in self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,17 +214,18 @@ class Workload:
     def kv_bytes(self, model: ModelSpec) -> int:
         """On the device."""
         # What a window keeps of a prompt is a part of a tensor that goes with the next pass.
-        windows = sum(
-            min(self.total_tokens, tokens + self.tokens_at_once) * token_bytes for tokens, token_bytes in model.kv_windows
+        sliding = sum(
+            min(self.total_tokens, tokens + self.tokens_at_once) * token_bytes
+            for tokens, token_bytes in model.kv_sliding_windows
         )
-        sequence_bytes = model.state_bytes_per_sequence + windows + self.total_tokens * model.kv_bytes_per_token
+        sequence_bytes = model.state_bytes_per_sequence + sliding + self.total_tokens * model.kv_bytes_per_token
         whole = self.batch_size * sequence_bytes
         if self.paged is not None and model.kv is not None:
             whole += self.paged.memory_bytes - self.batch_size * self.total_tokens * model.kv.all_token_bytes
-            if self.paged.shelves:
+            if self.paged.state_offload:
                 others = len(model.layers) - model.kv.layers
-                away = max(0, others - _SHELVED_AT_ONCE) / max(1, others)
-                whole -= int(self.batch_size * (windows + model.state_bytes_per_sequence) * away)
+                away = max(0, others - _OFFLOADED_STATES_AT_ONCE) / max(1, others)
+                whole -= int(self.batch_size * (sliding + model.state_bytes_per_sequence) * away)
         return max(self.least_kv_bytes, whole)
 
     def kv_host_bytes(self, model: ModelSpec, host_bytes: int) -> int:
@@ -239,7 +240,7 @@ class Workload:
         return max(0, min(stored, host_bytes // 2))
 
     def activation_bytes(self, model: ModelSpec) -> int:
-        between = self.batch_size * self.tokens_at_once * model.temporaries.between_bytes
+        between = self.batch_size * self.tokens_at_once * model.activations.between_bytes
         at_once = min(self.batch_size, self.micro_batch or self.batch_size)
         inside = at_once * self._sequence_bytes(model, self.tokens_at_once)
         # The parts' keys and values are put together, a layer at a time.
@@ -256,7 +257,7 @@ class Workload:
 
     def _sequence_bytes(self, model: ModelSpec, tokens: int) -> int:
         """What one sequence holds inside of a layer in a pass of `tokens`."""
-        each = model.temporaries
+        each = model.activations
         context = max(self.pass_tokens, self.total_tokens, self.context_tokens)
         if self.paged is not None and self.paged.segments:
             # A piece at a time; only the first pass of a prompt is computed by the stock kernel.

@@ -17,7 +17,7 @@ from offload.scheduler.model_spec import ModelSpec, PlacedBlock, Workload
 from offload.scheduler.plan import DEVICE_ALONE, HostCompute, Plan
 from offload.scheduler.planner import make_plan, spread
 from offload.scheduler.prediction import Prediction, predict
-from offload.scheduler.work import PassWork, WindowWork, Work
+from offload.scheduler.work import ModuleWork, PassWork, Work
 from offload.storage.errors import BudgetTooSmall
 
 _NEIGHBOURS = (-2, -1, 1, 2)
@@ -32,7 +32,7 @@ _PERCENTS = range(10, 100, 10)
 _GAP = 0.01
 
 
-class Home(Enum):
+class LayerPlacement(Enum):
     """Where a layer lives and what computes it."""
 
     DEVICE = "device"
@@ -42,7 +42,7 @@ class Home(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class SearchProblem:
     """What is asked, and of which machine.
 
     Attributes:
@@ -63,17 +63,17 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Candidate:
     """A plan, and what it will give."""
 
     plan: Plan
     prediction: Prediction
 
-    def seconds(self, task: Task) -> float:
+    def seconds(self, task: SearchProblem) -> float:
         return self.prediction.total_seconds(task.new_tokens)
 
 
-def choose_plan(tasks: Sequence[Task], allow_cpu: bool) -> Choice:
+def choose_plan(tasks: Sequence[SearchProblem], allow_cpu: bool) -> Candidate:
     """The plan with the least time for a prompt and its answer.
 
     Args:
@@ -98,39 +98,39 @@ def choose_plan(tasks: Sequence[Task], allow_cpu: bool) -> Choice:
     return found[best]
 
 
-def _improved(task: Task, rule: Choice, allow_cpu: bool) -> Choice:
+def _improved(task: SearchProblem, rule: Candidate, allow_cpu: bool) -> Candidate:
     """The fastest of the rule's plan and those that compute on the CPU, or prefetch deeper."""
     if task.host_bytes is None or not rule.plan.streamed:
         return rule
     choices = [rule]
     # A layer that the CPU computes would want its keys and values there.
     layers = _layers_apart(task.model) if allow_cpu and task.workload.paged is None else []
-    for beside in (*_candidates(task, layers), *_divided(rule.plan, layers)) if layers else ():
+    for host_compute in (*_candidates(task, layers), *_divided(rule.plan, layers)) if layers else ():
         try:
-            choices.append(evaluate(task, beside))
+            choices.append(evaluate(task, host_compute))
         except BudgetTooSmall:
             continue
     best = min(choices, key=lambda choice: choice.seconds(task))
     return min([best, *_with_more_slots(task, best.plan)], key=lambda choice: choice.seconds(task))
 
 
-def evaluate(task: Task, beside: HostCompute = DEVICE_ALONE) -> Choice:
+def evaluate(task: SearchProblem, host_compute: HostCompute = DEVICE_ALONE) -> Candidate:
     """The plan that computes this on the CPU, and what it will give.
 
     Raises:
         BudgetTooSmall: if it does not fit.
     """
-    held = sum(block.slot_bytes for block in task.model.blocks if block.key in beside.whole | beside.divided)
+    held = sum(block.slot_bytes for block in task.model.blocks if block.key in host_compute.whole | host_compute.shared)
     if held > (task.host_bytes or 0):
         raise BudgetTooSmall("the layers that the CPU computes take more than the budget of CPU memory", held)
-    return _predicted(task, make_plan(task.model, task.device_bytes, task.workload, task.host_bytes, beside=beside))
+    return _predicted(task, make_plan(task.model, task.device_bytes, task.workload, task.host_bytes, host_compute=host_compute))
 
 
-def _predicted(task: Task, plan: Plan) -> Choice:
-    return Choice(plan, predict(plan, task.model, task.cost, task.prefill, task.decode))
+def _predicted(task: SearchProblem, plan: Plan) -> Candidate:
+    return Candidate(plan, predict(plan, task.model, task.cost, task.prefill, task.decode))
 
 
-def _with_more_slots(task: Task, plan: Plan) -> Iterator[Choice]:
+def _with_more_slots(task: SearchProblem, plan: Plan) -> Iterator[Candidate]:
     """Some layers given up for a deeper prefetch, which helps where a pass computes for long and then waits for long."""
     layers = [block for block in task.model.layers if block.key in plan.resident]
     for given_up in {0, 1, 2, len(layers) // 2, len(layers)}:
@@ -150,14 +150,14 @@ def _divided(rule: Plan, layers: Sequence[PlacedBlock]) -> Iterator[HostCompute]
     names = {block.key for block in layers if block.divisible}
     streamed = frozenset(key for key in rule.in_host_memory if key in names)
     for percent in _PERCENTS if streamed else ():
-        yield HostCompute(divided=streamed, percent=percent)
+        yield HostCompute(shared=streamed, percent=percent)
 
 
-def _candidates(task: Task, layers: Sequence[PlacedBlock]) -> Iterator[HostCompute]:
+def _candidates(task: SearchProblem, layers: Sequence[PlacedBlock]) -> Iterator[HostCompute]:
     """Some layers on the CPU as a whole."""
     counts = solve(task, layers)
-    groups = _alike(layers, task.decode)
-    best = sum(counts[index][Home.CPU] for index in range(len(groups)))
+    groups = group_identical(layers, task.decode)
+    best = sum(counts[index][LayerPlacement.CPU] for index in range(len(groups)))
     tried: set[int] = {0}
     parts = (len(layers) * part // _PARTS for part in range(1, _PARTS + 1))
     for wanted in (best, *(best + step for step in _NEIGHBOURS), *parts):
@@ -166,25 +166,27 @@ def _candidates(task: Task, layers: Sequence[PlacedBlock]) -> Iterator[HostCompu
             yield HostCompute(whole=frozenset(block.key for block in _share_out(groups, counts, wanted)))
 
 
-def _share_out(groups: Sequence[Sequence[PlacedBlock]], counts: Sequence[Mapping[Home, int]], wanted: int) -> list[PlacedBlock]:
+def _share_out(
+    groups: Sequence[Sequence[PlacedBlock]], counts: Sequence[Mapping[LayerPlacement, int]], wanted: int
+) -> list[PlacedBlock]:
     """`wanted` layers, as many of each kind as the program said as far as that goes, spread evenly among their like."""
     chosen: list[PlacedBlock] = []
     rest: list[PlacedBlock] = []
     for group, count in zip(groups, counts, strict=True):
         order = spread(group)
-        chosen += order[: count[Home.CPU]]
-        rest += order[count[Home.CPU] :]
+        chosen += order[: count[LayerPlacement.CPU]]
+        rest += order[count[LayerPlacement.CPU] :]
     return (chosen + rest)[:wanted]
 
 
-def solve(task: Task, layers: Sequence[PlacedBlock]) -> list[dict[Home, int]]:
+def solve(task: SearchProblem, layers: Sequence[PlacedBlock]) -> list[dict[LayerPlacement, int]]:
     """How many layers of each kind live where, by an integer program; kinds in the order of `_alike`.
 
     Minimises prefill + new tokens x decode, where a pass takes as long as the busiest of its resources (FlexGen, arXiv
     2303.06865, equation 1): the chain of compute, the link, the disk, and the CPU's memory, through which both go.
     """
-    groups = _alike(layers, task.decode)
-    homes = list(Home)
+    groups = group_identical(layers, task.decode)
+    homes = list(LayerPlacement)
     size = len(groups) * len(homes)
     prefill_at, decode_at = size, size + 1
     objective = numpy.zeros(size + 2)
@@ -213,26 +215,31 @@ def solve(task: Task, layers: Sequence[PlacedBlock]) -> list[dict[Home, int]]:
 
 
 def _times(
-    task: Task, groups: Sequence[Sequence[PlacedBlock]], homes: Sequence[Home], work: PassWork, at: int, size: int
+    task: SearchProblem,
+    groups: Sequence[Sequence[PlacedBlock]],
+    homes: Sequence[LayerPlacement],
+    work: PassWork,
+    at: int,
+    size: int,
 ) -> Iterator[numpy.ndarray]:
     """For each resource: its seconds, less the seconds of the pass."""
     hardware = task.cost.hardware
     assert hardware.h2d is not None
     assert hardware.d2h is not None
-    windows = {window.key: window for window in work.windows}
+    modules = {module.key: module for module in work.modules}
     compute, link, disk, memory = (numpy.zeros(size + 2) for _ in range(4))
     for index, group in enumerate(groups):
-        window = windows.get(group[0].key, WindowWork(group[0].key, (), Work()))
-        hops = hardware.h2d.seconds(window.result_bytes) + hardware.d2h.seconds(window.result_bytes)
+        module = modules.get(group[0].key, ModuleWork(group[0].key, (), Work()))
+        hops = hardware.h2d.seconds(module.result_bytes) + hardware.d2h.seconds(module.result_bytes)
         nbytes = group[0].streamed_bytes
         for place, home in enumerate(homes):
             column = index * len(homes) + place
-            on_cpu = home is Home.CPU
-            compute[column] = task.cost.window(window.work, on_cpu).compute_seconds + (hops if on_cpu else 0.0)
-            crosses = home in (Home.HOST, Home.DISK)
+            on_cpu = home is LayerPlacement.CPU
+            compute[column] = task.cost.module(module.work, on_cpu).compute_seconds + (hops if on_cpu else 0.0)
+            crosses = home in (LayerPlacement.HOST, LayerPlacement.DISK)
             link[column] = nbytes / hardware.h2d.bytes_per_second if crosses else 0.0
-            disk[column] = nbytes / hardware.disk_read.bytes_per_second if home is Home.DISK else 0.0
-            passes = {Home.DEVICE: 0, Home.HOST: 1, Home.CPU: 1, Home.DISK: 2}[home]
+            disk[column] = nbytes / hardware.disk_read.bytes_per_second if home is LayerPlacement.DISK else 0.0
+            passes = {LayerPlacement.DEVICE: 0, LayerPlacement.HOST: 1, LayerPlacement.CPU: 1, LayerPlacement.DISK: 2}[home]
             memory[column] = passes * nbytes / hardware.host.memory_bytes_per_second
     for row in (compute, link, disk, memory):
         row[at] = -1.0
@@ -240,32 +247,34 @@ def _times(
 
 
 def _memory(
-    task: Task, groups: Sequence[Sequence[PlacedBlock]], homes: Sequence[Home], size: int
+    task: SearchProblem, groups: Sequence[Sequence[PlacedBlock]], homes: Sequence[LayerPlacement], size: int
 ) -> Iterator[tuple[numpy.ndarray, float, float]]:
     layers = [block for group in groups for block in group]
     slot_bytes = max(block.slot_bytes for block in layers)
     names = {block.key for block in layers}
     fixed = sum(block.resident_bytes for block in task.model.blocks if block.key not in names)
-    reserved = task.model.pinned_bytes + task.workload.kv_bytes(task.model) + task.workload.activation_bytes(task.model)
+    reserved = (
+        task.model.always_resident_bytes + task.workload.kv_bytes(task.model) + task.workload.activation_bytes(task.model)
+    )
     device, host = numpy.zeros(size + 2), numpy.zeros(size + 2)
     for index, group in enumerate(groups):
         for place, home in enumerate(homes):
             column = index * len(homes) + place
-            device[column] = group[0].resident_bytes if home is Home.DEVICE else 0
-            host[column] = group[0].slot_bytes if home in (Home.HOST, Home.CPU) else 0
+            device[column] = group[0].resident_bytes if home is LayerPlacement.DEVICE else 0
+            host[column] = group[0].slot_bytes if home in (LayerPlacement.HOST, LayerPlacement.CPU) else 0
     yield device, -numpy.inf, max(0, task.device_bytes - reserved - fixed - 2 * slot_bytes)
     yield host, -numpy.inf, max(0, (task.host_bytes or 0) - 2 * slot_bytes)
 
 
 def _layers_apart(model: ModelSpec) -> list[PlacedBlock]:
     """The layers that share no window with another block."""
-    shared = {key for window in model.windows if len(window) > 1 for key in window}
+    shared = {key for module in model.co_resident_blocks if len(module) > 1 for key in module}
     return [block for block in model.layers if block.key not in shared]
 
 
-def _alike(layers: Iterable[PlacedBlock], work: PassWork) -> list[list[PlacedBlock]]:
+def group_identical(layers: Iterable[PlacedBlock], work: PassWork) -> list[list[PlacedBlock]]:
     """The layers in groups of equal size and equal work."""
-    works = {window.key: window.work for window in work.windows}
+    works = {module.key: module.work for module in work.modules}
     groups: dict[object, list[PlacedBlock]] = {}
     for block in layers:
         groups.setdefault((block.slot_bytes, block.streamed_bytes, works.get(block.key)), []).append(block)

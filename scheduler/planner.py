@@ -35,7 +35,7 @@ def make_plan(
     workload: Workload,
     host_bytes: int | None = None,
     candidates: frozenset[BlockKey] | None = None,
-    beside: HostCompute = DEVICE_ALONE,
+    host_compute: HostCompute = DEVICE_ALONE,
 ) -> Plan:
     """Place every block: what fits is resident, spread evenly among the layers; the rest is streamed.
 
@@ -52,9 +52,9 @@ def make_plan(
     """
     if host_bytes is not None and workload.paged is not None:
         pages = workload.kv_host_bytes(model, host_bytes)
-        plan = _make_plan(model, budget_bytes, workload, host_bytes - pages, candidates, beside)
+        plan = _make_plan(model, budget_bytes, workload, host_bytes - pages, candidates, host_compute)
         return replace(plan, kv_host_bytes=pages)
-    return _make_plan(model, budget_bytes, workload, host_bytes, candidates, beside)
+    return _make_plan(model, budget_bytes, workload, host_bytes, candidates, host_compute)
 
 
 def _make_plan(
@@ -63,16 +63,16 @@ def _make_plan(
     workload: Workload,
     host_bytes: int | None,
     candidates: frozenset[BlockKey] | None,
-    beside: HostCompute,
+    host_compute: HostCompute,
 ) -> Plan:
     """Beside the KV cache's part of CPU memory."""
     experts = model.experts
     if experts is None:
-        return _beside(model, budget_bytes, workload, host_bytes, candidates, beside)
+        return _with_host_compute(model, budget_bytes, workload, host_bytes, candidates, host_compute)
     staging_bytes = _EXPERT_STAGING * experts.slot_bytes
     host = None if host_bytes is None else host_bytes - staging_bytes
     try:
-        plan = _beside(model, budget_bytes - experts.least_bytes, workload, host, candidates, beside)
+        plan = _with_host_compute(model, budget_bytes - experts.least_bytes, workload, host, candidates, host_compute)
     except BudgetTooSmall as error:
         largest = max(block.slot_bytes for block in model.blocks)
         if host_bytes is not None and host_bytes < staging_bytes + 2 * largest:
@@ -110,27 +110,29 @@ def _with_experts(error: BudgetTooSmall, budget_bytes: int, experts: ExpertsSpec
     )
 
 
-def _beside(
+def _with_host_compute(
     model: ModelSpec,
     budget_bytes: int,
     workload: Workload,
     host_bytes: int | None,
     candidates: frozenset[BlockKey] | None,
-    beside: HostCompute,
+    host_compute: HostCompute,
 ) -> Plan:
     """All but single experts."""
-    if not beside:
+    if not host_compute:
         return _place(model, budget_bytes, workload, host_bytes, candidates, frozenset())
-    taken = sum(block.slot_bytes for block in model.blocks if block.key in beside.whole | beside.divided)
-    parts = tuple(block.device_part(beside.percent) if block.key in beside.divided else block for block in model.blocks)
-    reduced = without(replace(model, blocks=parts), beside.whole)
+    taken = sum(block.slot_bytes for block in model.blocks if block.key in host_compute.whole | host_compute.shared)
+    parts = tuple(
+        block.device_part(host_compute.percent) if block.key in host_compute.shared else block for block in model.blocks
+    )
+    reduced = without(replace(model, blocks=parts), host_compute.whole)
     left = max(0, (host_bytes or 0) - taken)
-    plan = _place(reduced, budget_bytes, workload, left, candidates, beside.divided)
+    plan = _place(reduced, budget_bytes, workload, left, candidates, host_compute.shared)
     return replace(
         plan,
-        computed_on_host=tuple(block.key for block in model.blocks if block.key in beside.whole),
-        divided=tuple(block.key for block in model.blocks if block.key in beside.divided),
-        host_percent=beside.percent if beside.divided else 0,
+        computed_on_host=tuple(block.key for block in model.blocks if block.key in host_compute.whole),
+        cpu_gpu_split=tuple(block.key for block in model.blocks if block.key in host_compute.shared),
+        cpu_percent=host_compute.percent if host_compute.shared else 0,
     )
 
 
@@ -140,21 +142,21 @@ def _place(
     workload: Workload,
     host_bytes: int | None,
     candidates: frozenset[BlockKey] | None,
-    divided: frozenset[BlockKey],
+    cpu_gpu_split: frozenset[BlockKey],
 ) -> Plan:
     """Args: divided: blocks that are in CPU memory already and stay there."""
-    room = budget_bytes - model.pinned_bytes - workload.kv_bytes(model) - workload.activation_bytes(model)
+    room = budget_bytes - model.always_resident_bytes - workload.kv_bytes(model) - workload.activation_bytes(model)
     everything = {block.key for block in model.blocks}
-    candidates = (frozenset(everything) if candidates is None else candidates) - divided
+    candidates = (frozenset(everything) if candidates is None else candidates) - cpu_gpu_split
     if candidates >= everything and sum(block.resident_bytes for block in model.blocks) <= room:
-        return _assemble(model, workload, everything, 0, 0, host_bytes, divided)
+        return _assemble(model, workload, everything, 0, 0, host_bytes, cpu_gpu_split)
     small = _small_blocks(model) & candidates
     room -= sum(block.resident_bytes for block in model.blocks if block.key in small)
     slot_bytes, least_slots = _least_slots(model, small)
     if slot_bytes * least_slots > room:
         raise _too_small(model, budget_bytes, workload)
     resident, slot_bytes, slot_count = _best_residents(model, small, candidates, room)
-    return _assemble(model, workload, resident | small, slot_bytes, slot_count, host_bytes, divided)
+    return _assemble(model, workload, resident | small, slot_bytes, slot_count, host_bytes, cpu_gpu_split)
 
 
 def without(model: ModelSpec, keys: frozenset[BlockKey]) -> ModelSpec:
@@ -162,7 +164,7 @@ def without(model: ModelSpec, keys: frozenset[BlockKey]) -> ModelSpec:
     return replace(
         model,
         blocks=tuple(block for block in model.blocks if block.key not in keys),
-        windows=tuple(tuple(key for key in window if key not in keys) for window in model.windows),
+        co_resident_blocks=tuple(tuple(key for key in group if key not in keys) for group in model.co_resident_blocks),
     )
 
 
@@ -171,7 +173,7 @@ def least_budget_bytes(model: ModelSpec, workload: Workload) -> int:
     small = _small_blocks(model)
     slot_bytes, least_slots = _least_slots(model, small)
     held = sum(block.resident_bytes for block in model.blocks if block.key in small)
-    reserved = model.pinned_bytes + workload.kv_bytes(model) + workload.activation_bytes(model)
+    reserved = model.always_resident_bytes + workload.kv_bytes(model) + workload.activation_bytes(model)
     everything = sum(block.resident_bytes for block in model.blocks)
     experts = 0 if model.experts is None else model.experts.least_bytes
     return reserved + experts + min(held + slot_bytes * least_slots, everything)
@@ -247,8 +249,8 @@ def _least_slots(model: ModelSpec, resident: set[BlockKey]) -> tuple[int, int]:
     layers = [block.slot_bytes for block in streamed if block.role is BlockRole.LAYER]
     slot_bytes = align_up(max(layers or [block.slot_bytes for block in streamed]), 4096)
     least = 1
-    for window in model.windows:
-        least = max(least, sum(-(-sizes[key] // slot_bytes) for key in window if key in sizes))
+    for module in model.co_resident_blocks:
+        least = max(least, sum(-(-sizes[key] // slot_bytes) for key in module if key in sizes))
     return slot_bytes, least
 
 
@@ -285,26 +287,26 @@ def _assemble(
     slot_bytes: int,
     slot_count: int,
     host_bytes: int | None,
-    divided: frozenset[BlockKey],
+    cpu_gpu_split: frozenset[BlockKey],
 ) -> Plan:
     outside = [block for block in model.blocks if block.key not in resident]
     streamed = [block for block in outside if block.role is not BlockRole.TABLE]
-    in_host, staging_count = set(divided), 0
+    in_host, staging_count = set(cpu_gpu_split), 0
     if host_bytes is not None:
-        rest = [block for block in streamed if block.key not in divided]
+        rest = [block for block in streamed if block.key not in cpu_gpu_split]
         chosen, staging_count = _host_blocks(model, rest, host_bytes)
         in_host |= chosen
     return Plan(
         resident=tuple(block.key for block in model.blocks if block.key in resident),
         streamed=tuple(block.key for block in streamed),
         in_host_memory=tuple(block.key for block in streamed if block.key in in_host),
-        gathered=tuple(block.key for block in outside if block.role is BlockRole.TABLE),
+        row_fetched=tuple(block.key for block in outside if block.role is BlockRole.TABLE),
         slot_bytes=slot_bytes,
         slot_count=slot_count,
         staging_count=staging_count,
         kv_bytes=workload.kv_bytes(model),
         activation_bytes=workload.activation_bytes(model),
-        pinned_bytes=model.pinned_bytes,
+        always_resident_bytes=model.always_resident_bytes,
         resident_bytes=sum(block.resident_bytes for block in model.blocks if block.key in resident),
         streamed_bytes=sum(block.streamed_bytes for block in streamed),
         micro_batch=workload.micro_batch,
@@ -312,8 +314,8 @@ def _assemble(
         prefill_chunk=workload.prefill_chunk,
         kv_memory_bytes=0 if workload.paged is None else workload.paged.memory_bytes,
         kv_resident_bytes=_kv_resident_bytes(model, workload),
-        kv_shelves=int(workload.paged is not None and workload.paged.shelves),
-        kv_segments=int(workload.paged is not None and workload.paged.segments),
+        kv_state_offload=workload.paged is not None and workload.paged.state_offload,
+        kv_segments=workload.paged is not None and workload.paged.segments,
         kv_stored_percent=100 if workload.paged is None else workload.paged.stored_percent,
     )
 
@@ -334,7 +336,7 @@ def _too_small(model: ModelSpec, budget_bytes: int, workload: Workload) -> Budge
     least = least_budget_bytes(replace(model, experts=None), workload)
     small = _small_blocks(model)
     slot_bytes, slots = _least_slots(model, small)
-    held = model.pinned_bytes + sum(block.resident_bytes for block in model.blocks if block.key in small)
+    held = model.always_resident_bytes + sum(block.resident_bytes for block in model.blocks if block.key in small)
     return BudgetTooSmall(
         f"the memory budget is {gib(budget_bytes)}, and this model needs at least {gib(least)} ({least} bytes): "
         f"{gib(slot_bytes * slots)} for the largest part that must be there at once, {gib(workload.kv_bytes(model))} for the "

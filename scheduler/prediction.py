@@ -41,6 +41,14 @@ class Prediction:
         return self.prefill_seconds + max(0, new_tokens - 1) * self.seconds_per_token
 
 
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """A change, and how many times as fast a prompt with its answer would be."""
+
+    change: str
+    speedup: float
+
+
 def predict(
     plan: Plan,
     model: ModelSpec,

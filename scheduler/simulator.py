@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from offload.scheduler.cost import ComputeTime, CostModel
 from offload.scheduler.hardware import HardwareProfile
-from offload.scheduler.kv_pages import CPU_ATTENTION_SHARE, reads_beside
+from offload.scheduler.kv_pages import CPU_ATTENTION_SHARE, cpu_reads_pages
 from offload.scheduler.model_spec import ModelSpec
 from offload.scheduler.plan import Plan
 from offload.scheduler.slot_schedule import Evict, Instruction, Lease, Load, SlotSchedule
 from offload.scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
-from offload.scheduler.work import PassWork, WindowWork, Work
+from offload.scheduler.work import ModuleWork, PassWork, Work
 from offload.storage.blocks import BlockKey
 
 DISK, H2D = "disk", "h2d"
@@ -48,9 +48,9 @@ class Simulation:
         self._streamed = frozenset(plan.streamed)
         self._in_host = frozenset(plan.in_host_memory)
         self._on_host = frozenset(plan.computed_on_host)
-        self._divided = frozenset(plan.divided)
-        self._host_percent = plan.host_percent
-        self._gathered = frozenset(plan.gathered)
+        self._cpu_gpu_split = frozenset(plan.cpu_gpu_split)
+        self._cpu_percent = plan.cpu_percent
+        self._row_fetched = frozenset(plan.row_fetched)
         self._times: dict[int, tuple[Work, ComputeTime]] = {}
         self._device_free = 0.0
         self._link_free = {DISK: 0.0, H2D: 0.0}
@@ -73,12 +73,12 @@ class Simulation:
     def run(self, work: PassWork) -> float:
         """One call of the model; returns its seconds."""
         begun = self.now
-        work = work.in_parts(self._plan.parts(work.batch_size, work.tokens), self._layers)
+        work = work.in_micro_batches(self._plan.parts(work.batch_size, work.tokens), self._layers)
         self._compute_between(work)
         self._misses.begin_pass(work)
         self._pages.begin_pass(work)
-        for window in work.windows:
-            self._window(window, work.phase)
+        for module in work.modules:
+            self._module(module, work.phase)
         if self._asynchronous:
             self.now = max(self.now, self._device_free)
         self.trace.spans.append(Span(PASS, work.phase, begun, self.now))
@@ -86,29 +86,29 @@ class Simulation:
 
     def _compute_between(self, work: PassWork) -> None:
         """The model's code outside of the windows: masks, positions. Most of it comes before the first one."""
-        span = self._cost.window(work.between)
+        span = self._cost.module(work.between)
         begin = max(self._device_free, self.now)
         self.now += span.submit_seconds
         if self._asynchronous:
             self._device_free = begin + span.compute_seconds
 
-    def _window(self, window: WindowWork, phase: str) -> None:
-        if window.key in self._gathered:
-            self._gather(window)
+    def _module(self, module: ModuleWork, phase: str) -> None:
+        if module.key in self._row_fetched:
+            self._gather(module)
             return
-        if self._on_host and not self._on_host.isdisjoint(window.uses):
-            self._compute_on_host(window)
+        if self._on_host and not self._on_host.isdisjoint(module.uses):
+            self._compute_on_host(module)
             return
-        keys = [key for key in window.uses if key in self._streamed]
+        keys = [key for key in module.uses if key in self._streamed]
         if not keys:
-            self._compute_window(window, ())
+            self._compute_module(module, ())
             return
         schedule = self._schedule
         self._carry_out(schedule.open(keys, phase))
         self._carry_out(schedule.look_ahead(phase))
-        self._own_work(window.key)
+        self._own_work(module.key)
         arrivals = [self._enter(schedule.lease(key)) for key in keys]
-        ended = self._compute_window(window, arrivals)
+        ended = self._compute_module(module, arrivals)
         for lease in schedule.close(keys):
             for slot in lease.slots:
                 self._slot_free[slot] = ended
@@ -116,7 +116,7 @@ class Simulation:
 
     def _own_work(self, key: BlockKey) -> None:
         """The runtime's, on the thread that runs the model."""
-        seconds = self._cost.hardware.window_seconds
+        seconds = self._cost.hardware.module_seconds
         if seconds:
             begin, self.now = self.now, self.now + seconds
             self.trace.spans.append(Span(OWN, key, begin, self.now))
@@ -169,15 +169,15 @@ class Simulation:
             self.trace.spans.append(Span(WAIT, link, self.now, until))
             self.now = until
 
-    def _compute_window(self, window: WindowWork, arrivals: Sequence[_Arrival]) -> float:
+    def _compute_module(self, module: ModuleWork, arrivals: Sequence[_Arrival]) -> float:
         """Returns when the compute ends."""
-        self._bring_pages(window.key)
-        divided = window.key in self._divided
-        span = self._divided_time(window) if divided else self._time(window.work)
+        self._onload_pages(module.key)
+        cpu_gpu_split = module.key in self._cpu_gpu_split
+        span = self._hybrid_time(module) if cpu_gpu_split else self._time(module.work)
         if not self._asynchronous:
             begin, self.now = self.now, self.now + span.compute_seconds
-            self.trace.spans.append(Span(COMPUTE, window.key, begin, self.now))
-            self._bring_experts(window.key, span.compute_seconds)
+            self.trace.spans.append(Span(COMPUTE, module.key, begin, self.now))
+            self._load_experts(module.key, span.compute_seconds)
             return self.now
         idle = self._device_free
         if arrivals:
@@ -186,16 +186,16 @@ class Simulation:
         begin = max(idle, self.now)
         self._device_free = begin + span.compute_seconds
         # What the CPU has a part in ends for both at once.
-        self.now = self._device_free if divided else self.now + span.submit_seconds
-        self.trace.spans.append(Span(COMPUTE, window.key, begin, self._device_free))
-        if self._misses.bytes_of(window.key):
+        self.now = self._device_free if cpu_gpu_split else self.now + span.submit_seconds
+        self.trace.spans.append(Span(COMPUTE, module.key, begin, self._device_free))
+        if self._misses.bytes_of(module.key):
             # The router's choice is waited for, and then what it chose.
             self.now = self._device_free
-            self._bring_experts(window.key, span.compute_seconds)
+            self._load_experts(module.key, span.compute_seconds)
             self._device_free = self.now
         return self._device_free
 
-    def _bring_pages(self, key: BlockKey) -> None:
+    def _onload_pages(self, key: BlockKey) -> None:
         """Pages of a layer's keys and values were brought since the layer before began; those of the next one begin now."""
         if not self._pages.brings(key):
             return
@@ -217,7 +217,7 @@ class Simulation:
         last = max(arrived, key=lambda link: arrived[link])
         return last, arrived[last] + self._pages.beside_seconds
 
-    def _bring_experts(self, key: BlockKey, compute_seconds: float) -> None:
+    def _load_experts(self, key: BlockKey, compute_seconds: float) -> None:
         """Experts that were missing came while the layer computed with the others: from about its middle on."""
         nbytes = self._misses.bytes_of(key)
         if not nbytes:
@@ -239,11 +239,11 @@ class Simulation:
         """As the cost model says; each work is looked up once, by identity, since comparing them takes longer."""
         known = self._times.get(id(work))
         if known is None:
-            known = self._times[id(work)] = (work, self._cost.window(work))
+            known = self._times[id(work)] = (work, self._cost.module(work))
         return known[1]
 
-    def _divided_time(self, window: WindowWork) -> ComputeTime:
-        return self._cost.divided(window, self._blocks[window.key], self._host_percent, self._copying_seconds())
+    def _hybrid_time(self, module: ModuleWork) -> ComputeTime:
+        return self._cost.hybrid(module, self._blocks[module.key], self._cpu_percent, self._copying_seconds())
 
     def _copying_seconds(self) -> float:
         """For which the link is busy from now on, as far as is known."""
@@ -256,22 +256,22 @@ class Simulation:
         self.trace.spans.append(Span(WAIT, link, since, until))
         return until
 
-    def _compute_on_host(self, window: WindowWork) -> None:
+    def _compute_on_host(self, module: ModuleWork) -> None:
         hardware = self._cost.hardware
         assert hardware.d2h is not None
         assert hardware.h2d is not None
-        self.now = max(self.now, self._device_free) + hardware.d2h.seconds(window.result_bytes)
+        self.now = max(self.now, self._device_free) + hardware.d2h.seconds(module.result_bytes)
         begin = self.now
-        self.now += self._cost.on_host(window.work, self._copying_seconds())
-        self.trace.spans.append(Span(HOST_COMPUTE, window.key, begin, self.now))
-        self.now += hardware.h2d.seconds(window.result_bytes)
+        self.now += self._cost.on_host(module.work, self._copying_seconds())
+        self.trace.spans.append(Span(HOST_COMPUTE, module.key, begin, self.now))
+        self.now += hardware.h2d.seconds(module.result_bytes)
         self._device_free = max(self._device_free, self.now)
 
-    def _gather(self, window: WindowWork) -> None:
+    def _gather(self, module: ModuleWork) -> None:
         begin = self.now
-        self.now += self._cost.gather_seconds(window)
+        self.now += self._cost.gather_seconds(module)
         self.trace.spans.append(Span(WAIT, DISK, begin, self.now))
-        self._compute_window(window, ())
+        self._compute_module(module, ())
 
 
 class KvReads:
@@ -283,7 +283,7 @@ class KvReads:
         self._keys = [block.key for block in model.layers]
         self._places = {key: place for place, key in enumerate(self._keys)}
         self._host = hardware.host.memory_bytes_per_second
-        self._beside = bool(plan.kv_segments) and reads_beside(hardware)
+        self._beside = plan.kv_segments and cpu_reads_pages(hardware)
         self._layer_bytes = 0.0
         self._on_host = 0.0
         self.beside_seconds = 0.0
@@ -331,8 +331,8 @@ class ExpertMisses:
         keys = [block.key for block in model.blocks]
         for index, experts in enumerate(model.experts.layers):
             above = [key for key in keys if experts == key or experts.startswith(f"{key}.")]
-            beside = [key for key in keys if key.startswith(f"{experts.rpartition('.')[0]}.")]
-            for key in (*above, *beside)[:1]:
+            host_compute = [key for key in keys if key.startswith(f"{experts.rpartition('.')[0]}.")]
+            for key in (*above, *host_compute)[:1]:
                 self._layers[key] = index
         self.host_share = plan.experts_in_host_memory / model.experts.total
         self._share = plan.expert_slots / model.experts.total

@@ -49,7 +49,7 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TensorSpan:
     """Where one tensor lies in a region.
 
     Attributes:
@@ -75,7 +75,7 @@ class Region:
 
     offset: int
     nbytes: int
-    spans: tuple[Span, ...]
+    spans: tuple[TensorSpan, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +186,11 @@ def _cut(parameters: Sequence[Trained], most_elements: int) -> Iterator[tuple[Pi
         yield tuple(together)
 
 
-def _spans(pieces: Sequence[Piece], kinds: Sequence[Moment], stepped: str) -> tuple[tuple[Span, ...], int]:
-    spans: list[Span] = []
+def _spans(pieces: Sequence[Piece], kinds: Sequence[Moment], stepped: str) -> tuple[tuple[TensorSpan, ...], int]:
+    spans: list[TensorSpan] = []
     end = 0
     for kind in kinds:
         for piece in pieces:
-            spans.append(Span(kind.name, piece, kind.dtype or stepped, end, kind.each))
+            spans.append(TensorSpan(kind.name, piece, kind.dtype or stepped, end, kind.each))
             end = align_up(end + spans[-1].nbytes)
     return tuple(spans), align_up(end, BLOCK_ALIGNMENT_BYTES)

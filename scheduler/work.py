@@ -33,7 +33,7 @@ class Work:
             self.traffic_bytes + other.traffic_bytes,
         )
 
-    def in_parts(self, parts: int) -> "Work":
+    def in_micro_batches(self, parts: int) -> "Work":
         """The same, computed by so many parts of the batch one after another."""
         products = ((max(1, rows // parts), flops) for rows, flops in self.products)
         return Work(self.operations * parts, tuple(products), self.other_flops, self.traffic_bytes)
@@ -43,7 +43,7 @@ class Work:
         products = ((max(1, round(rows * share)), flops * share) for rows, flops in self.products)
         return Work(self.operations, tuple(products), self.other_flops * share, round(self.traffic_bytes * share))
 
-    def divided(self, share: float) -> tuple["Work", "Work"]:
+    def shared_out(self, share: float) -> tuple["Work", "Work"]:
         """All but `share` of the products' outputs, and that share alone."""
         ours = tuple((rows, flops * (1 - share)) for rows, flops in self.products)
         theirs = tuple((rows, flops * share) for rows, flops in self.products)
@@ -51,7 +51,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class WindowWork:
+class ModuleWork:
     """One call of a unit.
 
     Attributes:
@@ -88,9 +88,9 @@ class PassWork:
     phase: str
     batch_size: int
     tokens: int
-    windows: tuple[WindowWork, ...]
+    modules: tuple[ModuleWork, ...]
     between: Work
-    temporary_bytes: int = 0
+    activation_bytes: int = 0
     between_bytes: int = 0
     exact: bool = True
     context_tokens: int = 0
@@ -105,25 +105,26 @@ class PassWork:
 
     def _of_tokens(self, tokens: int) -> "PassWork":
         share = tokens / self.tokens
-        windows = tuple(
+        modules = tuple(
             replace(
-                window,
-                work=window.work.of_tokens(share),
-                result_bytes=round(window.result_bytes * share),
-                gathered_rows=-(-window.gathered_rows * tokens // self.tokens),
+                module,
+                work=module.work.of_tokens(share),
+                result_bytes=round(module.result_bytes * share),
+                gathered_rows=-(-module.gathered_rows * tokens // self.tokens),
             )
-            for window in self.windows
+            for module in self.modules
         )
-        return replace(self, tokens=tokens, windows=windows, between=self.between.of_tokens(share))
+        return replace(self, tokens=tokens, modules=modules, between=self.between.of_tokens(share))
 
-    def in_parts(self, parts: int, keys: frozenset[BlockKey]) -> "PassWork":
+    def in_micro_batches(self, parts: int, keys: frozenset[BlockKey]) -> "PassWork":
         """The same, with the batch taken apart inside the windows of `keys`."""
         if parts == 1:
             return self
-        windows = (
-            replace(window, work=window.work.in_parts(parts)) if window.key in keys else window for window in self.windows
+        modules = (
+            replace(module, work=module.work.in_micro_batches(parts)) if module.key in keys else module
+            for module in self.modules
         )
-        return replace(self, windows=tuple(windows))
+        return replace(self, modules=tuple(modules))
 
 
 def total(items: Iterable[Work]) -> Work:

@@ -34,7 +34,7 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
-class Landing:
+class ReadPlan:
     """The whole recipe for one block.
 
     Attributes:
@@ -51,7 +51,7 @@ class Landing:
     payload_bytes: int
 
 
-def plan_landing(ranges: Sequence[FileRange], unit_bytes: int) -> Landing:
+def plan_reads(ranges: Sequence[FileRange], unit_bytes: int) -> ReadPlan:
     """Lay out the tensors in `ranges` in a slot that starts at a multiple of `unit_bytes`."""
     offsets = [0] * len(ranges)
     reads: list[Read] = []
@@ -73,7 +73,7 @@ def plan_landing(ranges: Sequence[FileRange], unit_bytes: int) -> Landing:
         reads.append(Read(ranges[run[0]].path, start, nbytes, slot_offset))
         landed_end = slot_offset + nbytes
         packed_end = targets[-1] + ranges[run[-1]].nbytes
-    return Landing(
+    return ReadPlan(
         offsets=tuple(offsets),
         reads=tuple(reads),
         moves=tuple(moves),
@@ -82,7 +82,7 @@ def plan_landing(ranges: Sequence[FileRange], unit_bytes: int) -> Landing:
     )
 
 
-def plan_landing_at(ranges: Sequence[FileRange], targets: Sequence[int], unit_bytes: int) -> Landing:
+def plan_reads_at(ranges: Sequence[FileRange], targets: Sequence[int], unit_bytes: int) -> ReadPlan:
     """Lay pieces of files out at given places of a slot: one read a piece, in the order of their places.
 
     Args:
@@ -102,7 +102,7 @@ def plan_landing_at(ranges: Sequence[FileRange], targets: Sequence[int], unit_by
             moves.append(Move(source, target, item.nbytes))
         reads.append(Read(item.path, start, nbytes, slot_offset))
         landed_end = slot_offset + nbytes
-    return Landing(tuple(targets), tuple(reads), tuple(moves), landed_end, sum(item.nbytes for item in ranges))
+    return ReadPlan(tuple(targets), tuple(reads), tuple(moves), landed_end, sum(item.nbytes for item in ranges))
 
 
 def _runs(ranges: Sequence[FileRange]) -> Iterator[list[int]]:

@@ -13,7 +13,7 @@ from offload.storage.blocks import FileRange
 from offload.storage.errors import CorruptCheckpoint
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.io_engines.base import ReadEngine
-from offload.storage.read_plan import Landing, plan_landing
+from offload.storage.read_plan import ReadPlan, plan_reads
 from offload.storage.transfer import Link, Part, Transfer
 
 _PART_BYTES = 8 << 20
@@ -38,17 +38,17 @@ class DiskReader:
         self._verified: set[FileRange] = set()
         self._sample: str | None = None
 
-    def plan(self, ranges: Sequence[FileRange]) -> Landing:
+    def plan(self, ranges: Sequence[FileRange]) -> ReadPlan:
         """Open the files of `ranges` and lay them out for `read`."""
         for path in {item.path for item in ranges}:
             self.engine.open(path)
             self._sample = self._sample or path
-        return plan_landing(ranges, self.engine.unit_bytes)
+        return plan_reads(ranges, self.engine.unit_bytes)
 
     def read(
         self,
         ranges: Sequence[FileRange],
-        landing: Landing,
+        read_plan: ReadPlan,
         memory: memoryview,
         then: Callable[[], None] | None = None,
         name: str = "",
@@ -61,11 +61,11 @@ class DiskReader:
         """
 
         def finish() -> None:
-            self._settle(ranges, landing, memory)
+            self._settle(ranges, read_plan, memory)
             if then is not None:
                 then()
 
-        return self.link.submit(landing.payload_bytes, list(self._parts(ranges, landing, memory)), finish, name)
+        return self.link.submit(read_plan.payload_bytes, list(self._parts(ranges, read_plan, memory)), finish, name)
 
     def read_rows(self, table: FileRange, rows: Sequence[int], row_bytes: int, target: torch.Tensor, name: str = "") -> None:
         """Read single rows of a table into `target` (contiguous, [len(rows), row_bytes] as bytes), and wait for them.
@@ -131,13 +131,13 @@ class DiskReader:
             probe.close()
         return len(offsets) * _PART_BYTES / (time.perf_counter() - begun)
 
-    def _parts(self, ranges: Sequence[FileRange], landing: Landing, memory: memoryview) -> list[Part]:
+    def _parts(self, ranges: Sequence[FileRange], read_plan: ReadPlan, memory: memoryview) -> list[Part]:
         ends = {
             (read.path, read.file_offset): _needed_end(ranges, read.path, read.file_offset, read.nbytes)
-            for read in landing.reads
+            for read in read_plan.reads
         }
         parts: list[Part] = []
-        for read in landing.reads:
+        for read in read_plan.reads:
             needed_end = ends[read.path, read.file_offset]
             for start in range(0, read.nbytes, _PART_BYTES):
                 size = min(_PART_BYTES, read.nbytes - start)
@@ -146,12 +146,12 @@ class DiskReader:
                 parts.append(_part(self.engine, read.path, read.file_offset + start, target, needed))
         return parts
 
-    def _settle(self, ranges: Sequence[FileRange], landing: Landing, memory: memoryview) -> None:
+    def _settle(self, ranges: Sequence[FileRange], read_plan: ReadPlan, memory: memoryview) -> None:
         """Move the tensors to their places, and check at the first read those whose checksum is known."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        for move in landing.moves:
+        for move in read_plan.moves:
             ctypes.memmove(address + move.target, address + move.source, move.nbytes)
-        for item, offset in zip(ranges, landing.offsets, strict=True):
+        for item, offset in zip(ranges, read_plan.offsets, strict=True):
             if item.crc32 is not None and item not in self._verified:
                 if zlib.crc32(memory[offset : offset + item.nbytes]) != item.crc32:
                     raise CorruptCheckpoint(

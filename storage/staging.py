@@ -10,7 +10,7 @@ import torch
 from offload.storage.blocks import FileRange
 from offload.storage.devices.base import Device, Event
 from offload.storage.host_buffer import HostBuffer
-from offload.storage.read_plan import Landing
+from offload.storage.read_plan import ReadPlan
 from offload.storage.reader import DiskReader
 from offload.storage.transfer import Transfer
 
@@ -19,11 +19,11 @@ class StagedTransfer:
     """A block on its way from disk to the device: read into a staging buffer, then copied from there."""
 
     def __init__(
-        self, name: str, ranges: Sequence[FileRange], landing: Landing, target: torch.Tensor, after: Event | None
+        self, name: str, ranges: Sequence[FileRange], read_plan: ReadPlan, target: torch.Tensor, after: Event | None
     ) -> None:
         self.name = name
         self.ranges = ranges
-        self.landing = landing
+        self.read_plan = read_plan
         self.target = target
         self.after = after
         self.cancelled = False
@@ -65,24 +65,24 @@ class StagedReader:
         self._free: queue.Queue[tuple[HostBuffer, Event | None]] = queue.Queue()
         for buffer in buffers:
             self._free.put((buffer, None))
-        self._asked: queue.Queue[StagedTransfer | None] = queue.Queue()
+        self._requested: queue.Queue[StagedTransfer | None] = queue.Queue()
         self._thread = threading.Thread(target=self._feed, name="offload-staging", daemon=True)
         self._thread.start()
 
     def start(
-        self, name: str, ranges: Sequence[FileRange], landing: Landing, target: torch.Tensor, after: Event | None
+        self, name: str, ranges: Sequence[FileRange], read_plan: ReadPlan, target: torch.Tensor, after: Event | None
     ) -> StagedTransfer:
         """Queue a block; `target` is uint8 [at least the end of its last tensor] on the device."""
-        transfer = StagedTransfer(name, ranges, landing, target, after)
-        self._asked.put(transfer)
+        transfer = StagedTransfer(name, ranges, read_plan, target, after)
+        self._requested.put(transfer)
         return transfer
 
     def close(self) -> None:
-        self._asked.put(None)
+        self._requested.put(None)
         self._thread.join()
 
     def _feed(self) -> None:
-        while (transfer := self._asked.get()) is not None:
+        while (transfer := self._requested.get()) is not None:
             if transfer.cancelled:
                 transfer.issued.set()
                 continue
@@ -98,8 +98,8 @@ class StagedReader:
                 size = transfer.target.numel()
                 transfer.copied = self._device.copy_in(transfer.target, buffer.tensor[:size], transfer.after, transfer.name)
 
-        memory = buffer.memory[: transfer.landing.slot_bytes]
-        read = self.reader.read(transfer.ranges, transfer.landing, memory, copy, transfer.name)
+        memory = buffer.memory[: transfer.read_plan.slot_bytes]
+        read = self.reader.read(transfer.ranges, transfer.read_plan, memory, copy, transfer.name)
         read.when_over(lambda: self._read_over(transfer, buffer, read))
 
     def _read_over(self, transfer: StagedTransfer, buffer: HostBuffer, read: Transfer) -> None:

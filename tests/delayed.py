@@ -27,7 +27,7 @@ class DelayedDevice:
     name = "delayed"
     hardware_name = "delayed"
     torch_device = torch.device("cpu")
-    host_memory = False
+    shares_host_memory = False
     copy_link = "h2d"
 
     def __init__(self, longest_delay_seconds: float = 0.004, seed: int = 0) -> None:
@@ -61,10 +61,10 @@ class DelayedDevice:
             if after is not None:
                 after.synchronize()
             # Until it arrives, the target holds neither the old nor the new values.
-            landing = unversioned(target)
-            landing.view(-1).view(torch.uint8).fill_(0xFF)
+            alias = unversioned(target)
+            alias.view(-1).view(torch.uint8).fill_(0xFF)
             time.sleep(delay)
-            landing.copy_(source)
+            alias.copy_(source)
             with self._lock:
                 self.in_flight -= 1
                 now = time.perf_counter()

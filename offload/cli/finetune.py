@@ -20,7 +20,7 @@ from offload.finetune.recipe import FULL, LORA, METHODS, Recipe
 from offload.generation.text import load_tokenizer
 from offload.model.loading import find_folder
 from offload.report.record import Record, write_record
-from offload.report.training import Learning, Outlook
+from offload.report.training import TrainingEstimate, TrainingReport
 from offload.storage.errors import ConfigError, gib
 from offload.training.optimizer.checkpoint import read_manifest
 from offload.training.options import (
@@ -125,25 +125,25 @@ def run(request: argparse.Namespace) -> None:
         model = with_adapters(session.model, recipe) if recipe.method == LORA else session.model
         if request.packing:
             check_packing(model, batches)
-        outlook = session.outlook(recipe.gradient_accumulation, recipe.layer_major)
+        estimate = session.training_estimate(recipe.gradient_accumulation, recipe.layer_major)
         if not request.quiet:
             report = session.report()
             blocks = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.blocks.items() if count)
             peak = f"predicted peak of {'CPU' if report.device == 'cpu' else 'GPU'} memory: {gib(report.peak.predicted_bytes)}"
             kept = (
                 ", and a second version on NVMe from the first checkpoint on"
-                if recipe.save_every and outlook.disk_bytes
+                if recipe.save_every and estimate.disk_bytes
                 else ""
             )
-            say(f"{len(batches)} batches, {recipe.steps(batches)} steps\n{outlook}\nblocks: {blocks}; {peak}{kept}")
-        watch = _Watch(recipe, outlook, recipe.steps(batches), request.quiet)
+            say(f"{len(batches)} batches, {recipe.steps(batches)} steps\n{estimate}\nblocks: {blocks}; {peak}{kept}")
+        watch = _Watch(recipe, estimate, recipe.steps(batches), request.quiet)
         with watch:
             train(session, model, batches, recipe, watch.on_step, evaluation, checkpoints, request.resume)
         if recipe.method == LORA:
             save_adapters(model, output)
         else:
             save_model(model, tokenizer, output)
-        report = replace(session.report(), training=watch.learning())
+        report = replace(session.report(), training=watch.training_report())
         trace = session.trace()
     if not any(checkpoints.iterdir()):
         checkpoints.rmdir()
@@ -216,10 +216,10 @@ def _said(recipe: Recipe, model: str, output: Path) -> str:
 class _Watch:
     """Shows the steps while they are done, and remembers them."""
 
-    def __init__(self, recipe: Recipe, outlook: Outlook, total: int, quiet: bool) -> None:
+    def __init__(self, recipe: Recipe, estimate: TrainingEstimate, total: int, quiet: bool) -> None:
         self._console = Console(stderr=True)
         self._quiet = quiet
-        self._recipe, self._outlook = recipe, outlook
+        self._recipe, self._estimate = recipe, estimate
         self._steps: list[Step] = []
         columns = (
             TextColumn("{task.description}"),
@@ -241,18 +241,18 @@ class _Watch:
         self._steps.append(step)
         line = f"step {step.number}: loss {step.loss:.4f}, gradient norm {step.gradient_norm:.3f}, "
         line += f"{step.tokens / step.seconds:.0f} tokens/s"
-        if step.evaluated is not None:
-            line += f", evaluation {step.evaluated:.4f}"
+        if step.eval_loss is not None:
+            line += f", evaluation {step.eval_loss:.4f}"
         self._bar.update(self._task, completed=step.number, description=line)
         if not self._quiet and not self._console.is_terminal:
             say(line)
 
-    def learning(self) -> Learning:
-        return Learning(
+    def training_report(self) -> TrainingReport:
+        return TrainingReport(
             method=self._recipe.method,
-            outlook=self._outlook,
+            estimate=self._estimate,
             losses=[[step.number, step.loss] for step in self._steps],
-            evaluated=[[step.number, step.evaluated] for step in self._steps if step.evaluated is not None],
+            eval_losses=[[step.number, step.eval_loss] for step in self._steps if step.eval_loss is not None],
             tokens=sum(step.tokens for step in self._steps),
             seconds=sum(step.seconds for step in self._steps),
             step_seconds=statistics.median(step.seconds for step in self._steps) if self._steps else 0.0,

@@ -137,7 +137,7 @@ def _generate(
         view = stack.enter_context(LiveView(session.snapshot, live_console())) if request.live else None
         done = []
         stream = None if request.json or batch_size > 1 else _print_now
-        begin = session.kv_cache if session.keeps_beginnings or session.shares_beginnings else None
+        begin = session.kv_cache if session.caches_prefixes or session.shares_prefixes else None
         if view is not None:
             stream = view.add_text
         on_token = None if view is None else view.add_tokens

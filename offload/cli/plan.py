@@ -13,7 +13,7 @@ from offload.config import EXACTNESS
 from offload.moe.component import AUTO, POLICIES
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.plan import Plan
-from offload.session.preview import Asked, Planned, Planner
+from offload.session.preview import Planner, PlanRequest, PlanResult
 from offload.storage.errors import duration, gib
 
 SUMMARY = "Plan a run without loading the model: what lives where, how fast, what holds it back, what would help."
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(request: argparse.Namespace) -> None:
     check_writable(request.output)
     transformers_logging.set_verbosity_error()
-    asked = Asked(
+    asked = PlanRequest(
         request.prompt_tokens,
         request.new_tokens,
         request.batch_size,
@@ -71,7 +71,7 @@ def run(request: argparse.Namespace) -> None:
             say(f"written to {request.output}; run it with: offload generate {request.model} --plan {request.output}")
 
 
-def _print(planned: Planned, asked: Asked) -> None:
+def _print(planned: PlanResult, asked: PlanRequest) -> None:
     prediction, plan = planned.prediction, planned.plan
     print(f"{planned.model}: {gib(planned.weight_bytes)} of weights, on {planned.hardware}")
     print(
@@ -103,7 +103,7 @@ def _print_pages(plan: Plan) -> None:
     print(f"KV cache: {gib(plan.kv_memory_bytes)} on the device{beside}, the rest on disk; {read}\n")
 
 
-def _print_hit_rates(planned: Planned) -> None:
+def _print_hit_rates(planned: PlanResult) -> None:
     plan = planned.plan
     beside = f", {plan.experts_in_host_memory:,} in CPU memory" if "gpu" in planned.budget_bytes else ""
     print(f"experts: {plan.expert_slots:,} in device memory{beside}")
@@ -116,7 +116,7 @@ def _print_hit_rates(planned: Planned) -> None:
     print_table(table)
 
 
-def _places(planned: Planned) -> Table:
+def _places(planned: PlanResult) -> Table:
     plan = planned.plan
     disk = [key for key in plan.streamed if key not in plan.in_host_memory]
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -124,11 +124,11 @@ def _places(planned: Planned) -> Table:
         table.add_column(column)
     rows = {
         "stay on the device": plan.resident,
-        "stream from CPU memory": [key for key in plan.in_host_memory if key not in plan.divided],
-        f"stream so, {plan.host_percent}% on the CPU": plan.divided,
+        "stream from CPU memory": [key for key in plan.in_host_memory if key not in plan.cpu_gpu_split],
+        f"stream so, {plan.cpu_percent}% on the CPU": plan.cpu_gpu_split,
         "computed on the CPU": plan.computed_on_host,
         "stream from disk": disk,
-        "read by row": plan.gathered,
+        "read by row": plan.row_fetched,
     }
     for name, keys in rows.items():
         if keys:
@@ -140,13 +140,13 @@ def _short(keys: list[str]) -> str:
     return ", ".join(keys) if len(keys) <= 4 else f"{keys[0]}, {keys[1]}, ... {keys[-1]}"
 
 
-def _memory(planned: Planned) -> Table:
+def _memory(planned: PlanResult) -> Table:
     plan = planned.plan
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("memory", "budget", "peak", "of which"):
         table.add_column(column)
     parts = {
-        "resident weights": plan.resident_bytes + plan.pinned_bytes,
+        "resident weights": plan.resident_bytes + plan.always_resident_bytes,
         "slots": plan.arena_bytes,
         "experts": plan.expert_bytes,
         "KV cache": plan.kv_bytes,

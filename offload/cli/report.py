@@ -64,7 +64,7 @@ _ROWS = (
     ("decode: compute", "decode.compute_seconds", duration),
     ("decode: waiting for disk", "decode.wait_seconds.disk", duration),
     ("decode: waiting for h2d", "decode.wait_seconds.h2d", duration),
-    ("decode: offload's own work", "decode.own_seconds", duration),
+    ("decode: offload's own work", "decode.overhead_seconds", duration),
     ("decode: between blocks", "decode.other_seconds", duration),
     ("weights", "weight_bytes", gib),
     ("streamed a pass", "streamed_bytes_per_pass", gib),

@@ -53,7 +53,7 @@ class Step:
     gradient_norm: float
     tokens: int
     seconds: float
-    evaluated: float | None = None
+    eval_loss: float | None = None
 
 
 def seed_everything(seed: int, step: int, micro_batch: int) -> None:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from offload.kv.kv_block import Rows
+from offload.kv.kv_block import BatchRows
 from offload.kv.layer import PagedLayer
-from offload.kv.page_layout import Pair
-from offload.kv.policies.base import Choice
+from offload.kv.page_layout import KeyValue
+from offload.kv.policies.base import Selection
 from offload.kv.store import Reading
 
 _GATHERED_TOKENS = 512
@@ -75,16 +75,16 @@ def merge(one: Partial, other: Partial) -> Partial:
     return Partial(one.output * ours + other.output * theirs, weight)
 
 
-Segment = tuple[Pair, torch.Tensor | None, Rows | None]
+Segment = tuple[KeyValue, torch.Tensor | None, BatchRows | None]
 """Keys and values; which of them each query sees; which row of them each sequence reads."""
 
 
 def _segments(layer: PagedLayer, query: torch.Tensor, mask: torch.Tensor | None) -> Iterator[Segment]:
     """What a query reads, in pieces worth a product each."""
-    choices = layer.chosen(query)
+    choices = layer.visible(query)
     gathered: list[Segment] = []
     for choice, reading in zip(choices, layer.readings(choices), strict=True):
-        segment = (reading.pair, _allowed(choice, query, mask), choice.stretch.rows)
+        segment = (reading.pair, _allowed(choice, query, mask), choice.block.rows)
         tokens = reading.pair.keys.shape[2]
         if gathered and (tokens >= _GATHERED_TOKENS or not _alike(gathered[-1], segment)):
             yield _joined(gathered)
@@ -102,8 +102,8 @@ def _segments(layer: PagedLayer, query: torch.Tensor, mask: torch.Tensor | None)
         yield _joined(gathered)
 
 
-def _copied(reading: Reading) -> Pair:
-    return Pair(reading.pair.keys.clone(), reading.pair.values.clone()) if reading.is_lent else reading.pair
+def _copied(reading: Reading) -> KeyValue:
+    return KeyValue(reading.pair.keys.clone(), reading.pair.values.clone()) if reading.is_lent else reading.pair
 
 
 def _alike(segment: Segment, next_one: Segment) -> bool:
@@ -127,27 +127,27 @@ def _joined(segments: list[Segment]) -> Segment:
             for mask, pair in zip(masks, pairs, strict=True)
         ]
         allowed = torch.cat(filled, dim=3)
-    return Pair(keys, values), allowed, segments[0][2]
+    return KeyValue(keys, values), allowed, segments[0][2]
 
 
-def _allowed(choice: Choice, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Which tokens of a stretch each query sees: bool [batch or 1, heads or 1, queries or 1, tokens]; None for all."""
-    stretch = choice.stretch
+def _allowed(choice: Selection, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which tokens of a block each query sees: bool [batch or 1, heads or 1, queries or 1, tokens]; None for all."""
+    block = choice.block
     ours = choice.allowed
     if ours is not None:
-        ours = ours.view(1, 1, 1, -1) if ours.dim() == 1 else ours.expand(-1, -1, -1, stretch.tokens)
+        ours = ours.view(1, 1, 1, -1) if ours.dim() == 1 else ours.expand(-1, -1, -1, block.tokens)
     if mask is None:
         return ours
-    part = mask[..., stretch.start : stretch.end]
+    part = mask[..., block.start : block.end]
     part = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min
     return part if ours is None else part & ours
 
 
 def _partial(
     query: torch.Tensor,
-    pair: Pair,
+    pair: KeyValue,
     allowed: torch.Tensor | None,
-    rows: Rows | None,
+    rows: BatchRows | None,
     scale: float,
     softcap: float | None,
 ) -> Partial:
@@ -157,7 +157,7 @@ def _partial(
     stored, kv_heads = pair.keys.shape[0], pair.keys.shape[1]
     shared = 1 if rows is None else rows.sharing(stored)
     if rows is not None and not shared:
-        pair = Pair(*(rows.of(part) for part in pair))
+        pair = KeyValue(*(rows.of(part) for part in pair))
         stored, shared = batch, 1
     groups = heads // kv_heads
     # The queries that read the same keys are rows of one product: those of a group of heads, of sequences that share them.
@@ -180,7 +180,7 @@ def _partial(
 
 
 def _product(
-    queries: torch.Tensor, pair: Pair, allowed: torch.Tensor | None, scale: float, softcap: float | None
+    queries: torch.Tensor, pair: KeyValue, allowed: torch.Tensor | None, scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 output [rows, heads, queries, value dim] and logarithm of the sum of exponents [rows, heads, queries]."""
     # Called directly, torch's kernel takes it for granted that numbers of one token lie side by side.

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from offload.kv.attention import attend
-from offload.kv.lazy_tensor import PagedTensor
+from offload.kv.lazy_tensor import LazyKvTensor
 from offload.storage.errors import ConfigError
 
 _PREFIX = "offload_"
@@ -29,7 +29,7 @@ def _attention(stock: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | N
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not isinstance(key, PagedTensor) or kwargs.get("position_bias") is not None:
+        if not isinstance(key, LazyKvTensor) or kwargs.get("position_bias") is not None:
             function = AttentionInterface().get_interface(stock, getattr(_own_module(module), "eager_attention_forward", None))
             return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -48,7 +48,7 @@ for _stock in _STOCK:
     AttentionMaskInterface.register(_PREFIX + _stock, AttentionMaskInterface()[_stock])
 
 
-class OwnAttention:
+class PagedAttention:
     """Lets a model attend by our function until `undo`.
 
     Raises:
@@ -58,7 +58,7 @@ class OwnAttention:
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self._before = str(getattr(model.config, "_attn_implementation", ""))
-        if not takes_own_attention(model):
+        if not supports_custom_attention(model):
             raise ConfigError(
                 f"the attention of {type(model).__name__} ({self._before or 'its own code'}) cannot be replaced, and reading "
                 "the KV cache in pieces takes that; give the KV cache enough memory for a layer in one piece, and "
@@ -70,7 +70,7 @@ class OwnAttention:
         self._model.set_attn_implementation(self._before)
 
 
-def takes_own_attention(model: nn.Module) -> bool:
+def supports_custom_attention(model: nn.Module) -> bool:
     """Whether a model's attention can be replaced."""
     stock = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
     return bool(getattr(model, "_supports_attention_backend", False)) and stock in _STOCK

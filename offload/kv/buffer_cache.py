@@ -13,7 +13,7 @@ _UNSHARED = 2
 """References to a storage that only its buffer holds: that one, and the one that is made to ask."""
 
 
-class ReusedMemory:
+class BufferCache:
     """Tensors in buffers that nobody holds any more."""
 
     def __init__(self) -> None:

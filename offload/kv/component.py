@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from offload.kv.attention_backend import OwnAttention
+from offload.kv.attention_backend import PagedAttention
 from offload.kv.options import KvOptions
-from offload.kv.state_offload import Shelf
+from offload.kv.state_offload import StateOffloader
 from offload.kv.store import KvStore
 from offload.kv.transformers_cache import PagedLayers
 from offload.runtime.clock import PassClock
 from offload.scheduler.hardware import HardwareProfile
-from offload.scheduler.kv_pages import KvPages, KvShape, cut, reads_beside, streamed_bytes
+from offload.scheduler.kv_pages import KvPages, KvShape, cpu_reads_pages, cut, streamed_bytes
 from offload.scheduler.model_spec import Workload
 from offload.scheduler.plan import Plan
 from offload.storage.blocks import Tier
@@ -39,7 +39,7 @@ def new_cache(model: nn.Module) -> Any:
     return EncoderDecoderCache(cache, DynamicCache(config=config)) if config.is_encoder_decoder else cache
 
 
-class KvPart:
+class KvComponent:
     """Pages for the caches of one session.
 
     Args:
@@ -64,7 +64,7 @@ class KvPart:
         disk_dir: str | None,
         host_ledger: MemoryLedger,
         disk_ledger: MemoryLedger,
-        tell: Callable[[str], None],
+        warn: Callable[[str], None],
         hardware: HardwareProfile | None,
     ) -> None:
         self.options = options
@@ -76,7 +76,7 @@ class KvPart:
         self._links = reads, writes
         self._disk_dir = disk_dir
         self._ledgers = host_ledger, disk_ledger
-        self._tell = tell
+        self._warn = warn
         self.pages = self._cut(plan.kv_memory_bytes)
         pages, codec = self.pages, options.method.codec
         self._raw_pages = pages.device_pages
@@ -89,12 +89,12 @@ class KvPart:
             pages.resident_pages(shape.layers) if codec is None else 1,
             codec,
             self._coded_pool,
-            beside=bool(plan.kv_segments) and not device.host_memory and reads_beside(hardware),
-            tell=tell,
+            cpu_attends=plan.kv_segments and not device.shares_host_memory and cpu_reads_pages(hardware),
+            warn=warn,
             page_tokens=options.tokens_a_page(workload.total_tokens),
         )
-        shelf = Shelf(self.store) if plan.kv_shelves else None
-        self._layers = PagedLayers(self.store, options.layer_policy(), bool(plan.kv_segments), shelf)
+        state_offloader = StateOffloader(self.store) if plan.kv_state_offload else None
+        self._layers = PagedLayers(self.store, options.layer_policy(), plan.kv_segments, state_offloader)
 
     def open(self, model: nn.Module, stack: ExitStack) -> None:
         """Take memory, and the place of the model's attention where that is needed; all undone by `stack`."""
@@ -105,7 +105,7 @@ class KvPart:
         stack.callback(lambda: disk.set(CATEGORY, 0))
         stack.callback(self.store.close)
         if self._plan.kv_segments:
-            stack.callback(OwnAttention(model).undo)
+            stack.callback(PagedAttention(model).undo)
 
     def adopt(self, cache: Any) -> bool:
         """Give a new cache paged layers; whether it has them."""
@@ -133,20 +133,20 @@ class KvPart:
         """A pass is over."""
         _, disk = self._ledgers
         disk.set(CATEGORY, sum(pool.disk_bytes for pool in self.store.pools))
-        if any(pool.unlocked_bytes for pool in self.store.pools) and not self._device.host_memory:
-            self._tell("the KV cache's pages in CPU memory could not be page-locked: copies from them are slower")
+        if any(pool.unlocked_bytes for pool in self.store.pools) and not self._device.shares_host_memory:
+            self._warn("the KV cache's pages in CPU memory could not be page-locked: copies from them are slower")
 
     @property
-    def brought_bytes(self) -> int:
+    def onloaded_bytes(self) -> int:
         """Of pages, from lower tiers, since the session began."""
-        return sum(pool.brought_bytes for pool in self.store.pools)
+        return sum(pool.onloaded_bytes for pool in self.store.pools)
 
     @property
     def written_bytes(self) -> int:
         """Of pages, to lower tiers."""
         return sum(pool.written_bytes for pool in self.store.pools)
 
-    def use(self) -> dict[str, int | str]:
+    def usage(self) -> dict[str, int | str]:
         """For the report."""
         peaks = {f"peak_{tier.value}_bytes": self.store.peak_bytes[tier] for tier in Tier}
         return {
@@ -155,11 +155,11 @@ class KvPart:
             "memory_bytes": self._plan.kv_memory_bytes,
             "page_bytes": self.pages.page_bytes,
             **peaks,
-            "brought_bytes": self.brought_bytes,
+            "onloaded_bytes": self.onloaded_bytes,
             "written_bytes": self.written_bytes,
             "planned_bytes_per_pass": self._planned_bytes(),
-            "sealed_pages": self.store.sealed,
-            "kept_raw_pages": self.store.kept_raw,
+            "full_pages": self.store.sealed,
+            "unquantized_pages": self.store.kept_raw,
         }
 
     def _planned_bytes(self) -> int:
@@ -175,7 +175,7 @@ class KvPart:
         return cut(
             self.shape,
             *sizes,
-            bool(self._plan.kv_segments),
+            self._plan.kv_segments,
             page_tokens,
             options.index_share,
             percent,
@@ -199,7 +199,7 @@ class KvPart:
     def _open_file(self, page_bytes: int) -> PageFile:
         file = PageFile(self._disk_dir, page_bytes)
         if not file.direct:
-            self._tell(
+            self._warn(
                 "the disk folder refuses O_DIRECT: pages of the KV cache go through the page cache and are dropped from it"
             )
         return file

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from offload.kv.page_layout import PageShape
+from offload.kv.page_layout import PageLayout
 from offload.storage.pages.pool import Page
 
 
-class Rows:
+class BatchRows:
     """Which of a page's rows each sequence of a batch reads; one object for all pages that are read so.
 
     Args:
@@ -41,7 +41,7 @@ class Rows:
 
 
 @dataclass(slots=True, eq=False)
-class Stretch:
+class KvBlock:
     """Tokens that follow one another, in one page.
 
     Attributes:
@@ -52,10 +52,10 @@ class Stretch:
     """
 
     page: Page
-    shape: PageShape
+    shape: PageLayout
     start: int
     tokens: int = 0
-    rows: Rows | None = None
+    rows: BatchRows | None = None
     coded: bool = False
 
     @property

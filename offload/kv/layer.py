@@ -1,13 +1,13 @@
-"""One layer's keys and values, as a list of stretches of pages."""
+"""One layer's keys and values, as a list of blocks of pages."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from offload.kv.kv_block import Rows, Stretch
-from offload.kv.page_layout import PageShape, Pair
-from offload.kv.policies.base import Choice, LayerPolicy
+from offload.kv.kv_block import BatchRows, KvBlock
+from offload.kv.page_layout import KeyValue, PageLayout
+from offload.kv.policies.base import LayerPolicy, Selection
 from offload.kv.store import KvStore, Reading
 from offload.storage.blocks import Tier
 from offload.storage.errors import ConfigError
@@ -49,12 +49,12 @@ class PagedLayer:
         self.policy = policy
         self.length = 0
         """Tokens of each sequence so far, dropped ones included: the next one's position."""
-        self.stretches: list[Stretch] = []
-        self.kind: PageShape | None = None
+        self.blocks: list[KvBlock] = []
+        self.kind: PageLayout | None = None
         """What its tokens are like; None before the first one."""
         self.order = order
         order.append(self)
-        self._open: Stretch | None = None
+        self._open: KvBlock | None = None
 
     # -- what comes in
 
@@ -65,14 +65,14 @@ class PagedLayer:
             keys, values: [batch, heads, tokens, dim].
         """
         done, count = 0, keys.shape[2]
-        like = PageShape.of(keys[:, :, :1], values[:, :, :1])
+        like = PageLayout.of(keys[:, :, :1], values[:, :, :1])
         if self._open is not None and self._open.shape != self.store.page_shape(like):
             self.close()
         self.kind = like
         while done < count:
             if self._open is None:
                 self._open = self.store.open(self, self.store.page_shape(like), self.length)
-                self.stretches.append(self._open)
+                self.blocks.append(self._open)
             begin = self._open.tokens
             end = min(begin + count - done, self._open.shape.tokens)
             pair, part = self.store.pair(self._open), slice(done, done + end - begin)
@@ -83,20 +83,20 @@ class PagedLayer:
             done += end - begin
             if end == self._open.shape.tokens:
                 self.close()
-        for stretch in self.policy.dropped(self.stretches, self.length):
-            self._remove(stretch)
+        for block in self.policy.evict(self.blocks, self.length):
+            self._remove(block)
 
     # -- how it is read
 
     @property
     def batch_size(self) -> int:
-        return self.stretches[-1].batch_size if self.stretches else 0
+        return self.blocks[-1].batch_size if self.blocks else 0
 
     def positions(self) -> list[range]:
         """Of the tokens that are kept."""
-        return [range(stretch.start, stretch.end) for stretch in self.stretches]
+        return [range(block.start, block.end) for block in self.blocks]
 
-    def assembled(self) -> Pair:
+    def assembled(self) -> KeyValue:
         """All of it in one piece: keys [batch, heads, length, key dim] and values, contiguous.
 
         Their memory is used again when nobody holds them any more.
@@ -105,67 +105,67 @@ class PagedLayer:
         assert kind is not None
         device = self.store.raw.device.torch_device
         lines = (self.batch_size, kind.heads, self.length)
-        whole = Pair(
+        whole = KeyValue(
             self.store.whole.empty((*lines, kind.key_dim), kind.dtype, device),
             self.store.whole.empty((*lines, kind.value_dim), kind.dtype, device),
         )
-        for reading in self.readings([Choice(stretch) for stretch in self.stretches]):
-            stretch = reading.stretch
+        for reading in self.readings([Selection(block) for block in self.blocks]):
+            block = reading.block
             for part, target in zip(reading.pair, whole, strict=True):
-                part = part if stretch.rows is None else stretch.rows.of(part)
-                target[:, :, stretch.start : stretch.end].copy_(part)
+                part = part if block.rows is None else block.rows.of(part)
+                target[:, :, block.start : block.end].copy_(part)
             reading.done()
         return whole
 
-    def part(self, start: int, end: int) -> Pair:
+    def part(self, start: int, end: int) -> KeyValue:
         """Some positions of it, in memory of their own. Raises ConfigError if some were dropped."""
-        found = [stretch for stretch in self.stretches if stretch.start < end and stretch.end > start]
-        if sum(min(end, stretch.end) - max(start, stretch.start) for stretch in found) < end - start:
+        found = [block for block in self.blocks if block.start < end and block.end > start]
+        if sum(min(end, block.end) - max(start, block.start) for block in found) < end - start:
             raise ConfigError("keys and values that a policy dropped were asked for")
         keys, values = [], []
-        for stretch in found:
-            reading = self.store.read(stretch)
-            inside = slice(max(start, stretch.start) - stretch.start, min(end, stretch.end) - stretch.start)
+        for block in found:
+            reading = self.store.read(block)
+            inside = slice(max(start, block.start) - block.start, min(end, block.end) - block.start)
             for part, parts in zip(reading.pair, (keys, values), strict=True):
-                rows = part if stretch.rows is None else stretch.rows.of(part)
+                rows = part if block.rows is None else block.rows.of(part)
                 parts.append(rows[:, :, inside].clone())
             reading.done()
-        return Pair(torch.cat(keys, dim=2), torch.cat(values, dim=2))
+        return KeyValue(torch.cat(keys, dim=2), torch.cat(values, dim=2))
 
-    def chosen(self, query: torch.Tensor) -> list[Choice]:
+    def visible(self, query: torch.Tensor) -> list[Selection]:
         """What a query is to see.
 
         Args:
             query: [batch, heads, tokens, dim].
         """
-        return self.policy.chosen(self.stretches, self.length, query)
+        return self.policy.select(self.blocks, self.length, query)
 
-    def readings(self, choices: Sequence[Choice]) -> Iterator[Reading]:
-        """The stretches, those of lower tiers brought one after another; each to be ended by `done`."""
-        stretches = [choice.stretch for choice in choices]
+    def readings(self, choices: Sequence[Selection]) -> Iterator[Reading]:
+        """The blocks, those of lower tiers brought one after another; each to be ended by `done`."""
+        blocks = [choice.block for choice in choices]
         if self.policy.reads_all:
-            layers = [layer.stretches for layer in self.order]
+            layers = [layer.blocks for layer in self.order]
             here = next(index for index, layer in enumerate(self.order) if layer is self)
-            layers[here] = stretches
+            layers[here] = blocks
         else:
-            layers, here = [stretches], 0
+            layers, here = [blocks], 0
         begun = False
-        for index, stretch in enumerate(stretches):
-            if not begun and self.store.comes(stretch):
+        for index, block in enumerate(blocks):
+            if not begun and self.store.comes(block):
                 self.store.ahead(self._coming(layers, here, index))
                 begun = True
-            yield self.store.read(stretch, lambda index=index: self._coming(layers, here, index + 1))
+            yield self.store.read(block, lambda index=index: self._coming(layers, here, index + 1))
         if self.policy.reads_all:
-            self.store.ahead(self._coming(layers, here, len(stretches)))
+            self.store.ahead(self._coming(layers, here, len(blocks)))
 
-    def _coming(self, layers: Sequence[Sequence[Stretch]], layer: int, done: int) -> Iterator[Page]:
+    def _coming(self, layers: Sequence[Sequence[KvBlock]], layer: int, done: int) -> Iterator[Page]:
         return self.store.coming(layers, layer, done)
 
     def bytes_by_tier(self) -> dict[Tier, int]:
         """Of the pages that it holds, those that it shares included."""
         held = dict.fromkeys(Tier, 0)
-        for stretch in self.stretches:
-            held[stretch.page.tier] += stretch.page.pool.page_bytes
+        for block in self.blocks:
+            held[block.page.tier] += block.page.pool.page_bytes
         return held
 
     # -- what `generate` does to it
@@ -177,15 +177,15 @@ class PagedLayer:
             ConfigError: if what would have to be read again was dropped.
         """
         length = max(0, self.length - count)
-        self.policy.check_truncation(self.stretches, length)
-        while self.stretches and self.stretches[-1].end > length:
-            last = self.stretches[-1]
+        self.policy.check_truncation(self.blocks, length)
+        while self.blocks and self.blocks[-1].end > length:
+            last = self.blocks[-1]
             last.tokens = max(0, length - last.start)
             if last.tokens:
                 break
             self._remove(last)
         self.length = length
-        self.policy.truncated(self.stretches)
+        self.policy.truncated(self.blocks)
 
     def select(self, rows: torch.Tensor) -> None:
         """Let the batch be these of its sequences, in this order, some of them several times perhaps.
@@ -196,16 +196,16 @@ class PagedLayer:
         rows = rows.to(self.store.raw.device.torch_device)
         if self._open is not None and len(rows) != self._open.shape.rows:
             self.close()
-        made: dict[Rows | None, Rows] = {}
-        for stretch in self.stretches:
-            if stretch is self._open:
-                for tensor in self.store.pair(stretch):
-                    part = tensor[:, :, : stretch.tokens]
+        made: dict[BatchRows | None, BatchRows] = {}
+        for block in self.blocks:
+            if block is self._open:
+                for tensor in self.store.pair(block):
+                    part = tensor[:, :, : block.tokens]
                     part.copy_(part.index_select(0, rows))
             else:
-                before = stretch.rows
-                stretch.rows = made.get(before) or made.setdefault(
-                    before, Rows(rows if before is None else before.of_these(rows))
+                before = block.rows
+                block.rows = made.get(before) or made.setdefault(
+                    before, BatchRows(rows if before is None else before.of_these(rows))
                 )
         self.policy.selected(rows)
 
@@ -215,18 +215,18 @@ class PagedLayer:
         self.select(torch.arange(self.batch_size).repeat_interleave(count))
 
     def clear(self) -> None:
-        for stretch in list(self.stretches):
-            self._remove(stretch)
+        for block in list(self.blocks):
+            self._remove(block)
         self.length = 0
         self.kind = None
-        self.policy.truncated(self.stretches)
+        self.policy.truncated(self.blocks)
 
     def copied(self, order: Order) -> "PagedLayer":
         """Another layer with the same tokens: full pages are shared."""
         self.close()
         other = PagedLayer(self.store, self.policy.copied(), order)
         other.length, other.kind = self.length, self.kind
-        other.stretches = [self.store.share(stretch) for stretch in self.stretches]
+        other.blocks = [self.store.share(block) for block in self.blocks]
         return other
 
     def close(self) -> None:
@@ -234,12 +234,12 @@ class PagedLayer:
         if self._open is None:
             return
         closing, self._open = self._open, None
-        self.policy.sealed(closing, self.store.pair(closing), self.stretches)
+        self.policy.sealed(closing, self.store.pair(closing), self.blocks)
         self.store.seal(self, closing)
 
-    def _remove(self, stretch: Stretch) -> None:
-        self.stretches.remove(stretch)
-        filling = stretch is self._open
+    def _remove(self, block: KvBlock) -> None:
+        self.blocks.remove(block)
+        filling = block is self._open
         if filling:
             self._open = None
-        self.store.release(self, stretch, filling)
+        self.store.release(self, block, filling)

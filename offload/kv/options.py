@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from offload.kv.policies.base import KeepAll, LayerPolicy
+from offload.kv.policies.base import FullAttention, LayerPolicy
 from offload.kv.policies.budget import KvBudget
 from offload.kv.policies.retrieve import INDEX_SHARE, Retrieve, page_tokens
 from offload.kv.policies.window import Window
@@ -115,7 +115,7 @@ class KvOptions:
     def layer_policy(self) -> Callable[[], LayerPolicy]:
         """Makes what one layer remembers."""
         policy = self.method.policy
-        return KeepAll if policy is None else partial(policy, self._budget)
+        return FullAttention if policy is None else partial(policy, self._budget)
 
     def stored_percent(self, element_bytes: int) -> int:
         """Of what a token takes in the model's dtype, what it takes in a full page."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 
-class Pair(NamedTuple):
+class KeyValue(NamedTuple):
     """Keys [rows, heads, tokens, key dim] and values [rows, heads, tokens, value dim]."""
 
     keys: torch.Tensor
@@ -14,7 +14,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class PageShape:
+class PageLayout:
     """Some tokens of one layer, of all sequences of a batch: keys, and after them values.
 
     Attributes:
@@ -30,7 +30,7 @@ class PageShape:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> "PageShape":
+    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> "PageLayout":
         """For tokens like these, and as many."""
         rows, heads, tokens, key_dim = keys.shape
         return cls(rows, heads, tokens, key_dim, values.shape[-1], keys.dtype)
@@ -44,11 +44,11 @@ class PageShape:
     def nbytes(self) -> int:
         return self.tokens * self.token_bytes
 
-    def filling(self, page_bytes: int) -> "PageShape":
+    def fit_to(self, page_bytes: int) -> "PageLayout":
         """With room for as many tokens as a page takes."""
         return replace(self, tokens=page_bytes // self.token_bytes)
 
-    def views(self, memory: torch.Tensor) -> Pair:
+    def views(self, memory: torch.Tensor) -> KeyValue:
         """The page's tensors.
 
         Args:
@@ -57,4 +57,4 @@ class PageShape:
         key_bytes = self.rows * self.heads * self.tokens * self.key_dim * self.dtype.itemsize
         keys = memory[:key_bytes].view(self.dtype).view(self.rows, self.heads, self.tokens, self.key_dim)
         values = memory[key_bytes : self.nbytes].view(self.dtype)
-        return Pair(keys, values.view(self.rows, self.heads, self.tokens, self.value_dim))
+        return KeyValue(keys, values.view(self.rows, self.heads, self.tokens, self.value_dim))

@@ -4,10 +4,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
 
-from offload.storage.pages.pool import Landing, Page
+from offload.storage.pages.pool import Page, PageFetch
 
 
-class PageStream:
+class PagePrefetcher:
     """Brings pages of lower tiers ahead of their use.
 
     Args:
@@ -16,36 +16,36 @@ class PageStream:
 
     def __init__(self, ring_pages: int) -> None:
         self._ring_pages = ring_pages
-        self._landed: OrderedDict[Page, Landing] = OrderedDict()
+        self._fetches: OrderedDict[Page, PageFetch] = OrderedDict()
 
-    def take(self, page: Page) -> Landing:
+    def take(self, page: Page) -> PageFetch:
         """The page on its way; whoever takes it releases it."""
-        landing = self._landed.pop(page, None)
-        if landing is None:
-            if len(self._landed) >= self._ring_pages:
+        fetch = self._fetches.pop(page, None)
+        if fetch is None:
+            if len(self._fetches) >= self._ring_pages:
                 # Something else is read than was foreseen.
                 self.forget()
-            landing = page.pool.fetch(page)
-        return landing
+            fetch = page.pool.fetch(page)
+        return fetch
 
     def has(self, page: Page) -> bool:
-        return page in self._landed
+        return page in self._fetches
 
     def ahead(self, pages: Iterator[Page], in_use: int = 0) -> None:
         """Start bringing what comes next, as far as there is room."""
         room = self._ring_pages - in_use
         wanted = list(dict.fromkeys(islice(pages, room)))
-        if len(self._landed) + sum(page not in self._landed for page in wanted) > room:
-            for page in [page for page in self._landed if page not in wanted]:
-                self._landed.pop(page).cancel()
+        if len(self._fetches) + sum(page not in self._fetches for page in wanted) > room:
+            for page in [page for page in self._fetches if page not in wanted]:
+                self._fetches.pop(page).cancel()
         for page in wanted:
-            if page not in self._landed and len(self._landed) < room and page.pool.slots.free:
-                self._landed[page] = page.pool.fetch(page)
+            if page not in self._fetches and len(self._fetches) < room and page.pool.slots.free:
+                self._fetches[page] = page.pool.fetch(page)
 
     def drop(self, page: Page) -> None:
-        if (landing := self._landed.pop(page, None)) is not None:
-            landing.cancel()
+        if (fetch := self._fetches.pop(page, None)) is not None:
+            fetch.cancel()
 
     def forget(self) -> None:
-        while self._landed:
-            self._landed.popitem()[1].cancel()
+        while self._fetches:
+            self._fetches.popitem()[1].cancel()

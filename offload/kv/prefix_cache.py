@@ -21,7 +21,7 @@ from offload.storage.transfer import Link
 _NAME = "beginning of a prompt"
 
 
-class Beginnings:
+class PrefixCache:
     """Fills empty caches.
 
     Args:
@@ -41,7 +41,7 @@ class Beginnings:
         plan: Plan,
         source_key: str | None,
         worth: Callable[[int], bool],
-        tell: Callable[[str], None],
+        warn: Callable[[str], None],
         reads: Link,
         writes: Link,
     ) -> None:
@@ -54,7 +54,7 @@ class Beginnings:
         self._options = options
         self._source_key = source_key
         self._worth = worth
-        self._tell = tell
+        self._warn = warn
         self._computed_by = {
             "source": source_key,
             "torch": torch.__version__,
@@ -75,11 +75,11 @@ class Beginnings:
                 content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
                 added[name] = zlib.crc32(memoryview(content))  # type: ignore[arg-type]
             elif value._version != self._versions[id(value)]:
-                self._tell(f"{name} was changed in this session, so beginnings of prompts are neither kept nor loaded")
+                self._warn(f"{name} was changed in this session, so beginnings of prompts are neither kept nor loaded")
                 return None
-        return PrefixStore(self._options.prefix_dir, self._computed_by | {"added": added}, self._tell)
+        return PrefixStore(self._options.prefix_dir, self._computed_by | {"added": added}, self._warn)
 
-    def fill(self, cache: Any, tokens: Sequence[int], batch_size: int) -> Any:
+    def prefill(self, cache: Any, tokens: Sequence[int], batch_size: int) -> Any:
         """Put a beginning into an empty cache.
 
         With a store these are whole blocks of it only.

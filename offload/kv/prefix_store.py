@@ -39,11 +39,11 @@ class PrefixStore:
         DiskFolderError: if the folder cannot be used.
     """
 
-    def __init__(self, folder: str, facts: dict[str, Any], tell: Callable[[str], None]) -> None:
+    def __init__(self, folder: str, facts: dict[str, Any], warn: Callable[[str], None]) -> None:
         check_folder(folder)
         self._folder = folder
         self._facts = facts | {"format": _FORMAT, "block_tokens": BLOCK_TOKENS}
-        self._tell = tell
+        self._warn = warn
 
     def keys(self, tokens: Sequence[int]) -> list[str]:
         """The names of the blocks of a beginning."""
@@ -69,7 +69,7 @@ class PrefixStore:
             parts = {name: file.view(name).clone() for name in file.tensors}
             _check(parts, file, key)
         except (CorruptCheckpoint, ReadError, OSError, KeyError, TypeError, RuntimeError) as error:
-            self._tell(f"a stored beginning of a prompt cannot be used and is computed again ({error})")
+            self._warn(f"a stored beginning of a prompt cannot be used and is computed again ({error})")
             _forget(self._folder, key)
             return None
         del parts[_KEY]
@@ -85,7 +85,7 @@ class PrefixStore:
             writer.finish().close()
         except DiskFull as error:
             writer.abandon()
-            self._tell(f"the beginning of the prompt is not kept: {error}")
+            self._warn(f"the beginning of the prompt is not kept: {error}")
 
 
 def _check(parts: Parts, file: BlockFile, key: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offload.kv.page_layout import PageShape, Pair
+from offload.kv.page_layout import KeyValue, PageLayout
 
 _GROUP = 32
 """Numbers that share a scale."""
@@ -27,13 +27,13 @@ class Quantised:
         """Of a page's bytes, what its code takes, about."""
         return -(-100 * self._line_bytes(_GROUP) // (_GROUP * element_bytes))
 
-    def nbytes(self, shape: PageShape) -> int:
+    def nbytes(self, shape: PageLayout) -> int:
         """What a page takes."""
         lines = shape.rows * shape.heads
         keys = lines * shape.key_dim * self._line_bytes(shape.tokens)
         return int(keys + lines * shape.tokens * self._line_bytes(shape.value_dim))
 
-    def encode(self, pair: Pair, shape: PageShape, memory: torch.Tensor) -> bool:
+    def encode(self, pair: KeyValue, shape: PageLayout, memory: torch.Tensor) -> bool:
         """Write a page's code; False if it would be too far from the page, and was not written.
 
         Args:
@@ -53,7 +53,7 @@ class Quantised:
         memory[keys.numel() : keys.numel() + values.numel()].copy_(values)
         return True
 
-    def decode(self, memory: torch.Tensor, shape: PageShape) -> Pair:
+    def decode(self, memory: torch.Tensor, shape: PageLayout) -> KeyValue:
         """The page's tensors again, as near as the code is."""
         lines = shape.rows * shape.heads
         key_bytes = lines * shape.key_dim * self._line_bytes(shape.tokens)
@@ -61,7 +61,9 @@ class Quantised:
         values = self._decode(memory[key_bytes : self.nbytes(shape)], lines * shape.tokens, shape.value_dim)
         # Kernels take numbers of one key to lie side by side.
         keys = keys.view(shape.rows, shape.heads, shape.key_dim, shape.tokens).transpose(-1, -2).contiguous()
-        return Pair(keys.to(shape.dtype), values.view(shape.rows, shape.heads, shape.tokens, shape.value_dim).to(shape.dtype))
+        return KeyValue(
+            keys.to(shape.dtype), values.view(shape.rows, shape.heads, shape.tokens, shape.value_dim).to(shape.dtype)
+        )
 
     def _line_bytes(self, length: int) -> int:
         """Of `length` numbers that follow one another: codes, and two 16-bit numbers a group."""

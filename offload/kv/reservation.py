@@ -13,7 +13,7 @@ _HEADROOM = 1.25
 """Reserve somewhat more than the next pass needs, so that not every pass makes a new plan."""
 
 
-class KvReserve:
+class KvReservation:
     """Sees to it that a pass never begins whose KV cache would not fit.
 
     Args:
@@ -31,7 +31,7 @@ class KvReserve:
         self._budget_bytes = budget_bytes
         self._bytes_per_token: float | None = None
 
-    def prepare(self, cache: Any, batch_size: int, tokens: int, cached_tokens: int = 0, paged: bool = False) -> None:
+    def reserve_for(self, cache: Any, batch_size: int, tokens: int, cached_tokens: int = 0, paged: bool = False) -> None:
         """A pass begins.
 
         Args:
@@ -62,7 +62,7 @@ class KvReserve:
                 "do. Give a larger budget, a shorter prompt, fewer new tokens, or a smaller batch."
             ) from error
 
-    def observe(self, cache: Any, before_bytes: int, tokens: int) -> None:
+    def update(self, cache: Any, before_bytes: int, tokens: int) -> None:
         """A pass is over that added `tokens` positions to what took `before_bytes`."""
         now = cache_bytes(cache)
         if before_bytes:

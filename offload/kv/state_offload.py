@@ -14,7 +14,7 @@ from offload.storage.pages.pool import Page
 _UPDATES = ("update", "update_conv_state", "update_recurrent_state", "update_indexer")
 
 
-class Shelf:
+class StateOffloader:
     """Puts states away, and brings them back; the one that was used last stays.
 
     Args:
@@ -40,13 +40,13 @@ class Shelf:
     def close(self) -> None:
         """Nothing is added to an open page any more: states have pages of their own."""
 
-    def has_turn(self, layer: Any) -> None:
+    def on_layer_start(self, layer: Any) -> None:
         """This layer computes: the one before is put away."""
         before, self._last = self._last, layer
         if before is not None and before is not layer and self._store.is_open:
-            self.put_away(before)
+            self.offload(before)
 
-    def put_away(self, layer: Any) -> None:
+    def offload(self, layer: Any) -> None:
         states = list(_states(layer))
         if id(layer) in self._away or not states:
             return
@@ -62,7 +62,7 @@ class Shelf:
             else:
                 layer.__dict__["_put_away"][name] = None
 
-    def bring(self, layer: Any) -> None:
+    def onload(self, layer: Any) -> None:
         """All of it; nothing happens if it is there."""
         if id(layer) not in self._away:
             return
@@ -94,7 +94,7 @@ class Shelf:
 def bring_back(layer: Any) -> None:
     """The state of a layer is there, wherever it was."""
     if "_shelf" in vars(layer):
-        layer._shelf.bring(layer)
+        layer._state_offloader.bring(layer)
 
 
 def _missing(self: Any, name: str) -> Any:
@@ -106,7 +106,7 @@ def _missing(self: Any, name: str) -> Any:
 
 def _gone(self: Any) -> None:
     if "_shelf" in vars(self):
-        self._shelf.forget(self)
+        self._state_offloader.forget(self)
 
 
 def _uncopied(self: Any, memo: dict[int, Any]) -> Any:
@@ -117,9 +117,9 @@ def _turned(name: str) -> Any:
     """A method of the layer's own class, whose call is the layer's turn."""
 
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        shelf = self.__dict__["_shelf"]
-        shelf.bring(self)
-        shelf.has_turn(self)
+        state_offloader = self.__dict__["_shelf"]
+        state_offloader.bring(self)
+        state_offloader.has_turn(self)
         return getattr(super(type(self), self), name)(*args, **kwargs)
 
     return update

@@ -6,15 +6,15 @@ from typing import Any, Protocol
 
 import torch
 
-from offload.kv.buffer_cache import ReusedMemory
-from offload.kv.kv_block import Stretch
-from offload.kv.page_layout import PageShape, Pair
-from offload.kv.prefetch import PageStream
+from offload.kv.buffer_cache import BufferCache
+from offload.kv.kv_block import KvBlock
+from offload.kv.page_layout import KeyValue, PageLayout
+from offload.kv.prefetch import PagePrefetcher
 from offload.kv.quantization import Quantised
 from offload.scheduler.kv_pages import Residency, coming
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, Tier, align_up
 from offload.storage.errors import ConfigError, gib
-from offload.storage.pages.pool import Landing, Page, PagePool
+from offload.storage.pages.pool import Page, PageFetch, PagePool
 
 
 class Filler(Protocol):
@@ -51,23 +51,23 @@ class KvStore:
         resident_pages: int,
         codec: Quantised | None = None,
         coded_pool: Callable[[int], tuple[PagePool, int, int]] | None = None,
-        beside: bool = False,
-        tell: Callable[[str], None] = lambda sentence: None,
+        cpu_attends: bool = False,
+        warn: Callable[[str], None] = lambda sentence: None,
         page_tokens: int | None = None,
     ) -> None:
         self.raw = raw
         self._page_tokens = page_tokens
-        self.beside = beside
-        self.tell = tell
+        self.cpu_attends = cpu_attends
+        self.warn = warn
         self.is_open = True
         self.kept_raw = 0
         """Pages that no code was good enough for."""
         self.sealed = 0
         self.pools = [raw]
-        self.whole = ReusedMemory()
+        self.whole = BufferCache()
         """For layers that are put together."""
         self.peak_bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
-        self._stream = PageStream(ring_pages)
+        self._stream = PagePrefetcher(ring_pages)
         self._residency = {raw: Residency(resident_pages)}
         self._codec = codec
         self._coded_pool = coded_pool
@@ -75,9 +75,9 @@ class KvStore:
         self._filling: dict[Filler, None] = {}
         """Layers that fill a page, by when they began it."""
 
-    def page_shape(self, like: PageShape) -> PageShape:
+    def page_shape(self, like: PageLayout) -> PageLayout:
         """As many tokens like these as a page takes."""
-        shape = like.filling(self.raw.page_bytes)
+        shape = like.fit_to(self.raw.page_bytes)
         if not shape.tokens:
             raise ConfigError(
                 f"one token of {like.rows} sequences takes {gib(like.token_bytes)} of a layer's KV cache, and a page has "
@@ -85,76 +85,76 @@ class KvStore:
             )
         return shape if self._page_tokens is None else replace(shape, tokens=min(shape.tokens, self._page_tokens))
 
-    def open(self, layer: "Filler", shape: PageShape, start: int) -> Stretch:
+    def open(self, layer: "Filler", shape: PageLayout, start: int) -> KvBlock:
         """A page to be filled by a layer."""
         self._filling.pop(layer, None)
         page = self._page(self.raw, layer)
         self._filling[layer] = None
-        return Stretch(page, shape, start)
+        return KvBlock(page, shape, start)
 
-    def seal(self, layer: "Filler", stretch: Stretch) -> None:
+    def seal(self, layer: "Filler", block: KvBlock) -> None:
         """A page is full, or nothing is added to it any more: it is coded, and may go down a tier."""
         self._filling.pop(layer, None)
         self.sealed += 1
-        page = stretch.page
-        if self._codec is not None and stretch.tokens == stretch.shape.tokens and self._encode(layer, stretch):
-            page.pins -= 1
+        page = block.page
+        if self._codec is not None and block.tokens == block.shape.tokens and self._encode(layer, block):
+            page.users -= 1
             self._free(page)
         else:
-            page.pins -= 1
+            page.users -= 1
             self._stays(layer, page)
 
-    def pair(self, stretch: Stretch) -> Pair:
+    def pair(self, block: KvBlock) -> KeyValue:
         """The tensors of a page that is being filled."""
-        return stretch.shape.views(self.raw.tensor(stretch.page))
+        return block.shape.views(self.raw.tensor(block.page))
 
-    def read(self, stretch: Stretch, upcoming: Callable[[], Iterator[Page]] | None = None) -> "Reading":
-        """Begin to read a stretch, wherever it is.
+    def read(self, block: KvBlock, upcoming: Callable[[], Iterator[Page]] | None = None) -> "Reading":
+        """Begin to read a block, wherever it is.
 
         Args:
             upcoming: pages that will be read after this one, of lower tiers; None where that is not known.
         """
-        page = stretch.page
+        page = block.page
         if page.tier is Tier.DEVICE:
-            return Reading(self, stretch, page.pool.tensor(page), None)
-        if self.beside and page.tier is Tier.CPU and not stretch.coded:
-            return Reading(self, stretch, page.pool.tensor(page), None)
+            return Reading(self, block, page.pool.tensor(page), None)
+        if self.cpu_attends and page.tier is Tier.CPU and not block.coded:
+            return Reading(self, block, page.pool.tensor(page), None)
         if not self._stream.has(page):
             self._make_room(page.pool, None)
-        landing = self._stream.take(page)
+        fetch = self._stream.take(page)
         if upcoming is not None:
             self._stream.ahead(upcoming(), in_use=1)
-        return Reading(self, stretch, landing.wait(), landing)
+        return Reading(self, block, fetch.wait(), fetch)
 
     def ahead(self, pages: Iterator[Page]) -> None:
         self._stream.ahead(pages)
 
-    def comes(self, stretch: Stretch) -> bool:
+    def comes(self, block: KvBlock) -> bool:
         """True if reading it takes a link."""
-        if stretch.page.tier is Tier.DEVICE:
+        if block.page.tier is Tier.DEVICE:
             return False
-        return not (self.beside and stretch.page.tier is Tier.CPU and not stretch.coded)
+        return not (self.cpu_attends and block.page.tier is Tier.CPU and not block.coded)
 
-    def coming(self, layers: Sequence[Sequence[Stretch]], layer: int, done: int) -> Iterator[Page]:
+    def coming(self, layers: Sequence[Sequence[KvBlock]], layer: int, done: int) -> Iterator[Page]:
         """The pages that will be read next, of lower tiers."""
         # Only as far as somebody asks: there may be thousands.
-        return (stretch.page for stretch in coming(layers, layer, done) if self.comes(stretch))
+        return (block.page for block in coming(layers, layer, done) if self.comes(block))
 
-    def decode(self, memory: torch.Tensor, shape: PageShape) -> Pair:
+    def decode(self, memory: torch.Tensor, shape: PageLayout) -> KeyValue:
         assert self._codec is not None
         return self._codec.decode(memory, shape)
 
-    def share(self, stretch: Stretch) -> Stretch:
+    def share(self, block: KvBlock) -> KvBlock:
         """Another holder of the same page."""
-        page = stretch.page.pool.share(stretch.page)
-        return Stretch(page, stretch.shape, stretch.start, stretch.tokens, stretch.rows, stretch.coded)
+        page = block.page.pool.share(block.page)
+        return KvBlock(page, block.shape, block.start, block.tokens, block.rows, block.coded)
 
-    def release(self, layer: "Filler", stretch: Stretch, filling: bool) -> None:
+    def release(self, layer: "Filler", block: KvBlock, filling: bool) -> None:
         """A holder less. Args: filling: it is the page that the layer fills."""
         if filling:
             self._filling.pop(layer, None)
-            stretch.page.pins -= 1
-        page = stretch.page
+            block.page.users -= 1
+        page = block.page
         if page.references == 1:
             self._stream.drop(page)
             self._residency[page.pool].remove(page)
@@ -166,7 +166,7 @@ class KvStore:
         """A page with these bytes, uint8 [at most page_bytes] on the device: on whatever tier."""
         page = self._page(self.raw, owner)
         self.raw.tensor(page)[: content.numel()].copy_(content)
-        page.pins -= 1
+        page.users -= 1
         self._stays(owner, page)
         return page
 
@@ -178,14 +178,14 @@ class KvStore:
         elif wanted:
             if not self._stream.has(page):
                 self._make_room(page.pool, None)
-            landing = self._stream.take(page)
-            content = landing.wait().clone()
-            landing.release()
+            fetch = self._stream.take(page)
+            content = fetch.wait().clone()
+            fetch.release()
         self._residency[page.pool].remove(page)
         self._free(page)
         return content
 
-    def coded_bytes(self, shape: PageShape) -> int:
+    def coded_bytes(self, shape: PageLayout) -> int:
         assert self._codec is not None
         return align_up(self._codec.nbytes(shape), BLOCK_ALIGNMENT_BYTES)
 
@@ -240,47 +240,47 @@ class KvStore:
         self._bytes[tier] += nbytes
         self.peak_bytes[tier] = max(self.peak_bytes[tier], self._bytes[tier])
 
-    def _encode(self, layer: "Filler", stretch: Stretch) -> bool:
+    def _encode(self, layer: "Filler", block: KvBlock) -> bool:
         """Put the code of a full page in the place of the page."""
         assert self._codec is not None
-        nbytes = self.coded_bytes(stretch.shape)
+        nbytes = self.coded_bytes(block.shape)
         pool = next((pool for pool in self.pools[1:] if pool.page_bytes == nbytes), None)
         if pool is None:
             assert self._coded_pool is not None
             pool, ring_pages, resident_pages = self._coded_pool(nbytes)
             self._stream.forget()
-            self._stream = PageStream(ring_pages)
+            self._stream = PagePrefetcher(ring_pages)
             self.pools.append(pool)
             self._residency[pool] = Residency(resident_pages)
         page = self._page(pool, layer)
-        if not self._codec.encode(self.pair(stretch), stretch.shape, pool.tensor(page)):
-            page.pins -= 1
+        if not self._codec.encode(self.pair(block), block.shape, pool.tensor(page)):
+            page.users -= 1
             self._free(page)
             self.kept_raw += 1
             return False
-        page.pins -= 1
+        page.users -= 1
         self._stays(layer, page)
-        stretch.page, stretch.coded = page, True
+        block.page, block.coded = page, True
         return True
 
 
 class Reading:
-    """A stretch that can be read, until `done`."""
+    """A block that can be read, until `done`."""
 
-    def __init__(self, store: KvStore, stretch: Stretch, memory: torch.Tensor, landing: Landing | None) -> None:
-        shape = stretch.shape
-        pair = store.decode(memory, shape) if stretch.coded else shape.views(memory)
-        self.stretch = stretch
-        self.pair = Pair(pair.keys[:, :, : stretch.tokens], pair.values[:, :, : stretch.tokens])
+    def __init__(self, store: KvStore, block: KvBlock, memory: torch.Tensor, fetch: PageFetch | None) -> None:
+        shape = block.shape
+        pair = store.decode(memory, shape) if block.coded else shape.views(memory)
+        self.block = block
+        self.pair = KeyValue(pair.keys[:, :, : block.tokens], pair.values[:, :, : block.tokens])
         """Of the page's rows, which may be other ones than the batch's."""
-        self._landing = landing
+        self._fetch = fetch
 
     @property
     def is_lent(self) -> bool:
         """Its memory is given back by `done`."""
-        return self._landing is not None
+        return self._fetch is not None
 
     def done(self) -> None:
         """The compute that reads it was submitted."""
-        if self._landing is not None:
-            self._landing.release()
+        if self._fetch is not None:
+            self._fetch.release()

@@ -8,9 +8,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from offload.kv.layer import Order, PagedLayer
-from offload.kv.lazy_tensor import PagedTensor
+from offload.kv.lazy_tensor import LazyKvTensor
 from offload.kv.policies.base import LayerPolicy
-from offload.kv.state_offload import Shelf
+from offload.kv.state_offload import StateOffloader
 from offload.kv.store import KvStore
 
 
@@ -65,7 +65,7 @@ class PagedCacheLayer(DynamicLayer):
                 # All there is to attend to is at hand.
                 return key_states.contiguous(), value_states.contiguous()
             if self.in_segments:
-                return PagedTensor.of(paged, True), PagedTensor.of(paged, False)
+                return LazyKvTensor.of(paged, True), LazyKvTensor.of(paged, False)
             return paged.assembled()
 
     def get_seq_length(self) -> int:
@@ -124,10 +124,14 @@ class PagedLayers:
     """
 
     def __init__(
-        self, store: KvStore, policy: Callable[[], LayerPolicy], in_segments: bool, shelf: Shelf | None = None
+        self,
+        store: KvStore,
+        policy: Callable[[], LayerPolicy],
+        in_segments: bool,
+        state_offloader: StateOffloader | None = None,
     ) -> None:
         self._store = store
-        self._shelf = shelf
+        self._state_offloader = state_offloader
         self._policy = policy
         self._in_segments = in_segments
 
@@ -146,9 +150,9 @@ class PagedLayers:
         if any(isinstance(layer, PagedCacheLayer) for layer in cache.layers):
             return True
         order = Order()
-        for layer in cache.layers if self._shelf is not None else ():
+        for layer in cache.layers if self._state_offloader is not None else ():
             if type(layer) is not DynamicLayer and not isinstance(layer, StaticLayer):
-                self._shelf.keep(layer)
+                self._state_offloader.keep(layer)
         for index, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer and not layer.is_initialized:
                 cache.layers[index] = self._layer(order)

@@ -38,7 +38,7 @@ class Unit:
     role: BlockRole
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     uses: tuple[BlockKey, ...] = ()
-    gathers: bool = False
+    fetches_rows: bool = False
 
     @property
     def block(self) -> BlockSpec:
@@ -56,7 +56,7 @@ class Structure:
     """
 
     units: list[Unit]
-    pinned: dict[str, nn.Parameter]
+    always_resident: dict[str, nn.Parameter]
     by_leaf: bool
 
 
@@ -72,29 +72,31 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(name, dtype, tuple(tensor.shape))
 
 
-def find_structure(model: nn.Module, split: frozenset[BlockKey] = frozenset(), apart: Sequence[nn.Parameter] = ()) -> Structure:
+def find_structure(
+    model: nn.Module, by_submodule: frozenset[BlockKey] = frozenset(), excluded: Sequence[nn.Parameter] = ()
+) -> Structure:
     """Take `model` apart: the children of every outermost repeated list, and the leaves outside of them.
 
     Args:
         split: keys of units that are too large for a slot and are taken apart further.
         apart: parameters that are no part of any unit: experts that are brought one by one.
     """
-    left_out = {id(parameter) for parameter in apart}
-    found = list(_modules_to_call(model, "", split))
+    left_out = {id(parameter) for parameter in excluded}
+    found = list(_modules_to_call(model, "", by_submodule))
     units = [Unit(key, module, role) for key, module, role in found]
     inside = {id(module) for unit in units for module in unit.module.modules()}
     owners: dict[int, BlockKey | None] = {}
-    pinned: dict[str, nn.Parameter] = {}
+    always_resident: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         if id(module) not in inside:
             for name, parameter in module.named_parameters(path, recurse=False):
                 if id(parameter) not in left_out and owners.setdefault(id(parameter), None) is None:
-                    pinned.setdefault(name, parameter)
+                    always_resident.setdefault(name, parameter)
     for unit in units:
         _assign_owner(unit, owners, left_out)
     _mark_tables(units)
     has_layers = any(unit.role is BlockRole.LAYER for unit in units)
-    return Structure([unit for unit in units if unit.uses], pinned, not has_layers)
+    return Structure([unit for unit in units if unit.uses], always_resident, not has_layers)
 
 
 def _assign_owner(unit: Unit, owners: dict[int, BlockKey | None], left_out: set[int]) -> None:
@@ -116,46 +118,46 @@ def _mark_tables(units: list[Unit]) -> None:
     for unit in units:
         module = unit.module
         if isinstance(module, nn.Embedding) and module.max_norm is None and list(unit.parameters) == [f"{unit.key}.weight"]:
-            unit.gathers = True
+            unit.fetches_rows = True
             if not any(unit.key in other.uses for other in units if other is not unit):
                 unit.role = BlockRole.TABLE
 
 
 def _modules_to_call(
-    module: nn.Module, path: str, split: frozenset[BlockKey]
+    module: nn.Module, path: str, by_submodule: frozenset[BlockKey]
 ) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
     """The modules whose calls are windows, below an ancestor of blocks."""
     repeated = _is_repeated_list(module)
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
         if repeated:
-            yield from _block(child, child_path, split)
+            yield from _block(child, child_path, by_submodule)
         elif _holds_repeated_list(child):
-            yield from _modules_to_call(child, child_path, split)
+            yield from _modules_to_call(child, child_path, by_submodule)
         else:
-            yield from _leaves(child, child_path, split)
+            yield from _leaves(child, child_path, by_submodule)
 
 
-def _block(block: nn.Module, path: str, split: frozenset[BlockKey]) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
+def _block(block: nn.Module, path: str, by_submodule: frozenset[BlockKey]) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
     if isinstance(block, _CONTAINERS):
-        yield from _modules_to_call(block, path, split)
-    elif path in split:
+        yield from _modules_to_call(block, path, by_submodule)
+    elif path in by_submodule:
         for name, child in block.named_children():
-            yield from _leaves(child, f"{path}.{name}", split, BlockRole.LAYER)
+            yield from _leaves(child, f"{path}.{name}", by_submodule, BlockRole.LAYER)
     elif _has_parameters(block):
         yield path, block, BlockRole.LAYER
 
 
 def _leaves(
-    module: nn.Module, path: str, split: frozenset[BlockKey], role: BlockRole = BlockRole.OTHER
+    module: nn.Module, path: str, by_submodule: frozenset[BlockKey], role: BlockRole = BlockRole.OTHER
 ) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
     """A module with parameters of its own is called as a whole: it may read its children's without calling them."""
     own = any(True for _ in module.parameters(recurse=False))
-    if own and path not in split:
+    if own and path not in by_submodule:
         yield path, module, role
         return
     for name, child in module.named_children():
-        yield from _leaves(child, f"{path}.{name}", split, role)
+        yield from _leaves(child, f"{path}.{name}", by_submodule, role)
 
 
 def divisible_modules(unit: Unit) -> list[tuple[str, nn.Linear]]:
@@ -182,7 +184,7 @@ def estimated_slot_bytes(unit: Unit) -> int:
     return unit.block.packed_bytes + 2 * BLOCK_ALIGNMENT_BYTES * len(unit.parameters)
 
 
-def can_split(unit: Unit) -> bool:
+def has_submodules(unit: Unit) -> bool:
     """True if the unit consists of smaller modules that can be streamed by themselves."""
     return not isinstance(unit.module, _READ_AT_ONCE) and any(_has_parameters(child) for child in unit.module.children())
 

@@ -13,7 +13,7 @@ import torch
 
 from offload.model.experts import ExpertPieces
 from offload.model.homes import FileMaps
-from offload.model.lazy_experts import stand_in
+from offload.model.lazy_experts import placeholder
 from offload.storage.block_file import BlockFileWriter
 from offload.storage.blocks import FileRange
 
@@ -67,7 +67,7 @@ class SingleExperts:
                 found[name].append([_part(ranges[source], start, nbytes) for source, start, nbytes in runs])
         mapping.collected_tensors.clear()
         self.pieces.update(found)
-        return {name: stand_in(self._shapes[name], _dtype_of(first)) for name in recipe}
+        return {name: placeholder(self._shapes[name], _dtype_of(first)) for name in recipe}
 
     def write(self, layer_name: str, mapping: Any, convert: Convert, writer: BlockFileWriter) -> dict[str, torch.Tensor]:
         """Convert one expert after another into a block file; stand-ins for the parameters, by name."""
@@ -87,7 +87,7 @@ class SingleExperts:
             parts = (converted(expert)[name] if expert else first[name] for expert in range(count))
             writer.add_parts(name, first[name].dtype, self._shapes[name], parts, layer_name)
         mapping.collected_tensors.clear()
-        return {name: stand_in(self._shapes[name], first[name].dtype) for name in names}
+        return {name: placeholder(self._shapes[name], first[name].dtype) for name in names}
 
     def _count(self, layer_name: str) -> int | None:
         shape = self._shapes.get(layer_name)

@@ -104,7 +104,7 @@ class ParameterHome:
     original: torch.Tensor | None
     modified: bool = False
     version: int = 0
-    managed: bool = False
+    trained: bool = False
     device_rows: int | None = None
 
     @property
@@ -172,7 +172,7 @@ class ParameterHome:
         """The session ends: the parameter is as it was, with the values that it has now."""
         current = self.parameter.data
         with torch.no_grad(), torch.inference_mode(False):
-            if self.managed and current.device.type == "cpu":
+            if self.trained and current.device.type == "cpu":
                 return
             if self.original is None:
                 current = current.to("cpu", copy=True)

@@ -16,13 +16,13 @@ from offload.storage.checkpoint import identity
 from offload.storage.errors import CheckpointChanged
 
 
-def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A tensor of NaN that holds no memory and cannot be written: whoever looks at it by mistake sees that."""
     value = math.nan if dtype.is_floating_point else 0
     return torch.full((1,), value, dtype=dtype).expand(shape)
 
 
-class ExpertStandIns:
+class ExpertPlaceholders:
     """The parameters of one module of experts while they hold no values: who asks for them by `state_dict` gets them.
 
     They are written to a block file then, expert by expert, and the parameters are views of it from there on.
@@ -39,11 +39,11 @@ class ExpertStandIns:
         module: nn.Module,
         pieces: Mapping[str, ExpertPieces],
         identities: Mapping[str, Any],
-        told: Callable[[nn.Parameter], None],
+        warn: Callable[[nn.Parameter], None],
     ) -> None:
         self._module = module
         self._pieces = pieces
-        self._told = told
+        self._warn = warn
         self._identities = identities
         self._filled = WeakSet[nn.Module]()
         self._hooks = [module.register_state_dict_pre_hook(lambda owner, *call: self.fill(owner))]
@@ -80,7 +80,7 @@ class ExpertStandIns:
             raise
         for name, parameter in parameters.items():
             parameter.data = file.view(name)
-            self._told(parameter)
+            self._warn(parameter)
         file.close()
         self._filled.add(module)
         while module is self._module and self._hooks:

@@ -27,7 +27,7 @@ from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, FileRange
 from offload.storage.checkpoint import dtypes_of, identity, read_checkpoint, weight_files
 from offload.storage.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
 from offload.storage.host_buffer import release_freed_memory
-from offload.storage.read_plan import plan_landing
+from offload.storage.read_plan import plan_reads
 
 DEMO = "demo"
 _OF_THE_CONFIG = ("attn_implementation", "experts_implementation")
@@ -183,7 +183,7 @@ class CheckpointLoader:
         ]
         if len(same) < len(stored):
             return estimated_slot_bytes(unit)
-        return plan_landing(same, BLOCK_ALIGNMENT_BYTES).slot_bytes
+        return plan_reads(same, BLOCK_ALIGNMENT_BYTES).slot_bytes
 
     def load(
         self, disk_dir: str | None, progress: Progress, experts: Mapping[str, tuple[int, ...]] | None = None
@@ -398,12 +398,12 @@ class _Conversions:
         if self._kept is not None or on_disk or parameters != set(tensors):
             return results
         writer = self._opened_writer()
-        stand_ins = {}
+        placeholders = {}
         for name, value in tensors.items():
             writer.add(name, value, layer_name)
             self._progress(writer.nbytes)
-            stand_ins[name] = torch.empty(1, dtype=value.dtype).expand(value.shape)
-        return stand_ins
+            placeholders[name] = torch.empty(1, dtype=value.dtype).expand(value.shape)
+        return placeholders
 
     def _on_disk(self, tensor: torch.Tensor) -> bool:
         if self._maps.locate(tensor) is None:

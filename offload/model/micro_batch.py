@@ -19,7 +19,7 @@ _MATRIX_POSITIONS = (3, 4)
 """The leading dimension of position ids and embeddings with one row for time, height and width (and text)."""
 
 
-class NotInParts(Exception):
+class CannotSplit(Exception):
     """The arguments or results of a layer do not tell which of their dimensions is the batch."""
 
 
@@ -49,7 +49,7 @@ class MicroBatches:
             try:
                 cut = _Cut(hidden.shape[0], hidden.shape[1])
                 cut.check((args, kwargs))
-            except NotInParts as error:
+            except CannotSplit as error:
                 self._refused(f"a batch is computed as a whole, not {size} sequences at once: {error}")
                 return forward(*args, **kwargs)
             return _in_parts(size, forward, cut, args, kwargs)
@@ -86,7 +86,7 @@ class _Cut:
             self._dimension(tensor)
         for item in leaves(value):
             if isinstance(item, Cache) and (isinstance(item, EncoderDecoderCache) or not hasattr(item, "layers")):
-                raise NotInParts(f"a {type(item).__name__} cannot be cut")
+                raise CannotSplit(f"a {type(item).__name__} cannot be cut")
 
     def part(self, value: Any, begin: int, end: int) -> Any:
         if isinstance(value, torch.Tensor):
@@ -114,9 +114,9 @@ class _Cut:
             return None
         if shape[0] == self.batch_size:
             if self._tokens == self.batch_size and shape[1] != self.batch_size:
-                raise NotInParts(f"there are as many tokens as sequences ({self.batch_size})")
+                raise CannotSplit(f"there are as many tokens as sequences ({self.batch_size})")
             if shape[0] == shape[1] and shape[0] in _MATRIX_POSITIONS:
-                raise NotInParts(f"a tensor of shape {shape} has two dimensions that may be the batch")
+                raise CannotSplit(f"a tensor of shape {shape} has two dimensions that may be the batch")
             return 0
         if shape[0] in _MATRIX_POSITIONS and shape[1] == self.batch_size:
             return 1
@@ -204,7 +204,7 @@ def _joined(results: list[Any], size: int) -> Any:
         if first.dim() and first.shape[0] == 1:
             # Shared by all sequences, like a bias of relative positions.
             return first
-        raise NotInParts(f"a layer returned a tensor of shape {tuple(first.shape)} for {size} sequences")
+        raise CannotSplit(f"a layer returned a tensor of shape {tuple(first.shape)} for {size} sequences")
     if type(first) in (tuple, list):
         return type(first)(_joined(list(items), size) for items in zip(*results, strict=True))
     return first

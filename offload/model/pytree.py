@@ -22,12 +22,12 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     return (item for item in leaves(value) if isinstance(item, torch.Tensor))
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor in it on `device`."""
     if isinstance(value, torch.Tensor):
         return value.to(device) if value.device != device else value
     if type(value) in (tuple, list):
-        return type(value)(moved(item, device) for item in value)
+        return type(value)(to_device(item, device) for item in value)
     if type(value) is dict:
-        return {name: moved(item, device) for name, item in value.items()}
+        return {name: to_device(item, device) for name, item in value.items()}
     return value

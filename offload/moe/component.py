@@ -8,11 +8,11 @@ from torch import nn
 
 from offload.config import Progress
 from offload.model.experts import ExpertPieces, ExpertsUnit
-from offload.model.lazy_experts import ExpertStandIns, paths_of
+from offload.model.lazy_experts import ExpertPlaceholders, paths_of
 from offload.moe.placement import EXPERTS, ExpertPlacement
 from offload.moe.router_prediction import NextRouter, find_router
-from offload.moe.routing_log import RoutingRecord
-from offload.moe.slots import ExpertSource, ExpertStore
+from offload.moe.routing_log import RoutingLog
+from offload.moe.slots import ExpertSlots, ExpertSource
 from offload.moe.streaming import ExpertStreaming, ExpertTally, LayerTally
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
@@ -87,7 +87,7 @@ def rule_for_misses(
     return rule if rule.most_tokens or misses == AUTO else UNMEASURED
 
 
-class ExpertPart:
+class ExpertComponent:
     """The experts of one session's model.
 
     Args:
@@ -115,26 +115,26 @@ class ExpertPart:
         name: str,
         model: nn.Module,
         progress: Progress,
-        told: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self.streaming: ExpertStreaming | None = None
         self.tally = ExpertTally([LayerTally() for _ in units])
         self.spec = spec
         self.units = list(units)
         self._device, self._executor, self._clock, self._ledger = device, executor, clock, ledger
-        self._placement, self._pieces, self._told = placement, pieces, told
+        self._placement, self._pieces, self._warn = placement, pieces, warn
         self.misses = CPU if rule.most_tokens else LOAD
         self._rule = rule
         self.policy = options.policy
         if options.policy == AUTO:
             self.policy = ADMISSION if self.misses == CPU else LFU
-        self.record = RoutingRecord(name, spec.counts, spec.expert_bytes)
+        self.log = RoutingLog(name, spec.counts, spec.expert_bytes)
         self._prompts_ahead = options.prefetch != OFF
         self._predictor: NextRouter | None = None
         if options.prefetch == ON:
-            self._predictor = NextRouter([find_router(model, unit.key) for unit in units], told)
+            self._predictor = NextRouter([find_router(model, unit.key) for unit in units], warn)
         if self.policy == ADMISSION and self.misses == LOAD:
-            told("every expert that is missing must be brought here, so that the policy admission keeps what lfu keeps")
+            warn("every expert that is missing must be brought here, so that the policy admission keeps what lfu keeps")
         self.homes = [placement.homes_of(unit) for unit in units]
         self._tiers = ExpertPlacement(placement, units, pieces, reader, device, progress)
         self._sources: list[ExpertSource] = []
@@ -152,7 +152,7 @@ class ExpertPart:
             prefix = f"{unit.key}." if unit.key else ""
             pieces = {name.removeprefix(prefix): self._pieces[name] for name in unit.parameters if name in self._pieces}
             if pieces:
-                stack.callback(ExpertStandIns(unit.module, pieces, identities, self._accept).keep)
+                stack.callback(ExpertPlaceholders(unit.module, pieces, identities, self._accept).keep)
 
     def take_slots(self, plan: Plan) -> None:
         """Empty slots, as many as the plan says."""
@@ -160,7 +160,7 @@ class ExpertPart:
         layers, experts = len(self.units), max(unit.count for unit in self.units)
         policy = make_policy(self.policy, layers, experts)
         cache = ExpertCache(layers, experts, plan.expert_slots, policy, self.minimum(plan))
-        store = ExpertStore(self._device, self.units, self._sources, plan.expert_slots, plan.expert_slot_bytes)
+        store = ExpertSlots(self._device, self.units, self._sources, plan.expert_slots, plan.expert_slot_bytes)
         self.streaming = ExpertStreaming(
             self._device,
             self._executor,
@@ -171,13 +171,13 @@ class ExpertPart:
             store,
             self.tally,
             self._rule,
-            self.record.note,
+            self.log.note,
             self._predictor,
             self._prompts_ahead,
         )
         self._executor.guard(store.arena)
         if plan.expert_slots < self.spec.token_slots:
-            self._told(
+            self._warn(
                 f"there are {plan.expert_slots} slots for experts, and one token uses {self.spec.token_slots}: most are "
                 "brought again for each; a larger budget helps more than anything else"
             )
@@ -194,13 +194,13 @@ class ExpertPart:
         """Slots that a layer is sure of."""
         return min(plan.expert_slots // len(self.units), self.spec.chosen)
 
-    def open_windows(self, stack: ExitStack) -> None:
+    def wrap_modules(self, stack: ExitStack) -> None:
         if self._predictor is not None:
             self._predictor.install(stack)
         for layer, unit in enumerate(self.units):
-            stack.callback(ForwardWrap(unit.module, self._window(layer)).undo)
+            stack.callback(ForwardWrap(unit.module, self._wrapped(layer)).undo)
 
-    def _window(self, layer: int) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    def _wrapped(self, layer: int) -> Callable[[Callable[..., object]], Callable[..., object]]:
         def make(forward: Callable[..., object]) -> Callable[..., object]:
             # Not the forward of the module, whose class's is run; and the slots may be others by the time of the call.
             return lambda *args, **kwargs: self._current().compute(layer, *args, **kwargs)

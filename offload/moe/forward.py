@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from offload.model.experts import ExpertsUnit
-from offload.moe.slots import ExpertStore
+from offload.moe.slots import ExpertSlots
 from offload.scheduler.expert_cache import ExpertCache
 from offload.scheduler.expert_cost import MissRule
 from offload.scheduler.expert_policies import MOST_ADMITTED
@@ -20,7 +20,7 @@ Part = tuple[int, int]
 """One tensor of the layout, of one expert."""
 
 
-class ExpertCall:
+class ExpertForward:
     """Brings what is needed, in the order in which it is asked for.
 
     Where a layer needs more experts than it can have slots, those that are worth most get them; the others pass through
@@ -39,7 +39,7 @@ class ExpertCall:
         layer: int,
         unit: ExpertsUnit,
         cache: ExpertCache,
-        store: ExpertStore,
+        store: ExpertSlots,
         needed: Sequence[int],
         rows: Mapping[int, int],
         wait: Callable[[Sequence[int]], None],
@@ -67,7 +67,7 @@ class ExpertCall:
 
     def begin(self) -> None:
         """Give what is needed its slots, and start to bring it. Whatever comes of it, `end` is to follow."""
-        self._begin(self._left_to_bring(self._needed, self._rows, self._rule) if self._rule.most_tokens else self._needed)
+        self._begin(self._left_to_load(self._needed, self._rows, self._rule) if self._rule.most_tokens else self._needed)
 
     def in_order_of_arrival(self, name: str, experts: Sequence[int]) -> Sequence[int]:
         """The same experts, those first that are there."""
@@ -97,7 +97,7 @@ class ExpertCall:
             return pool[self._slots[expert]]
         part = self._tensors[name], expert
         if part not in self._coming:
-            self._bring_now(part)
+            self._load_now(part)
         lane = self._coming.pop(part)
         self._feed()
         self._wait([lane])
@@ -121,7 +121,7 @@ class ExpertCall:
         self._store.used(list(self._slots.values()))
         self._cache.release(self._slots.values())
 
-    def _left_to_bring(self, needed: Sequence[int], rows: Mapping[int, int], rule: MissRule) -> list[int]:
+    def _left_to_load(self, needed: Sequence[int], rows: Mapping[int, int], rule: MissRule) -> list[int]:
         """Without those that the CPU computes: the policy admits few, and the link gets its share."""
         ranks = self._cache.policy.ranks[self._layer]
         here = self._cache.slots[self._layer]
@@ -174,7 +174,7 @@ class ExpertCall:
         while self._lanes and self._queue:
             self._start(self._queue.popleft())
 
-    def _bring_now(self, part: Part) -> None:
+    def _load_now(self, part: Part) -> None:
         """Asked for out of turn: what came ahead of it makes room."""
         if part in self._queue:
             self._queue.remove(part)

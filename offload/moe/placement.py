@@ -43,12 +43,12 @@ class ExpertPlacement:
             DiskFull, ReadError: as placing anything else does.
         """
         self._placement.spill([unit for unit in self._units if not self._located(unit)])
-        if plan.expert_staging_count and not self._device.host_memory:
+        if plan.expert_staging_count and not self._device.shares_host_memory:
             self._staged = self._placement.open_staging(plan.expert_slot_bytes, plan.expert_staging_count)
         from_files = [
             FileExperts(unit, self._pieces_of(unit), self._reader, self._staged, self._device) for unit in self._units
         ]
-        if self._device.host_memory or not plan.experts_in_host_memory:
+        if self._device.shares_host_memory or not plan.experts_in_host_memory:
             return list(from_files)
         counts = _share_out(plan.experts_in_host_memory, [unit.count for unit in self._units])
         done, total = 0, sum(count * unit.nbytes for count, unit in zip(counts, self._units, strict=True))
@@ -88,9 +88,9 @@ class ExpertPlacement:
         buffer = self._placement.charged_buffer(count * stride_bytes, self._placement.host_ledger, EXPERTS)
         self._placement.lock_pages(buffer)
         for expert in range(count):
-            ranges, landing = files.landing(expert, range(len(unit.layout.tensors)))
-            memory = buffer.memory[expert * stride_bytes : expert * stride_bytes + landing.slot_bytes]
-            self._reader.read(ranges, landing, memory).wait()
+            ranges, read_plan = files.read_plan(expert, range(len(unit.layout.tensors)))
+            memory = buffer.memory[expert * stride_bytes : expert * stride_bytes + read_plan.slot_bytes]
+            self._reader.read(ranges, read_plan, memory).wait()
         return HostExperts(unit, buffer, count, stride_bytes, self._device, files)
 
 

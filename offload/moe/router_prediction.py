@@ -23,7 +23,7 @@ _MOST_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
+class RouterPrediction:
     """Of one layer.
 
     Attributes:
@@ -33,13 +33,13 @@ class Prediction:
 
     layer: int
     experts: tuple[int, ...]
-    twice: tuple[int, ...]
+    at_2k: tuple[int, ...]
 
 
-class Predictor(Protocol):
+class RouterPredictor(Protocol):
     """Guesses what a layer will ask for."""
 
-    def after(self, layer: int) -> Prediction | None:
+    def after(self, layer: int) -> RouterPrediction | None:
         """The layer has been routed: what will the next one ask for? None if there is nothing to say."""
 
 
@@ -54,12 +54,12 @@ class Accuracy:
 
     asked: int = 0
     found: int = 0
-    found_twice: int = 0
+    found_at_2k: int = 0
 
-    def add(self, prediction: Prediction, needed: Sequence[int]) -> None:
+    def add(self, prediction: RouterPrediction, needed: Sequence[int]) -> None:
         self.asked += len(needed)
         self.found += len(set(needed) & set(prediction.experts))
-        self.found_twice += len(set(needed) & set(prediction.twice))
+        self.found_at_2k += len(set(needed) & set(prediction.at_2k))
 
 
 class NextRouter:
@@ -70,11 +70,11 @@ class NextRouter:
         told: where nothing can be predicted.
     """
 
-    def __init__(self, routers: Sequence[nn.Module | None], told: Callable[[str], None]) -> None:
+    def __init__(self, routers: Sequence[nn.Module | None], warn: Callable[[str], None]) -> None:
         self._routers = list(routers)
-        self._told = told
+        self._warn = warn
         if None in self._routers:
-            told(f"{self._routers.count(None)} layers have no router beside their experts that could be asked early")
+            warn(f"{self._routers.count(None)} layers have no router beside their experts that could be asked early")
         self._seen: list[tuple[Any, Any] | None] = [None] * len(routers)
         self._forwards: list[Forward | None] = [None] * len(routers)
 
@@ -84,7 +84,7 @@ class NextRouter:
             if router is not None:
                 stack.callback(ForwardWrap(router, self._listening(layer)).undo)
 
-    def after(self, layer: int) -> Prediction | None:
+    def after(self, layer: int) -> RouterPrediction | None:
         seen = self._seen[layer]
         following = layer + 1
         forward = self._forwards[following] if following < len(self._forwards) else None
@@ -100,7 +100,7 @@ class NextRouter:
                 ahead = forward(given)
         except Exception as error:  # a router that takes more than hidden states
             self._forwards[following] = None
-            self._told(f"the router of the layer with experts number {following} cannot be asked early: {error}")
+            self._warn(f"the router of the layer with experts number {following} cannot be asked early: {error}")
             return None
         return _prediction(following, ahead, chosen.shape[-1])
 
@@ -144,12 +144,12 @@ def _choices(answer: Any) -> torch.Tensor | None:
     )
 
 
-def _prediction(layer: int, answer: Any, chosen: int) -> Prediction | None:
+def _prediction(layer: int, answer: Any, chosen: int) -> RouterPrediction | None:
     choices = _choices(answer)
     if choices is None:
         return None
     scores = next((item for item in answer if torch.is_floating_point(item) and item.shape[-1] >= 2 * chosen), None)
     twice = choices if scores is None else scores.reshape(-1, scores.shape[-1]).topk(2 * chosen, dim=-1).indices
-    return Prediction(
+    return RouterPrediction(
         layer, tuple(dict.fromkeys(choices.reshape(-1).tolist())), tuple(dict.fromkeys(twice.reshape(-1).tolist()))
     )

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy
 
-from offload.moe.streaming import Visit
-from offload.runtime.clock import PREFILL
+from offload.moe.streaming import RoutedRows
 from offload.scheduler import routing
 from offload.scheduler.expert_replay import bound
+from offload.scheduler.phases import PREFILL
 from offload.scheduler.routing import Routing
 
 _MOST_BYTES = 64 << 20
@@ -20,7 +20,7 @@ _MOST_COMPARED = 8_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _LogEntry:
     turn: int
     phase: int
     first_step: int
@@ -31,20 +31,20 @@ class _Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
-    """What was found in the cache, and what an all-knowing one would have found (Belady), in the first visits of a run.
+class BeladyBound:
+    """Hits in the first visits of a run: the cache's, and those of Belady's offline-optimal policy.
 
     Attributes:
         whole_run: True if these were all.
     """
 
     choices: int
+    measured_hits: int
     hits: int
-    best_hits: int
     whole_run: bool
 
 
-class RoutingRecord:
+class RoutingLog:
     """The visits of a session, in order.
 
     Args:
@@ -55,13 +55,13 @@ class RoutingRecord:
     def __init__(self, model: str, counts: Sequence[int], expert_bytes: Sequence[int]) -> None:
         self.is_whole = True
         self._model, self._counts, self._expert_bytes = model, list(counts), list(expert_bytes)
-        self._kept: list[_Kept] = []
+        self._kept: list[_LogEntry] = []
         self._bytes = 0
         self._turn = -1
         self._was_prefill = False
         self._steps = [0] * len(counts)
 
-    def note(self, visit: Visit) -> None:
+    def note(self, visit: RoutedRows) -> None:
         prefill = visit.phase == PREFILL
         if self._turn < 0 or (prefill and not self._was_prefill):
             self._turn += 1
@@ -75,7 +75,7 @@ class RoutingRecord:
         choices, weights = visit.choices.astype(numpy.int16), visit.weights.astype(numpy.float32)
         self._bytes += choices.nbytes + weights.nbytes
         phase = routing.PREFILL if prefill else routing.DECODE
-        self._kept.append(_Kept(self._turn, phase, step, visit.layer, choices, weights, visit.resident))
+        self._kept.append(_LogEntry(self._turn, phase, step, visit.layer, choices, weights, visit.resident))
 
     def routing(self) -> Routing:
         """A visit for each token, as a trace file has them."""
@@ -89,7 +89,7 @@ class RoutingRecord:
                 )
         return made
 
-    def bound(self, slot_count: int, minimum: int) -> Bound:
+    def bound(self, slot_count: int, minimum: int) -> BeladyBound:
         """Over passes: a pass needs all experts of a layer that its tokens chose, once."""
         made = Routing(self._model, len(self._counts), max(self._counts), tuple(self._expert_bytes))
         compared = self._kept[:_MOST_COMPARED]
@@ -100,4 +100,4 @@ class RoutingRecord:
             choices += len(experts)
             hits += len(kept.resident)
         best = bound(made, slot_count, minimum).overall.hits if compared else 0
-        return Bound(choices, hits, best, self.is_whole and len(compared) == len(self._kept))
+        return BeladyBound(choices, hits, best, self.is_whole and len(compared) == len(self._kept))

@@ -37,7 +37,7 @@ class ExpertWeights(Protocol):
         """The parameter with slots in place of experts, and the slots of those of them that have one."""
 
 
-class SlottedWeight(torch.Tensor):
+class SlotTensor(torch.Tensor):
     """A parameter [experts, ...] without values of its own."""
 
     _weights: ExpertWeights
@@ -52,16 +52,16 @@ class SlottedWeight(torch.Tensor):
         dtype: torch.dtype,
         device: torch.device,
         flipped: bool = False,
-    ) -> "SlottedWeight":
+    ) -> "SlotTensor":
         """Args: flipped: the last two dimensions are exchanged; `shape` is what comes of it."""
-        made: SlottedWeight = torch.Tensor._make_wrapper_subclass(SlottedWeight, shape, dtype=dtype, device=device)
+        made: SlotTensor = torch.Tensor._make_wrapper_subclass(SlotTensor, shape, dtype=dtype, device=device)
         made._weights, made._name, made._flipped = weights, name, flipped
         return made
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        weight = next((value for value in (*args, *kwargs.values()) if isinstance(value, SlottedWeight)), None)
+        weight = next((value for value in (*args, *kwargs.values()) if isinstance(value, SlotTensor)), None)
         name = getattr(function, "__name__", "")
         if weight is not None and name in _HANDLERS:
             return _HANDLERS[name](function, weight, *args, **kwargs)
@@ -82,20 +82,20 @@ class SlottedWeight(torch.Tensor):
         raise NotImplementedError("weights in slots are not copied")
 
 
-def _transposed(function: Any, weight: SlottedWeight, *args: Any, **kwargs: Any) -> SlottedWeight:
+def _transposed(function: Any, weight: SlotTensor, *args: Any, **kwargs: Any) -> SlotTensor:
     dims = {dim % 3 for dim in args[1:]} | {dim % 3 for dim in kwargs.values()}
     if dims != {1, 2}:
         raise NotImplementedError("experts are exchanged with another dimension, and they are brought one by one")
     shape = (weight.shape[0], weight.shape[2], weight.shape[1])
-    return SlottedWeight.of(weight._weights, weight._name, shape, weight.dtype, weight.device, not weight._flipped)
+    return SlotTensor.of(weight._weights, weight._name, shape, weight.dtype, weight.device, not weight._flipped)
 
 
-def _one(weight: SlottedWeight, expert: int) -> torch.Tensor:
+def _one(weight: SlotTensor, expert: int) -> torch.Tensor:
     found = weight._weights.weight(weight._name, expert)
     return found.transpose(-2, -1) if weight._flipped else found
 
 
-def _taken(function: Any, weight: SlottedWeight, _: Any, index: Any) -> torch.Tensor:
+def _taken(function: Any, weight: SlotTensor, _: Any, index: Any) -> torch.Tensor:
     """`weight[index]`: one expert, or one for each row."""
     if isinstance(index, (slice, tuple)):
         raise NotImplementedError("the model's code takes several experts at once, and they are brought one by one")
@@ -112,7 +112,7 @@ def _taken(function: Any, weight: SlottedWeight, _: Any, index: Any) -> torch.Te
     return rows
 
 
-def _grouped(function: Any, weight: SlottedWeight, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _grouped(function: Any, weight: SlotTensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Rows, sorted by expert, times each its expert's weight: `function` itself, on the weights where they are."""
     rows = args[0]
     offsets = kwargs["offs"] if "offs" in kwargs else args[2]
@@ -141,7 +141,7 @@ def _call(function: Any, rows: torch.Tensor, weight: torch.Tensor, ends: torch.T
 
 
 def _together(
-    function: Any, weight: SlottedWeight, rows: torch.Tensor, begins: list[int], ends: list[int], experts: Sequence[int]
+    function: Any, weight: SlotTensor, rows: torch.Tensor, begins: list[int], ends: list[int], experts: Sequence[int]
 ) -> dict[int, torch.Tensor]:
     """The products of all experts in slots, in as few calls as there are runs of neighbouring slots."""
     pool, slots = weight._weights.slots(weight._name, experts)
@@ -167,7 +167,7 @@ def _runs(placed: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return found
 
 
-def _aligned(function: Any, weight: SlottedWeight, *args: Any) -> int:
+def _aligned(function: Any, weight: SlotTensor, *args: Any) -> int:
     """`data_ptr`: slots are aligned for every kernel."""
     return 0
 
@@ -189,7 +189,7 @@ class SlottedModule:
         by_groups: compute by grouped products, whatever the model is set to: some groups are computed elsewhere.
     """
 
-    def __init__(self, module: nn.Module, parameters: dict[str, SlottedWeight], by_groups: bool) -> None:
+    def __init__(self, module: nn.Module, parameters: dict[str, SlotTensor], by_groups: bool) -> None:
         self._module = module
         self._seen: dict[str, Any] = {**parameters}
         if by_groups:

@@ -12,7 +12,7 @@ from offload.runtime.weights import Arrival, CopyArrival, DirectSource, SlotRegi
 from offload.storage.blocks import FileRange
 from offload.storage.devices.base import Device, Event
 from offload.storage.host_buffer import HostBuffer
-from offload.storage.read_plan import Landing, plan_landing_at
+from offload.storage.read_plan import ReadPlan, plan_reads_at
 from offload.storage.reader import DiskReader
 from offload.storage.staging import StagedReader
 
@@ -53,12 +53,12 @@ class FileExperts:
 
     def start(self, expert: int, tensors: Sequence[int], region: SlotRegion, after: Event | None) -> Arrival:
         key = f"{self._unit.key}.{expert}"
-        ranges, landing = self.landing(expert, tensors)
+        ranges, read_plan = self.read_plan(expert, tensors)
         if self._staged is None:
-            return DirectSource(key, self._reader, ranges, landing).start(region, after)
-        return StagedSource(key, self._staged, self._device, ranges, landing).start(region, after)
+            return DirectSource(key, self._reader, ranges, read_plan).start(region, after)
+        return StagedSource(key, self._staged, self._device, ranges, read_plan).start(region, after)
 
-    def landing(self, expert: int, tensors: Sequence[int]) -> tuple[list[FileRange], Landing]:
+    def read_plan(self, expert: int, tensors: Sequence[int]) -> tuple[list[FileRange], ReadPlan]:
         """The expert's pieces, and the recipe that brings them to their places."""
         ranges: list[FileRange] = []
         targets: list[int] = []
@@ -68,7 +68,7 @@ class FileExperts:
                 ranges.append(piece)
                 targets.append(end)
                 end += piece.nbytes
-        return ranges, plan_landing_at(ranges, targets, self._reader.engine.unit_bytes)
+        return ranges, plan_reads_at(ranges, targets, self._reader.engine.unit_bytes)
 
 
 class HostExperts:
@@ -110,7 +110,7 @@ class HomeExperts:
         return CopyArrival(self._device, copies)
 
 
-class ExpertStore:
+class ExpertSlots:
     """The slots, and what is on its way into them.
 
     Args:
@@ -128,7 +128,7 @@ class ExpertStore:
         self._units = list(units)
         self._slot_bytes = slot_bytes
         self._arena = device.allocate(slot_bytes * slot_count)
-        self._memory = getattr(self._arena, "memory", None) if device.host_memory else None
+        self._memory = getattr(self._arena, "memory", None) if device.shares_host_memory else None
         pools = {unit.layout: pool_of(unit.layout, self._arena.tensor, slot_count, slot_bytes) for unit in units}
         self.pools: list[Pool] = [pools[unit.layout] for unit in units]
         """Of each layer: all slots, as its parameters."""

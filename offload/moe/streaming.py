@@ -9,10 +9,10 @@ import torch
 
 from offload.model.experts import ExpertsUnit
 from offload.model.homes import ParameterHome
-from offload.moe.forward import ExpertCall
-from offload.moe.router_prediction import Accuracy, Prediction, Predictor
-from offload.moe.slot_tensor import SlottedModule, SlottedWeight
-from offload.moe.slots import ExpertStore, HomeExperts
+from offload.moe.forward import ExpertForward
+from offload.moe.router_prediction import Accuracy, RouterPrediction, RouterPredictor
+from offload.moe.slot_tensor import SlottedModule, SlotTensor
+from offload.moe.slots import ExpertSlots, HomeExperts
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.scheduler.expert_cache import ExpertCache
@@ -66,7 +66,7 @@ class ExpertTally:
 
 
 @dataclass(slots=True)
-class Visit:
+class RoutedRows:
     """One pass through one layer."""
 
     layer: int
@@ -98,11 +98,11 @@ class ExpertStreaming:
         units: Sequence[ExpertsUnit],
         homes: Sequence[Sequence[ParameterHome]],
         cache: ExpertCache,
-        store: ExpertStore,
+        store: ExpertSlots,
         tally: ExpertTally,
         rule: MissRule,
-        observer: Callable[[Visit], None],
-        predictor: Predictor | None,
+        observer: Callable[[RoutedRows], None],
+        predictor: RouterPredictor | None,
         prompts_ahead: bool,
     ) -> None:
         self.cache = cache
@@ -117,7 +117,7 @@ class ExpertStreaming:
         self._observer = observer
         self._predictor = predictor
         self._prompts_ahead = prompts_ahead
-        self._predicted: Prediction | None = None
+        self._predicted: RouterPrediction | None = None
         self._ahead: dict[int, int] = {}
         """Slots of experts that were brought because they were predicted, by expert."""
         self._changes: dict[int, Any] = {}
@@ -147,12 +147,12 @@ class ExpertStreaming:
         unit = self._units[layer]
         self._check_prediction(layer, needed)
         rows = dict(zip(uniques.tolist(), counts.tolist(), strict=True))
-        asynchronous = not self._device.host_memory
-        call = ExpertCall(layer, unit, self.cache, self.store, needed, rows, self._wait, self._rule, asynchronous)
+        asynchronous = not self._device.shares_host_memory
+        call = ExpertForward(layer, unit, self.cache, self.store, needed, rows, self._wait, self._rule, asynchronous)
         try:
             call.begin()
             self._tally.add(layer, len(needed), len(call.hits), len(call.computed_elsewhere), unit.nbytes)
-            self._observer(Visit(layer, self._clock.phase, choices, shares, call.hits))
+            self._observer(RoutedRows(layer, self._clock.phase, choices, shares, call.hits))
             self._look_ahead(layer, *choices.shape)
             # The model's own code, on weights that lie in slots.
             output: torch.Tensor = type(unit.module).forward(self._slotted(unit, call, hidden.device), hidden, index, weights)
@@ -185,15 +185,15 @@ class ExpertStreaming:
         """
         self._predicted = None if self._predictor is None else self._predictor.after(layer)
         if self._predicted is not None:
-            self._bring_ahead(self._predicted.layer, self._predicted.experts)
+            self._load_ahead(self._predicted.layer, self._predicted.experts)
         elif self._prompts_ahead and layer + 1 < len(self._units):
             following = layer + 1
             count = ahead_of_a_prompt(rows, self._units[following].count, chosen, self.cache.room(following))
             ranks, here = self.cache.policy.ranks[following], self.cache.slots[following]
             missing = (expert for expert in range(self._units[following].count) if here[expert] < 0)
-            self._bring_ahead(following, sorted(missing, key=lambda expert: -ranks[expert])[:count])
+            self._load_ahead(following, sorted(missing, key=lambda expert: -ranks[expert])[:count])
 
-    def _bring_ahead(self, layer: int, experts: Sequence[int]) -> None:
+    def _load_ahead(self, layer: int, experts: Sequence[int]) -> None:
         answer = self.cache.request(layer, experts)
         for placed in answer.loads:
             self.store.begin(layer, placed.expert, placed.slot)
@@ -201,11 +201,11 @@ class ExpertStreaming:
         self._ahead = {placed.expert: placed.slot for placed in answer.loads}
         self._tally.prefetches += len(answer.loads)
 
-    def _slotted(self, unit: ExpertsUnit, call: ExpertCall, device: torch.device) -> SlottedModule:
+    def _slotted(self, unit: ExpertsUnit, call: ExpertForward, device: torch.device) -> SlottedModule:
         parameters = {}
         for tensor in unit.layout.tensors:
             shape = (unit.count, *tensor.shape)
-            parameters[tensor.name] = SlottedWeight.of(call, tensor.name, shape, tensor.dtype, device)
+            parameters[tensor.name] = SlotTensor.of(call, tensor.name, shape, tensor.dtype, device)
         return SlottedModule(unit.module, parameters, by_groups=bool(call.computed_elsewhere))
 
     def _wait(self, slots: Sequence[int]) -> None:

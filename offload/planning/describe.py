@@ -14,7 +14,15 @@ from offload.model.experts import ExpertsUnit, expert_slot_bytes
 from offload.planning.dry_run import DryRun, DryRunFailed
 from offload.planning.pass_splits import LEAST_CHUNK
 from offload.scheduler.kv_pages import KvShape
-from offload.scheduler.model_spec import BlockRole, DivisibleWeight, ExpertsSpec, ModelSpec, PlacedBlock, Temporaries, Workload
+from offload.scheduler.model_spec import (
+    ActivationSizes,
+    BlockRole,
+    DivisibleWeight,
+    ExpertsSpec,
+    ModelSpec,
+    PlacedBlock,
+    Workload,
+)
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, DTYPE_BYTES, align_up
 
 _HIDDEN_COPIES = 12
@@ -45,7 +53,7 @@ def model_spec(
     model: nn.Module,
     structure: Structure,
     slot_bytes: Callable[[Unit], int],
-    temporaries: Temporaries | None = None,
+    activations: ActivationSizes | None = None,
     experts: Sequence[ExpertsUnit] = (),
 ) -> ModelSpec:
     """Describe `model` to the planner.
@@ -61,13 +69,15 @@ def model_spec(
     owned = {unit.key for unit in structure.units if unit.parameters}
     return ModelSpec(
         blocks=tuple(_placed(unit, slot_bytes) for unit in structure.units if unit.parameters),
-        windows=tuple(tuple(key for key in unit.uses if key in owned) for unit in structure.units if not unit.gathers),
-        pinned_bytes=sum(value.nbytes for value in (*structure.pinned.values(), *model.buffers())),
+        co_resident_blocks=tuple(
+            tuple(key for key in unit.uses if key in owned) for unit in structure.units if not unit.fetches_rows
+        ),
+        always_resident_bytes=sum(value.nbytes for value in (*structure.always_resident.values(), *model.buffers())),
         kv_bytes_per_token=kv.token_bytes,
-        kv_windows=kv.windows,
+        kv_sliding_windows=kv.sliding_windows,
         kv=kv.shape,
         state_bytes_per_sequence=state_bytes_per_sequence(config) if generates(model) else 0,
-        temporaries=temporaries or Temporaries(_activation_bytes(config, element_bytes)),
+        activations=activations or ActivationSizes(_activation_bytes(config, element_bytes)),
         logits_bytes_per_sequence=_LOGITS_BYTES_EACH * int(getattr(_text_config(config), "vocab_size", 0) or 0),
         experts=experts_spec(model, experts) if experts else None,
     )
@@ -109,7 +119,7 @@ class KvSizes:
     """
 
     token_bytes: int = 0
-    windows: tuple[tuple[int, int], ...] = ()
+    sliding_windows: tuple[tuple[int, int], ...] = ()
     shape: KvShape | None = None
 
 
@@ -132,11 +142,11 @@ def kv_sizes(config: Any, element_bytes: int) -> KvSizes:
     except (AttributeError, KeyError, TypeError, ValueError):
         return KvSizes(each * layers + across)
     plain = sum(type(layer) is DynamicLayer for layer in kept)
-    windows = [int(layer.sliding_window) for layer in kept if isinstance(layer, DynamicSlidingWindowLayer)]
-    all_tokens = sum(isinstance(layer, DynamicLayer) for layer in kept) - len(windows)
+    sliding = [int(layer.sliding_window) for layer in kept if isinstance(layer, DynamicSlidingWindowLayer)]
+    all_tokens = sum(isinstance(layer, DynamicLayer) for layer in kept) - len(sliding)
     return KvSizes(
         each * all_tokens + across,
-        tuple((tokens, each * windows.count(tokens)) for tokens in sorted(set(windows))),
+        tuple((tokens, each * sliding.count(tokens)) for tokens in sorted(set(sliding))),
         KvShape(plain, each) if plain else None,
     )
 
@@ -165,7 +175,7 @@ def takes_tokens(model: nn.Module) -> bool:
     return generates(model) or getattr(model, "main_input_name", None) in ("input_ids", "decoder_input_ids", "inputs_embeds")
 
 
-def count_temporaries(model: nn.Module, workload: Workload) -> Temporaries | None:
+def count_activations(model: nn.Module, workload: Workload) -> ActivationSizes | None:
     """The most that a pass of the workload holds beside weights and KV cache, with a margin.
 
     Counted by dry runs of the prompt as a whole and of its last piece, so that attention that builds its scores is seen,
@@ -179,18 +189,18 @@ def count_temporaries(model: nn.Module, workload: Workload) -> Temporaries | Non
     except DryRunFailed:
         return None
     between = whole.between_bytes * _MARGIN / (batch_size * tokens)
-    most = whole.temporary_bytes
+    most = whole.activation_bytes
     try:
         # The smallest piece there is: what is held grows ever faster with a pass, so that a line up to the whole is above it.
         chunk = max(1, min(LEAST_CHUNK, tokens // _CHUNK_OF))
         last = dry_run.continued(batch_size, chunk, tokens - chunk)
-        each = max(0.0, (whole.temporary_bytes - last.temporary_bytes) / (tokens - chunk))
-        most = max(most, last.temporary_bytes)
+        each = max(0.0, (whole.activation_bytes - last.activation_bytes) / (tokens - chunk))
+        most = max(most, last.activation_bytes)
     except DryRunFailed:
         each = most / tokens
     context = max(0.0, most / tokens - each)
     scale = _MARGIN / batch_size
-    return Temporaries(int(each * scale) + 1, int(context * scale) + 1, min(int(between) + 1, int(each * scale) + 1))
+    return ActivationSizes(int(each * scale) + 1, int(context * scale) + 1, min(int(between) + 1, int(each * scale) + 1))
 
 
 def _divisible(unit: Unit) -> tuple[DivisibleWeight, ...]:

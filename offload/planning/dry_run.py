@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from offload.model.blocks import Structure, Unit, find_structure
 from offload.model.micro_batch import MicroBatches
 from offload.scheduler.model_spec import BlockRole
-from offload.scheduler.work import PassWork, WindowWork, Work
+from offload.scheduler.work import ModuleWork, PassWork, Work
 from offload.storage.blocks import BlockKey
 
 _CACHES = ("past_key_values", "cache_params")
@@ -75,12 +75,12 @@ class DryRun:
         micro_batch: sequences that a layer computes at once; 0 for all.
     """
 
-    def __init__(self, model: nn.Module, split: frozenset[BlockKey] = frozenset(), micro_batch: int = 0) -> None:
+    def __init__(self, model: nn.Module, by_submodule: frozenset[BlockKey] = frozenset(), micro_batch: int = 0) -> None:
         on_meta = all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         self.model = (model if on_meta else meta_twin(model)).eval()
         """On the meta device."""
-        self._structure: Structure = find_structure(self.model, split)
-        self._identity = _identity(model, split, micro_batch)
+        self._structure: Structure = find_structure(self.model, by_submodule)
+        self._identity = _identity(model, by_submodule, micro_batch)
         self._micro_batch = micro_batch
 
     def passes(self, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
@@ -141,9 +141,9 @@ class DryRun:
         inputs = self._inputs(batch_size, tokens)
         if cache is not None:
             inputs["past_key_values"] = cache
-        windows = _Windows(self._structure.units, counter, self._micro_batch)
+        scopes = _ModuleScopes(self._structure.units, counter, self._micro_batch)
         try:
-            with torch.no_grad(), _Fused(counter), counter, windows:
+            with torch.no_grad(), _Fused(counter), counter, scopes:
                 output = self.model(**inputs)
         except DryRunFailed:
             raise
@@ -151,8 +151,8 @@ class DryRun:
             raise DryRunFailed(_first_line(error)) from error
         cache = next((getattr(output, name) for name in _CACHES if getattr(output, name, None) is not None), None)
         temporary = max(0, counter.peak_bytes - _cache_bytes(cache))
-        between = min(temporary, windows.between_bytes)
-        return PassWork(phase, batch_size, tokens, tuple(windows.called), counter.outside, temporary, between), cache
+        between = min(temporary, scopes.between_bytes)
+        return PassWork(phase, batch_size, tokens, tuple(scopes.called), counter.outside, temporary, between), cache
 
     def _inputs(self, batch_size: int, tokens: int) -> dict[str, Any]:
         taken = inspect.signature(self.model.forward).parameters
@@ -315,11 +315,11 @@ class _Fused(TorchFunctionMode):
         return rows.new_empty((count, experts.shape[2]))
 
 
-class _Windows:
+class _ModuleScopes:
     """Notes the calls of the units while active."""
 
     def __init__(self, units: list[Unit], counter: _Counter, micro_batch: int) -> None:
-        self.called: list[WindowWork] = []
+        self.called: list[ModuleWork] = []
         self.between_bytes = 0
         """What is held around the layers, the result of one included."""
         self._parts = MicroBatches(micro_batch, micro_batch, _refuse) if micro_batch else None
@@ -354,8 +354,8 @@ class _Windows:
             if unit.role is BlockRole.LAYER and not self.between_bytes:
                 # The first layer's: later on the KV cache is among what is held.
                 self.between_bytes = around - self._counter.begun_bytes + sum(_result_bytes(result))
-            rows = args[0].numel() if unit.gathers and args and isinstance(args[0], torch.Tensor) else 0
-            self.called.append(WindowWork(unit.key, unit.uses, work, sum(_result_bytes(result)), rows))
+            rows = args[0].numel() if unit.fetches_rows and args and isinstance(args[0], torch.Tensor) else 0
+            self.called.append(ModuleWork(unit.key, unit.uses, work, sum(_result_bytes(result)), rows))
             return result
 
         return called
@@ -365,14 +365,14 @@ def _refuse(reason: str) -> None:
     raise DryRunFailed(reason)
 
 
-def _identity(model: nn.Module, split: frozenset[BlockKey], micro_batch: int) -> tuple[Any, ...] | None:
+def _identity(model: nn.Module, by_submodule: frozenset[BlockKey], micro_batch: int) -> tuple[Any, ...] | None:
     """Equal for models that compute the same: class, config, kinds and sizes of their modules; None without a config."""
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return None
     modules = tuple(type(module) for module in model.modules())
     shapes = tuple((value.shape, value.dtype) for value in model.parameters())
-    return type(model), config.to_json_string(), config._attn_implementation, modules, shapes, split, micro_batch
+    return type(model), config.to_json_string(), config._attn_implementation, modules, shapes, by_submodule, micro_batch
 
 
 def _result_bytes(result: Any) -> list[int]:

@@ -1,7 +1,7 @@
 """The work of a pass from the sizes of its blocks alone, for models whose code cannot be run without values."""
 
 from offload.scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock
-from offload.scheduler.work import PassWork, WindowWork, Work
+from offload.scheduler.work import ModuleWork, PassWork, Work
 
 _OPERATIONS = 80
 """Of one layer: about what the decoders take that can be counted."""
@@ -11,7 +11,9 @@ def estimated_pass(spec: ModelSpec, phase: str, batch_size: int, tokens: int) ->
     """Every window once, two FLOPs a weight and row; attention is not counted."""
     blocks = {block.key: block for block in spec.blocks}
     windows = tuple(
-        WindowWork(keys[0], keys, _work([blocks[key] for key in keys], batch_size * tokens)) for keys in spec.windows if keys
+        ModuleWork(keys[0], keys, _work([blocks[key] for key in keys], batch_size * tokens))
+        for keys in spec.co_resident_blocks
+        if keys
     )
     return PassWork(phase, batch_size, tokens, windows, Work(), exact=False)
 

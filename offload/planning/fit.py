@@ -8,14 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from offload.config import IDENTICAL, ROUNDING, Budgets
-from offload.kv.attention_backend import takes_own_attention
+from offload.kv.attention_backend import supports_custom_attention
 from offload.kv.options import PLAIN, KvOptions
-from offload.model.blocks import Structure, Unit, can_split, find_structure
+from offload.model.blocks import Structure, Unit, find_structure, has_submodules
 from offload.model.experts import ExpertsUnit, find_experts, undecorated_experts
 from offload.planning.describe import element_bytes_of, generates, kv_sizes, model_spec
-from offload.planning.pass_splits import parts_of
+from offload.planning.pass_splits import ways_to_split
 from offload.scheduler.kv_pages import KvShape, PagedKv, cut, paged_ways
-from offload.scheduler.model_spec import ModelSpec, Temporaries, Workload
+from offload.scheduler.model_spec import ActivationSizes, ModelSpec, Workload
 from offload.scheduler.plan import Plan
 from offload.scheduler.planner import make_plan
 from offload.storage.blocks import BlockKey
@@ -25,22 +25,22 @@ _SHARED_ROOM = 1.5
 """Of what a batch with a common beginning takes."""
 
 
-class Experts(Enum):
+class ExpertGranularity(Enum):
     """Whether experts are brought one by one."""
 
-    IN_LAYERS = "they are part of their layers"
-    WHERE_IT_HELPS = "one by one, unless the whole model fits"
-    ONE_BY_ONE = "always"
+    PER_LAYER = "they are part of their layers"
+    AUTO = "one by one, unless the whole model fits"
+    PER_EXPERT = "always"
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class FittedPlan:
     """How a model is taken apart, and where its blocks go."""
 
     structure: Structure
     spec: ModelSpec
     plan: Plan
-    split: frozenset[BlockKey]
+    by_submodule: frozenset[BlockKey]
     fallbacks: tuple[str, ...]
     experts: tuple[ExpertsUnit, ...] = ()
     """Those that are brought one by one."""
@@ -48,18 +48,18 @@ class Decision:
     """Other ways to keep keys and values in pages, of the same exactness, where they are."""
 
 
-def decide(
+def fit(
     model: nn.Module,
     budgets: Budgets,
     workload: Workload,
     slot_bytes: Callable[[Unit], int],
-    temporaries: Temporaries | None,
-    in_parts: bool = True,
+    activations: ActivationSizes | None,
+    allow_splits: bool = True,
     candidates: frozenset[BlockKey] | None = None,
-    experts: Experts = Experts.IN_LAYERS,
+    experts: ExpertGranularity = ExpertGranularity.PER_LAYER,
     kv: KvOptions = PLAIN,
     exactness: str = IDENTICAL,
-) -> Decision:
+) -> FittedPlan:
     """Plan; where the budget is too small for the largest blocks, take those apart and plan again.
 
     Where nothing fits even so, the passes are taken apart, which is of level *rounding*, and said.
@@ -78,22 +78,22 @@ def decide(
         ConfigError: if the KV cache cannot be kept as it was asked for.
     """
     paged = _paged(model, workload, kv, exactness)
-    shares = kv.shared_tokens > 0 and takes_own_attention(model)
+    shares = kv.shared_tokens > 0 and supports_custom_attention(model)
     asked = kv.is_lossy or (bool(paged) and (shares or kv.memory_bytes is not None))
     if asked:
         workload, paged = replace(workload, paged=paged[0]), paged[1:]
-    units = tuple(find_experts(model)) if experts is not Experts.IN_LAYERS else ()
-    whole: Decision | list[BudgetTooSmall] = []
-    if units and experts is Experts.WHERE_IT_HELPS:
-        whole = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates, ())
-        if isinstance(whole, Decision) and not whole.plan.streamed:
+    units = tuple(find_experts(model)) if experts is not ExpertGranularity.PER_LAYER else ()
+    whole: FittedPlan | list[BudgetTooSmall] = []
+    if units and experts is ExpertGranularity.AUTO:
+        whole = _fitting(model, budgets, [workload], slot_bytes, activations, candidates, ())
+        if isinstance(whole, FittedPlan) and not whole.plan.streamed:
             return whole
-    found = _fitting(model, budgets, [workload], slot_bytes, temporaries, candidates, units)
-    if isinstance(found, Decision):
+    found = _fitting(model, budgets, [workload], slot_bytes, activations, candidates, units)
+    if isinstance(found, FittedPlan):
         pieces = _in_pieces(found, workload, kv) if exactness != ROUNDING else []
         told = (*found.fallbacks, *pieces, *_unshared(model, found.plan, kv), *_other_experts(model, found, experts))
         return replace(found, fallbacks=told, paged=_smaller(paged, found.plan) if asked else ())
-    if isinstance(whole, Decision):
+    if isinstance(whole, FittedPlan):
         # Of a model so small that single experts, read in whole units, take more than a layer.
         said = "single experts would take more than the budget has room for: whole layers are streamed"
         return replace(whole, fallbacks=(*whole.fallbacks, said))
@@ -102,15 +102,15 @@ def decide(
     exact = [way for way in below if way.paged is not None and not way.paged.segments]
     rest = [way for way in below if way not in exact]
     steps = [lambda: exact, lambda: rest]
-    if in_parts:
-        steps[1:1] = [lambda: parts_of(model, workload)]
+    if allow_splits:
+        steps[1:1] = [lambda: ways_to_split(model, workload)]
         steps += [lambda: _chunked(model, exact[-1:]), lambda: _chunked(model, rest[-1:])]
     # The state of other layers, which is written anew in each pass, comes last.
-    steps += [lambda: _shelving(exact[-1:]), lambda: _shelving(rest[-1:])]
+    steps += [lambda: _with_state_offload(exact[-1:]), lambda: _with_state_offload(rest[-1:])]
     for step in steps:
         ways = step()
-        apart = _fitting(model, budgets, ways, slot_bytes, temporaries, candidates, units) if ways else []
-        if isinstance(apart, Decision):
+        apart = _fitting(model, budgets, ways, slot_bytes, activations, candidates, units) if ways else []
+        if isinstance(apart, FittedPlan):
             told = (*_forced(apart.plan), *_other_experts(model, apart, experts))
             others = [way.paged for way in ways if way.paged is not None]
             return replace(apart, fallbacks=(*apart.fallbacks, *told), paged=_smaller(others, apart.plan))
@@ -121,7 +121,7 @@ def decide(
 
 def _smaller(ways: Sequence[PagedKv], plan: Plan) -> tuple[PagedKv, ...]:
     """Those that are read as in the plan, and leave more memory to weights."""
-    return tuple(way for way in ways if way.segments == bool(plan.kv_segments) and way.memory_bytes < plan.kv_memory_bytes)
+    return tuple(way for way in ways if way.segments == plan.kv_segments and way.memory_bytes < plan.kv_memory_bytes)
 
 
 def _unshared(model: nn.Module, plan: Plan, kv: KvOptions) -> list[str]:
@@ -134,16 +134,16 @@ def _unshared(model: nn.Module, plan: Plan, kv: KvOptions) -> list[str]:
     ]
 
 
-def _in_pieces(decision: Decision, workload: Workload, kv: KvOptions) -> list[str]:
+def _in_pieces(fitted: FittedPlan, workload: Workload, kv: KvOptions) -> list[str]:
     """That the memory that was asked for is too little for a layer in one piece, and what would do."""
-    shape = decision.spec.kv
-    if not decision.plan.kv_segments or kv.is_lossy or shape is None:
+    shape = fitted.spec.kv
+    if not fitted.plan.kv_segments or kv.is_lossy or shape is None:
         return []
     try:
-        cut(shape, workload.batch_size, workload.total_tokens, decision.plan.kv_memory_bytes, False)
+        cut(shape, workload.batch_size, workload.total_tokens, fitted.plan.kv_memory_bytes, False)
     except BudgetTooSmall as error:
         return [
-            f"{gib(decision.plan.kv_memory_bytes)} for the KV cache have no room for a layer in one piece: attention reads it "
+            f"{gib(fitted.plan.kv_memory_bytes)} for the KV cache have no room for a layer in one piece: attention reads it "
             f"piece by piece, exactness is rounding; from kv_memory={error.least_bytes} ({gib(error.least_bytes)}) on it is "
             "identical"
         ]
@@ -162,11 +162,11 @@ def _forced(plan: Plan) -> list[str]:
 
 def _chunked(model: nn.Module, workloads: Sequence[Workload]) -> list[Workload]:
     """A cache in pages is not cut by sequences."""
-    return [way for workload in workloads for way in parts_of(model, workload) if not way.micro_batch]
+    return [way for workload in workloads for way in ways_to_split(model, workload) if not way.micro_batch]
 
 
-def _shelving(workloads: Sequence[Workload]) -> list[Workload]:
-    return [replace(way, paged=replace(way.paged, shelves=True)) for way in workloads if way.paged is not None]
+def _with_state_offload(workloads: Sequence[Workload]) -> list[Workload]:
+    return [replace(way, paged=replace(way.paged, state_offload=True)) for way in workloads if way.paged is not None]
 
 
 def _paged(model: nn.Module, workload: Workload, kv: KvOptions, exactness: str) -> list[PagedKv]:
@@ -185,7 +185,7 @@ def _paged(model: nn.Module, workload: Workload, kv: KvOptions, exactness: str) 
                 "or there are none), so that kv_memory and kv_policy say nothing: leave them out"
             )
         return []
-    own_attention = takes_own_attention(model)
+    own_attention = supports_custom_attention(model)
     shares = kv.shared_tokens > 0 and own_attention
     if kv.memory_bytes is not None and not (kv.is_lossy or shares) and _whole(workload, shape) <= kv.memory_bytes:
         return []
@@ -228,52 +228,52 @@ def _fitting(
     budgets: Budgets,
     workloads: Sequence[Workload],
     slot_bytes: Callable[[Unit], int],
-    temporaries: Temporaries | None,
+    activations: ActivationSizes | None,
     candidates: frozenset[BlockKey] | None,
     experts: tuple[ExpertsUnit, ...],
-) -> "Decision | list[BudgetTooSmall]":
+) -> "FittedPlan | list[BudgetTooSmall]":
     """The first of the workloads that fits, with as few blocks taken apart as possible; else what was refused."""
-    split: frozenset[BlockKey] = frozenset()
+    by_submodule: frozenset[BlockKey] = frozenset()
     refusals: list[BudgetTooSmall] = []
     while True:
-        structure = find_structure(model, split, [value for unit in experts for value in unit.parameters.values()])
-        spec = model_spec(model, structure, slot_bytes, temporaries, experts)
+        structure = find_structure(model, by_submodule, [value for unit in experts for value in unit.parameters.values()])
+        spec = model_spec(model, structure, slot_bytes, activations, experts)
         # The parts of layers are no layers: a batch cannot be taken apart around them.
-        for workload in (item for item in workloads if not (split and item.micro_batch)):
+        for workload in (item for item in workloads if not (by_submodule and item.micro_batch)):
             try:
                 plan = make_plan(spec, budgets.device_bytes, workload, budgets.host_bytes, candidates)
             except BudgetTooSmall as error:
                 refusals.append(error)
             else:
-                return Decision(structure, spec, plan, split, _said(structure, split), experts)
+                return FittedPlan(structure, spec, plan, by_submodule, _said(structure, by_submodule), experts)
         largest = _largest_to_split(structure)
         if not largest:
             return refusals
-        split |= largest
+        by_submodule |= largest
 
 
-def _other_experts(model: nn.Module, decision: Decision, experts: Experts) -> list[str]:
+def _other_experts(model: nn.Module, fitted: FittedPlan, experts: ExpertGranularity) -> list[str]:
     """That experts are streamed with their layers, because they cannot be told apart."""
-    names = undecorated_experts(model) if decision.plan.streamed and experts is not Experts.IN_LAYERS else []
+    names = undecorated_experts(model) if fitted.plan.streamed and experts is not ExpertGranularity.PER_LAYER else []
     if not names:
         return []
     return [f"{' and '.join(names)} hold experts otherwise than transformers' interface for them: whole layers are streamed"]
 
 
 def _largest_to_split(structure: Structure) -> frozenset[BlockKey]:
-    sizes = {unit.key: unit.block.nbytes for unit in structure.units if can_split(unit)}
+    sizes = {unit.key: unit.block.nbytes for unit in structure.units if has_submodules(unit)}
     largest = max(sizes.values(), default=0)
     return frozenset(key for key, size in sizes.items() if size == largest)
 
 
-def _said(structure: Structure, split: frozenset[BlockKey]) -> tuple[str, ...]:
+def _said(structure: Structure, by_submodule: frozenset[BlockKey]) -> tuple[str, ...]:
     sentences = []
     if structure.by_leaf:
         sentences.append("the model has no list of repeated blocks: it is streamed by single modules, a transfer each")
-    if split:
+    if by_submodule:
         largest = max(unit.block.nbytes for unit in structure.units)
         sentences.append(
-            f"{len(split)} blocks are larger than the budget has room for and are streamed by their sub-modules, of which the "
+            f"{len(by_submodule)} blocks are larger than the budget has room for and are streamed by their sub-modules, of which the "
             f"largest has {gib(largest)}"
         )
     return tuple(sentences)

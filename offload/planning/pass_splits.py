@@ -19,7 +19,7 @@ LEAST_CHUNK = 64
 """A chunk of fewer tokens costs a pass over the weights and computes next to nothing."""
 
 
-def parts_of(model: nn.Module, workload: Workload) -> list[Workload]:
+def ways_to_split(model: nn.Module, workload: Workload) -> list[Workload]:
     """The ways to take `workload` apart that `model` can be run in, the whole not counted; the larger parts first."""
     in_batches = _in_micro_batches(model)
     in_chunks = _generates(model) and (in_batches or _in_chunks(model))

@@ -9,20 +9,20 @@ from torch import nn
 from offload.config import ROUNDING, Budgets
 from offload.planning.dry_run import DryRun, DryRunFailed
 from offload.planning.estimate import estimated_pass
-from offload.planning.pass_splits import parts_of
-from offload.runtime.clock import DECODE, PREFILL, PhaseTimes
+from offload.planning.pass_splits import ways_to_split
 from offload.scheduler.cost import CostModel
 from offload.scheduler.hardware import HardwareProfile, LinkRate
 from offload.scheduler.kv_pages import PagedKv
 from offload.scheduler.model_spec import ModelSpec, Workload
+from offload.scheduler.phases import DECODE, PREFILL, PhaseTimes
 from offload.scheduler.plan import Plan
-from offload.scheduler.prediction import Prediction, predict
+from offload.scheduler.prediction import Prediction, WhatIf, predict
 from offload.scheduler.work import PassWork
 from offload.storage.blocks import BlockKey
 from offload.storage.errors import BudgetTooSmall
 
 if TYPE_CHECKING:
-    from offload.scheduler.plan_search import Task
+    from offload.scheduler.plan_search import SearchProblem
 
 Shape = tuple[int, int, int, int]
 """Batch size, prompt tokens, context tokens, tokens of the prompt in one pass."""
@@ -34,7 +34,7 @@ _MORE_MEMORY = (4 << 30, 16 << 30)
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class PlanGoal:
     """What is asked of a plan.
 
     Attributes:
@@ -48,14 +48,6 @@ class Order:
     new_tokens: int
     budgets: Budgets
     exactness: str
-
-
-@dataclass(frozen=True, slots=True)
-class WhatIf:
-    """A change, and how many times as fast a prompt with its answer would be."""
-
-    change: str
-    speedup: float
 
 
 def _twice(rate: LinkRate) -> LinkRate:
@@ -78,7 +70,7 @@ def drifted_hardware(hardware: HardwareProfile, given: Mapping[str, float]) -> t
     return replace(hardware, **rates), drift
 
 
-class Forecast:
+class Predictor:
     """Predicts passes of one model on one machine.
 
     Args:
@@ -90,7 +82,7 @@ class Forecast:
     def __init__(
         self,
         model: nn.Module,
-        split: frozenset[BlockKey],
+        by_submodule: frozenset[BlockKey],
         hardware: HardwareProfile,
         dtype: str,
     ) -> None:
@@ -101,12 +93,12 @@ class Forecast:
         """Why the model's work is estimated from sizes; None if it was counted."""
         self._dry_run: DryRun | None = None
         try:
-            self._dry_run = DryRun(model, split)
+            self._dry_run = DryRun(model, by_submodule)
         except DryRunFailed as error:
             self.failure = str(error)
         self._known: dict[Shape, tuple[tuple[PassWork, ...], PassWork]] = {}
         self._parts: dict[Workload, list[Workload]] = {}
-        self._whole = not split
+        self._whole = not by_submodule
 
     def work(
         self, spec: ModelSpec, batch_size: int, prompt_tokens: int, context_tokens: int, chunk: int = 0
@@ -122,7 +114,7 @@ class Forecast:
         return self._known[shape]
 
     def best(
-        self, spec: ModelSpec, order: Order, hardware: HardwareProfile | None = None, paged: Sequence[PagedKv] = ()
+        self, spec: ModelSpec, order: PlanGoal, hardware: HardwareProfile | None = None, paged: Sequence[PagedKv] = ()
     ) -> tuple[Plan, Prediction]:
         """The fastest plan for an order, and what it will give.
 
@@ -143,7 +135,7 @@ class Forecast:
         choice = choose_plan(tasks, allow_cpu=rounding)
         return choice.plan, choice.prediction
 
-    def by_hit_rate(self, plan: Plan, spec: ModelSpec, order: Order) -> dict[float, float]:
+    def predict_by_hit_rate(self, plan: Plan, spec: ModelSpec, order: PlanGoal) -> dict[float, float]:
         """Seconds of a token, by the share of its experts that are in device memory; empty where none are brought singly."""
         if spec.experts is None:
             return {}
@@ -154,25 +146,27 @@ class Forecast:
             for rate in sorted({*_HIT_RATES, expected})
         }
 
-    def _task(self, spec: ModelSpec, order: Order, cost: CostModel) -> "Task":
-        from offload.scheduler.plan_search import Task
+    def _task(self, spec: ModelSpec, order: PlanGoal, cost: CostModel) -> "SearchProblem":
+        from offload.scheduler.plan_search import SearchProblem
 
         context = order.prompt_tokens + order.new_tokens // 2
         chunk = order.workload.prefill_chunk
         prefill, decode = self.work(spec, order.workload.batch_size, order.prompt_tokens, context, chunk)
         budgets = order.budgets
-        return Task(spec, order.workload, prefill, decode, order.new_tokens, cost, budgets.device_bytes, budgets.host_bytes)
+        return SearchProblem(
+            spec, order.workload, prefill, decode, order.new_tokens, cost, budgets.device_bytes, budgets.host_bytes
+        )
 
     def _ways(self, workload: Workload) -> list[Workload]:
         """Into what it can be taken apart. The parts of layers are no layers, and a batch is not taken apart around them."""
         if self._dry_run is None:
             return []
         if workload not in self._parts:
-            self._parts[workload] = parts_of(self._dry_run.model, workload)
+            self._parts[workload] = ways_to_split(self._dry_run.model, workload)
         whole = self._whole and workload.paged is None
         return [way for way in self._parts[workload] if whole or not way.micro_batch]
 
-    def what_if(self, spec: ModelSpec, order: Order, now: Prediction, batch: bool = False) -> list[WhatIf]:
+    def what_if(self, spec: ModelSpec, order: PlanGoal, now: Prediction, batch: bool = False) -> list[WhatIf]:
         """What changes would give: a plan is made for each (shadow prices, by trying). The largest help first.
 
         Args:
@@ -182,7 +176,7 @@ class Forecast:
         budgets, hardware, found = order.budgets, self.hardware, []
         base = now.total_seconds(order.new_tokens) / order.workload.batch_size
 
-        def attempt(change: str, order: Order, hardware: HardwareProfile | None = None) -> None:
+        def attempt(change: str, order: PlanGoal, hardware: HardwareProfile | None = None) -> None:
             try:
                 _, prediction = self.best(spec, order, hardware)
             except BudgetTooSmall:
@@ -207,7 +201,7 @@ class Forecast:
             attempt(f"batch size {larger_batch.batch_size}", replace(order, workload=larger_batch))
         return sorted(found, key=lambda item: -item.speedup)
 
-    def afterwards(
+    def predict_observed(
         self, plan: Plan, spec: ModelSpec, phases: Mapping[str, PhaseTimes], hardware: HardwareProfile | None = None
     ) -> Prediction | None:
         """For what was really asked: the first prefill, and decode steps after the mean context.

@@ -1,10 +1,7 @@
 """What became of single experts in a session."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
-
-from offload.moe.component import ExpertPart
-from offload.scheduler.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +32,11 @@ class ExpertUse:
         policy: what decided which experts stay.
         slots: experts that device memory has room for.
         experts: of the model.
-        compared: over the first visits of the run, hits beside those of an all-knowing cache (Belady): `choices`, `hits`,
-            `best_hits`; `whole_run` where these were all.
+        belady: `choices` over the first visits of the run, the `hits` that Belady's offline-optimal policy would have had, and
+            the `measured_hits`; `whole_run` where these visits were all.
         prefetches: experts brought because the next layer's router, asked early, named them; `prefetches_used` of them were
             asked for.
-        recall, recall_twice: of what was asked for, the share that was predicted, by as many guesses and by twice as many.
+        recall, recall_at_2k: of what was asked for, the share that was predicted, by as many guesses and by twice as many.
     """
 
     policy: str
@@ -48,11 +45,11 @@ class ExpertUse:
     slot_bytes: int
     experts: int
     layers: list[LayerExperts]
-    compared: dict[str, int]
+    belady: dict[str, int]
     prefetches: int = 0
     prefetches_used: int = 0
     recall: float | None = None
-    recall_twice: float | None = None
+    recall_at_2k: float | None = None
 
     @property
     def choices(self) -> int:
@@ -75,28 +72,6 @@ class ExpertUse:
         return sum(layer.computed_on_cpu for layer in self.layers)
 
     @classmethod
-    def of(cls, part: ExpertPart, plan: Plan) -> "ExpertUse":
-        """So far."""
-        tally, accuracy = part.tally, part.tally.accuracy
-        layers = [
-            LayerExperts(unit.key, layer.choices, layer.hits, layer.copies, layer.copied_bytes, layer.computed_on_cpu)
-            for unit, layer in zip(part.units, tally.layers, strict=True)
-        ]
-        return cls(
-            policy=part.policy,
-            misses=part.misses,
-            slots=plan.expert_slots,
-            slot_bytes=plan.expert_slot_bytes,
-            experts=part.spec.total,
-            layers=layers,
-            compared=asdict(part.record.bound(plan.expert_slots, part.minimum(plan))),
-            prefetches=tally.prefetches,
-            prefetches_used=tally.prefetches_used,
-            recall=accuracy.found / accuracy.asked if accuracy.asked else None,
-            recall_twice=accuracy.found_twice / accuracy.asked if accuracy.asked else None,
-        )
-
-    @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "ExpertUse":
         """The other way round of `asdict`."""
         return cls(**(content | {"layers": [LayerExperts(**layer) for layer in content["layers"]]}))
@@ -109,14 +84,14 @@ class ExpertUse:
             f"{self.choices:,} were there, {self.copies:,} brought ({self.copied_bytes / 1e9:.2f} GB), "
             f"{self.computed_on_cpu:,} computed on the CPU"
         ]
-        if self.compared["choices"]:
-            part = "" if self.compared["whole_run"] else " in the first part of the run"
-            ours, best = (self.compared[name] / self.compared["choices"] for name in ("hits", "best_hits"))
+        if self.belady["choices"]:
+            part = "" if self.belady["whole_run"] else " in the first part of the run"
+            ours, best = (self.belady[name] / self.belady["choices"] for name in ("measured_hits", "hits"))
             said.append(f"an all-knowing cache would have had {best:.1%}, where this one had {ours:.1%}{part}")
-        if self.recall is not None and self.recall_twice is not None:
+        if self.recall is not None and self.recall_at_2k is not None:
             said.append(
                 f"the next layer's router, asked early, named {self.recall:.0%} of what was asked for "
-                f"({self.recall_twice:.0%} by twice as many names); of {self.prefetches:,} experts brought for that, "
+                f"({self.recall_at_2k:.0%} by twice as many names); of {self.prefetches:,} experts brought for that, "
                 f"{self.prefetches_used:,} were used"
             )
         return said

@@ -7,7 +7,7 @@ from typing import Any
 from offload.report.experts import ExpertUse
 from offload.report.kv import kv_sentences
 from offload.report.record import Record
-from offload.report.training import Learning
+from offload.report.training import TrainingReport
 from offload.scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
 from offload.storage.errors import duration, gib
 
@@ -143,7 +143,7 @@ def _times(report: dict[str, Any]) -> str:
         parts += [
             (f"waiting for {link}", wait, _RESOURCE_COLOURS.get(link, "--red")) for link, wait in use["wait_seconds"].items()
         ]
-        parts.append(("offload's own work", use["own_seconds"], "--violet"))
+        parts.append(("offload's own work", use["overhead_seconds"], "--violet"))
         parts.append(("between blocks", use["other_seconds"], "--grey"))
         rows.append(
             f"<p><b>{_phase(name, report)}</b> <span class=faint>{duration(use['seconds'])}, {_count(use['passes'], 'pass', 'passes')}</span></p>"
@@ -178,7 +178,7 @@ def _learning(training: dict[str, Any] | None) -> str:
         keys += f"<span><i style='background:var(--red)'></i>evaluation data, at last {evaluated[-1][1]:.4f}</span>"
     style = "fill='none' stroke-width='2' vector-effect='non-scaling-stroke'"
     return (
-        f"<section class=memory><h2>What was learned</h2><p class=faint>{_text(Learning.from_dict(training))}</p>"
+        f"<section class=memory><h2>What was learned</h2><p class=faint>{_text(TrainingReport.from_dict(training))}</p>"
         f"<div class=keys>{keys}<span class=faint>{high:.3f} at the top, {low:.3f} at the bottom</span></div>"
         f"<svg class=tall viewBox='0 0 1000 150' preserveAspectRatio='none'><polyline points='{curve}' stroke='var(--blue)' "
         f"{style}/><polyline points='{line}' stroke='var(--red)' {style}/></svg>"

@@ -20,14 +20,15 @@ def kv_sentences(kv: Mapping[str, Any]) -> list[str]:
         where = ", ".join(f"{gib(kv[key])} on {name}" for name, key in peaks.items() if kv[key])
         said.append(
             f"KV cache in pages, policy {kv['policy']}{seen}; {gib(kv['memory_bytes'])} of the device for it, "
-            f"{gib(kv['page_bytes'])} a page; at most {where or 'nothing'}; {gib(kv['written_bytes'])} went down, "
-            f"{gib(kv['brought_bytes'])} were brought" + _planned(kv)
+            f"{gib(kv['page_bytes'])} a page; at most {where or 'nothing'}; {gib(kv['written_bytes'])} were offloaded, "
+            f"{gib(kv['onloaded_bytes'])} onloaded" + _planned(kv)
         )
-        if kv["kept_raw_pages"]:
+        if kv["unquantized_pages"]:
             said.append(
-                f"{kv['kept_raw_pages']:,} of {kv['sealed_pages']:,} pages were kept as they are: no code was near enough"
+                f"{kv['unquantized_pages']:,} of {kv['full_pages']:,} pages were kept unquantized: "
+                "their error would have been too large"
             )
     loaded, computed = kv.get("prefix_loaded_tokens", 0), kv.get("prefix_computed_tokens", 0)
     if loaded or computed:
-        said.append(f"beginnings of prompts: {loaded:,} tokens loaded, {computed:,} computed once, for all that begin so")
+        said.append(f"prompt prefixes: {loaded:,} tokens loaded, {computed:,} computed once for all sequences that share them")
     return said

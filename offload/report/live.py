@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from offload.report.report import LinkUse, PhaseUse, TierUse
+from offload.report.facts import LinkUse, PhaseUse, TierUse
 from offload.storage.errors import duration, gib
 
 _UPDATES_PER_SECOND = 4
@@ -114,7 +114,11 @@ def _times(now: Snapshot) -> Table:
         use = now.phases[name]
         if not use.seconds:
             continue
-        parts = {"compute": use.compute_seconds, "offload's own work": use.own_seconds, "between blocks": use.other_seconds}
+        parts = {
+            "compute": use.compute_seconds,
+            "offload's own work": use.overhead_seconds,
+            "between blocks": use.other_seconds,
+        }
         parts |= {f"waiting for {link}": seconds for link, seconds in use.wait_seconds.items()}
         shares = sorted(parts.items(), key=lambda item: -item[1])
         table.add_row(name, ", ".join(f"{cause} {seconds / use.seconds:.0%}" for cause, seconds in shares if seconds))

@@ -6,8 +6,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from offload.report.facts import Peak, PhaseUse, TierUse
 from offload.report.kv import kv_sentences
-from offload.report.report import Comparison, Peak, PhaseUse, Report, TierUse
+from offload.report.report import Comparison, Report
 from offload.storage.errors import duration, gib
 
 _WIDTH = 100
@@ -28,7 +29,7 @@ def as_renderable(report: Report) -> RenderableType:
         "forward" if report.backward.passes else "prefill": report.prefill,
         "decode": report.decode,
         "backward": report.backward,
-        "outside the model's forward": report.outside,
+        "outside the model's forward": report.standalone,
     }
     ran = {name: use for name, use in phases.items() if use.seconds}
     if ran:
@@ -107,7 +108,7 @@ def _peak(peak: Peak) -> str:
 
 
 def _share(report: Report) -> str:
-    whole = report.prefill.seconds + report.decode.seconds + report.outside.seconds
+    whole = report.prefill.seconds + report.decode.seconds + report.standalone.seconds
     return f"{report.tracing['seconds'] / whole:.2%} of the time" if whole else "no time"
 
 
@@ -119,7 +120,7 @@ def _beside(predicted: float, measured: float | None, error: float | None) -> st
 
 def _shares(use: PhaseUse) -> str:
     spent = {"compute": use.compute_seconds, **{f"waiting for {name}": wait for name, wait in use.wait_seconds.items()}}
-    spent["offload's own work"] = use.own_seconds
+    spent["offload's own work"] = use.overhead_seconds
     spent["between blocks"] = use.other_seconds
     return ", ".join(f"{name} {seconds / use.seconds:.0%}" for name, seconds in spent.items() if seconds / use.seconds >= 0.005)
 

@@ -7,14 +7,14 @@ from offload.storage.errors import duration, gib
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class TrainingEstimate:
     """What is known before the first step.
 
     Attributes:
         trained: parameters.
         gradient_bytes, state_bytes: in CPU memory; states on NVMe pass through buffers there.
-        kept_bytes: the inputs of all layers, which wait for backward.
-        kept_on: where they do.
+        activation_bytes: layer inputs that are kept for backward.
+        activation_tier: where they are kept.
         disk_bytes: of one version of states and weights on NVMe.
         written_bytes: to disk, in each step.
         step_seconds: predicted; None without a hardware profile.
@@ -23,8 +23,8 @@ class Outlook:
     trained: int
     gradient_bytes: int
     state_bytes: int
-    kept_bytes: int
-    kept_on: str
+    activation_bytes: int
+    activation_tier: str
     disk_bytes: int
     written_bytes: int
     step_seconds: float | None
@@ -33,7 +33,7 @@ class Outlook:
         placed = [f"gradients {gib(self.gradient_bytes)} and optimizer {gib(self.state_bytes)} in CPU memory"]
         if self.disk_bytes:
             placed.append(f"states and weights {gib(self.disk_bytes)} on NVMe")
-        placed.append(f"layers' inputs {gib(self.kept_bytes)} ({self.kept_on})")
+        placed.append(f"layers' inputs {gib(self.activation_bytes)} ({self.activation_tier})")
         time = "run `offload probe` once to have it predicted" if self.step_seconds is None else duration(self.step_seconds)
         return (
             f"{self.trained:,} parameters are trained: {'; '.join(placed)}\n"
@@ -42,38 +42,38 @@ class Outlook:
 
 
 @dataclass(frozen=True, slots=True)
-class Learning:
+class TrainingReport:
     """A training so far.
 
     Attributes:
         losses: [step, loss] of each.
-        evaluated: [step, mean loss of a token] of the evaluation data.
+        eval_losses: [step, mean loss of a token] of the evaluation data.
         tokens, seconds: of all steps.
         step_seconds: the median of a step.
     """
 
     method: str
-    outlook: Outlook
+    estimate: TrainingEstimate
     losses: list[list[float]] = field(default_factory=list)
-    evaluated: list[list[float]] = field(default_factory=list)
+    eval_losses: list[list[float]] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
     step_seconds: float = 0.0
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "Learning":
-        return cls(**(content | {"outlook": Outlook(**content["outlook"])}))
+    def from_dict(cls, content: dict[str, Any]) -> "TrainingReport":
+        return cls(**(content | {"estimate": TrainingEstimate(**content["estimate"])}))
 
     def __str__(self) -> str:
         if not self.losses:
             return "training: no step"
         first, last = self.losses[0][1], self.losses[-1][1]
         said = f"training: {len(self.losses)} steps, loss {first:.4f} to {last:.4f}, {duration(self.step_seconds)} a step"
-        if self.outlook.step_seconds is not None:
-            said += f" ({duration(self.outlook.step_seconds)} predicted)"
+        if self.estimate.step_seconds is not None:
+            said += f" ({duration(self.estimate.step_seconds)} predicted)"
         if self.seconds:
             said += f", {self.tokens / self.seconds:.0f} tokens/s"
-        said += f", {gib(self.outlook.written_bytes)} written to the SSD a step"
-        if self.evaluated:
-            said += f"; evaluation {self.evaluated[-1][1]:.4f}"
+        said += f", {gib(self.estimate.written_bytes)} written to the SSD a step"
+        if self.eval_losses:
+            said += f"; evaluation {self.eval_losses[-1][1]:.4f}"
         return said

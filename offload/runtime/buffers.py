@@ -20,7 +20,7 @@ class DeviceBuffers:
         self._before: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         self._nbytes = sum(buffer.nbytes for buffer in model.buffers())
         ledger.charge("buffers", self._nbytes)
-        if device.host_memory:
+        if device.shares_host_memory:
             return
         for buffer in model.buffers():
             home = buffer.data

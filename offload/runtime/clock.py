@@ -2,47 +2,10 @@
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 from offload.runtime.recorder import Recorder
+from offload.scheduler.phases import BACKWARD, PREFILL, STANDALONE, PhaseTimes
 from offload.scheduler.trace import OWN, PASS, WAIT
-
-PREFILL = "prefill"
-DECODE = "decode"
-BACKWARD = "backward"
-OUTSIDE = "outside"
-"""Blocks called by themselves, not through the model: an encoder that `generate` runs first."""
-
-
-@dataclass(slots=True)
-class PhaseTimes:
-    """Sums over the passes of one phase.
-
-    Attributes:
-        tokens: processed in prefill; in decode, the steps forward of one sequence.
-        batch_size, pass_tokens: the shape of the first prompt, all its chunks together.
-        context_tokens: summed over the passes: positions that the KV cache held.
-        first_seconds: of the first pass; in prefill, of the first prompt.
-        compute_seconds: inside windows, after the waiting.
-        own_seconds: the runtime's: asking for blocks, binding and releasing them.
-        wait_seconds: for blocks that had not arrived, by link.
-    """
-
-    passes: int = 0
-    tokens: int = 0
-    batch_size: int = 0
-    pass_tokens: int = 0
-    context_tokens: int = 0
-    first_seconds: float = 0.0
-    seconds: float = 0.0
-    compute_seconds: float = 0.0
-    own_seconds: float = 0.0
-    wait_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @property
-    def other_seconds(self) -> float:
-        """What is left: the model's code between the blocks."""
-        return max(0.0, self.seconds - self.compute_seconds - self.own_seconds - sum(self.wait_seconds.values()))
 
 
 class PassClock:
@@ -57,7 +20,7 @@ class PassClock:
         self._recorder = recorder
         self._asynchronous = asynchronous
         self.phases: defaultdict[str, PhaseTimes] = defaultdict(PhaseTimes)
-        self.phase = OUTSIDE
+        self.phase = STANDALONE
         self._inside: list[tuple[str, str]] = []
         """Whose time it is, the innermost last."""
         self._mark = 0.0
@@ -107,9 +70,9 @@ class PassClock:
             times.first_seconds = times.seconds
         self._recorder.span(PASS, self.phase, self._begun, ended)
         if self._asynchronous:
-            waited = times.own_seconds + sum(times.wait_seconds.values())
+            waited = times.overhead_seconds + sum(times.wait_seconds.values())
             times.compute_seconds = max(0.0, times.seconds - waited)
-        self.phase = OUTSIDE
+        self.phase = STANDALONE
 
     def begin_backward(self) -> bool:
         """The first block of a backward pass is wanted; False if it is under way already."""
@@ -165,7 +128,7 @@ class PassClock:
         self._mark = end
         times = self.phases[self.phase]
         times.wait_seconds[link] += end - begin
-        if self.phase == OUTSIDE:
+        if self.phase == STANDALONE:
             times.seconds += end - begin
         self._recorder.span(WAIT, link, begin, end)
 
@@ -177,9 +140,9 @@ class PassClock:
         resource, name = self._inside[-1]
         times, seconds = self.phases[self.phase], until - begin
         if resource == OWN:
-            times.own_seconds += seconds
-        elif not self._asynchronous or self.phase == OUTSIDE:
+            times.overhead_seconds += seconds
+        elif not self._asynchronous or self.phase == STANDALONE:
             times.compute_seconds += seconds
-        if self.phase == OUTSIDE:
+        if self.phase == STANDALONE:
             times.seconds += seconds
         self._recorder.span(resource, name, begin, until)

@@ -7,18 +7,18 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from offload.runtime.weights import GatheredTable
+from offload.runtime.weights import EmbeddingTable
 from offload.storage.blocks import BlockKey
 from offload.storage.errors import StaleSlot
 
 
-class RowFetching(TorchFunctionMode):
+class RowwiseEmbedding(TorchFunctionMode):
     """While an embedding's forward runs, its look-ups are answered by the rows themselves.
 
     A forward that computes with the weight in another way (slices it, say) gets the whole table.
     """
 
-    def __init__(self, table: GatheredTable, device: torch.device, trains: bool) -> None:
+    def __init__(self, table: EmbeddingTable, device: torch.device, trains: bool) -> None:
         super().__init__()
         self._table = table
         self._device = device
@@ -61,7 +61,7 @@ class _LookedUp(torch.autograd.Function):
     """Rows of a table, and the gradient that looking them up in the whole table would give it."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, indices: torch.Tensor, table: GatheredTable, padding: int) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor, indices: torch.Tensor, table: EmbeddingTable, padding: int) -> torch.Tensor:
         ctx.save_for_backward(indices)
         ctx.home, ctx.rows, ctx.padding = table.homes[0], len(table.homes[0].tensor), padding
         ctx.table_device = weight.device

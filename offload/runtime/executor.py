@@ -108,7 +108,7 @@ class LayerExecutor:
 
         None where the slots are on a device of their own, or smaller.
         """
-        memory = getattr(self._arena, "memory", None) if self._device.host_memory else None
+        memory = getattr(self._arena, "memory", None) if self._device.shares_host_memory else None
         with self.lock:
             if memory is None or len(memory) < nbytes:
                 return None
@@ -272,7 +272,7 @@ class LayerExecutor:
         if at not in self._regions:
             assert self._arena is not None
             start, end = self.slot_bytes * lease.first_slot, self.slot_bytes * (lease.first_slot + lease.slot_count)
-            memory = getattr(self._arena, "memory", None) if self._device.host_memory else None
+            memory = getattr(self._arena, "memory", None) if self._device.shares_host_memory else None
             with torch.inference_mode(False):
                 tensor = self._arena.tensor[start:end]
             self._regions[at] = SlotRegion(tensor, None if memory is None else memory[start:end])

@@ -13,7 +13,7 @@ Forward = Callable[..., Any]
 _CPU = torch.device("cpu")
 
 
-class DividedProduct:
+class HybridLinear:
     """One linear module of a divided layer.
 
     Args:

@@ -15,17 +15,17 @@ import torch
 
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
-from offload.runtime.rng_state import Autocasts, Randomness
+from offload.runtime.rng_state import AutocastState, RngState
 from offload.storage.blocks import BlockKey
 
 Task = Callable[[], Any]
 
 
-class _GivenUp(BaseException):
+class _Cancelled(BaseException):
     """Another micro-batch failed: this one ends too."""
 
 
-class Rounds:
+class LayerMajorRunner:
     """Runs tasks in rounds, a block each.
 
     Args:
@@ -47,14 +47,14 @@ class Rounds:
         """
         seeds = torch.randint(1 << 62, (len(tasks),)).tolist()
         everyone = [_Participant(self, task, seed) for task, seed in zip(tasks, seeds, strict=True)]
-        outer = Randomness(self._executor.device)
+        outer = RngState(self._executor.device)
         self._executor.turns = self.wait_for
         self._executor.lock.admit(participant.name for participant in everyone)
         try:
             self._run(everyone)
         finally:
             for participant in everyone:
-                participant.give_up()
+                participant.cancel()
             self._executor.lock.dismiss()
             self._executor.turns = None
             outer.restore()
@@ -85,17 +85,17 @@ class Rounds:
 class _Participant:
     """One task, in its thread; it runs only between `go_on` and the next `wait`."""
 
-    def __init__(self, rounds: Rounds, task: Task, seed: int) -> None:
+    def __init__(self, rounds: LayerMajorRunner, task: Task, seed: int) -> None:
         self.name = f"offload-micro-batch-{id(self)}"
         self.wants: tuple[BlockKey, ...] = ()
         self.ended = False
         self.result: Any = None
-        self._rounds = rounds
+        self._runner = rounds
         self._task = task
         self._seed = seed
         self._error: BaseException | None = None
         self._given_up = False
-        self._randomness: Randomness | None = None
+        self._randomness: RngState | None = None
         self._turn = threading.Semaphore(0)
         self._pause = threading.Semaphore(0)
         self._surroundings = _Surroundings(rounds._executor.device)
@@ -112,14 +112,14 @@ class _Participant:
     def wait(self, keys: tuple[BlockKey, ...]) -> None:
         """In its own thread: until it is its turn again, with these blocks open."""
         self.wants = keys
-        self._randomness = Randomness(self._rounds._executor.device)
+        self._randomness = RngState(self._runner._executor.device)
         self._pause.release()
         self._turn.acquire()
         if self._given_up:
-            raise _GivenUp
+            raise _Cancelled
         self._randomness.restore()
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Have it end, if it has not."""
         while self._thread.is_alive():
             self._given_up = True
@@ -127,7 +127,7 @@ class _Participant:
             self._thread.join(0.01)
 
     def _serve(self) -> None:
-        self._rounds._present[threading.get_ident()] = self
+        self._runner._present[threading.get_ident()] = self
         self._turn.acquire()
         try:
             if not self._given_up:
@@ -135,10 +135,10 @@ class _Participant:
                 with self._surroundings:
                     self.result = self._task()
         except BaseException as error:
-            if not isinstance(error, _GivenUp):
+            if not isinstance(error, _Cancelled):
                 self._error = error
         finally:
-            del self._rounds._present[threading.get_ident()]
+            del self._runner._present[threading.get_ident()]
             self.ended = True
             self._pause.release()
 
@@ -147,14 +147,14 @@ class _Surroundings:
     """What torch keeps for each thread, as it is in the thread that makes this one."""
 
     def __init__(self, device: torch.device) -> None:
-        self._autocasts = Autocasts(device)
+        self._autocasts = AutocastState(device)
         self._device = device
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
         if self._device.type != "cpu":
             torch.get_device_module(self._device).set_device(self._device)
-        self._stack.enter_context(self._autocasts.again())
+        self._stack.enter_context(self._autocasts.replay())
         self._stack.enter_context(torch.enable_grad())
         # A backward pass stays in its thread, on a card too: there it would share one with all others, and wait in it.
         self._stack.enter_context(torch.autograd.set_multithreading_enabled(False))

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from offload.config import process_bytes
-from offload.report.report import LinkUse, Peak, TierUse
+from offload.report.facts import LinkUse, Peak, TierUse
 from offload.runtime.recorder import Recorder
 from offload.scheduler.plan import Plan
 from offload.storage.blocks import Tier
@@ -17,22 +17,22 @@ _PROBE_SHARE = 0.05
 """The report's own measurement reads at most this part of what the session streamed."""
 
 
-_SET_ASIDE = ("layers' inputs", "KV cache", "temporaries")
+_RESERVED = ("layers' inputs", "KV cache", "activations")
 
 _BESIDE_BYTES = 14 << 20
 """On the CPU: stacks of threads, caches of kernels, Python's objects of a session."""
 
 _KEPT_SHARE = 0.65
-"""Of what comes and goes in a CPU's memory (temporaries, KV cache), what its allocator keeps in pieces besides."""
+"""Of what comes and goes in a CPU's memory (activations, KV cache), what its allocator keeps in pieces besides."""
 
 
-def predicted_peak_bytes(plan: Plan, host_memory: bool) -> int:
+def predicted_peak_bytes(plan: Plan, shares_host_memory: bool) -> int:
     """Of the device that computes.
 
     Args:
-        host_memory: its memory is the host's, whose allocator keeps pieces.
+        shares_host_memory: its memory is the host's, whose allocator keeps pieces.
     """
-    if not host_memory:
+    if not shares_host_memory:
         return plan.device_bytes
     return plan.device_bytes + _BESIDE_BYTES + int(_KEPT_SHARE * (plan.kv_bytes + plan.activation_bytes))
 
@@ -49,7 +49,7 @@ class Meters:
         self.copy_speed: float | None = None
         """Bytes a second from host to device, measured when the slots were taken."""
         self._device = device
-        tier = Tier.CPU if device.host_memory else Tier.DEVICE
+        tier = Tier.CPU if device.shares_host_memory else Tier.DEVICE
         self.ledger = MemoryLedger(tier, device_bytes, recorder.memory)
         self.host_ledger = self.ledger if host_bytes is None else MemoryLedger(Tier.CPU, host_bytes, recorder.memory)
         self.disk_ledger = MemoryLedger(Tier.DISK, None, recorder.memory)
@@ -58,9 +58,9 @@ class Meters:
         self._copied_bytes = 0
         self._copy_seconds = 0.0
 
-    def look(self) -> None:
+    def sample_peak(self) -> None:
         """After a pass: what the allocator took for it, it mostly keeps. A card tells of its own peak."""
-        if self._device.host_memory:
+        if self._device.shares_host_memory:
             self._process_peak_bytes = max(self._process_peak_bytes, process_bytes())
 
     def peak(self, plan: Plan, before_bytes: int, extra_bytes: int = 0) -> Peak:
@@ -70,12 +70,12 @@ class Meters:
             before_bytes: what the process held before the session, without weights that the session moves.
             extra_bytes: what training holds beside the plan.
         """
-        host_memory = self._device.host_memory
+        shares_host_memory = self._device.shares_host_memory
         on_card = self._device.peak_bytes()
         measured = None if on_card is None else on_card - self._on_card_before
-        if host_memory:
+        if shares_host_memory:
             measured = self._process_peak_bytes - before_bytes if self._process_peak_bytes else None
-        return Peak(predicted_peak_bytes(plan, host_memory) + extra_bytes, measured)
+        return Peak(predicted_peak_bytes(plan, shares_host_memory) + extra_bytes, measured)
 
     def collect(self) -> None:
         """Note the copies that have ended."""
@@ -91,7 +91,7 @@ class Meters:
             before_bytes: what the process held before the session.
         """
         ledgers = {Tier.DEVICE: self.ledger, Tier.CPU: self.host_ledger, Tier.DISK: self.disk_ledger}
-        if self._device.host_memory:
+        if self._device.shares_host_memory:
             ledgers[Tier.DEVICE] = MemoryLedger(Tier.DEVICE, 0)
         unaccounted = {Tier.CPU: max(0, process_bytes() - before_bytes - self._held(self.host_ledger))}
         on_card = self._device.peak_bytes()
@@ -101,7 +101,7 @@ class Meters:
 
     def _held(self, ledger: MemoryLedger) -> int:
         """Without what is only set aside."""
-        return ledger.used_bytes - sum(ledger.held_bytes(category) for category in _SET_ASIDE)
+        return ledger.used_bytes - sum(ledger.held_bytes(category) for category in _RESERVED)
 
     def link_uses(self, link: Link, writes: Link, reader: DiskReader, lent: memoryview | None) -> dict[str, LinkUse]:
         """By name, with what the disk gives right now, where what was streamed is enough to compare with.
@@ -126,6 +126,6 @@ class Meters:
         uses = {"disk": LinkUse.of(link.bytes_moved, link.busy_seconds)}
         if writes.bytes_moved:
             uses["disk writes"] = LinkUse.of(writes.bytes_moved, writes.busy_seconds)
-        if not self._device.host_memory:
+        if not self._device.shares_host_memory:
             uses[self._device.copy_link] = LinkUse.of(self._copied_bytes, self._copy_seconds)
         return uses

@@ -11,7 +11,7 @@ from offload.storage.errors import SessionError
 _MARK = "_offload_guise"
 
 
-class Guise:
+class OffloadedModelClass:
     """Gives a model a class of the same name that knows it is offloaded, until undone.
 
     Args:
@@ -23,18 +23,18 @@ class Guise:
         SessionError: if the model, or a part of it, is offloaded already.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, notice: Any) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, warn: Any) -> None:
         if any(_MARK in vars(type(module)) for module in model.modules()):
             raise SessionError(f"this {type(model).__name__} is offloaded already; leave the other context first")
         self._model = model
         self._original = type(model)
-        model.__class__ = _offloaded_class(self._original, device, notice)
+        model.__class__ = _offloaded_class(self._original, device, warn)
 
     def undo(self) -> None:
         self._model.__class__ = self._original
 
 
-def _offloaded_class(original: type, device: torch.device, notice: Any) -> Any:
+def _offloaded_class(original: type, device: torch.device, warn: Any) -> Any:
     members: dict[str, Any] = {
         _MARK: True,
         "__module__": original.__module__,
@@ -48,7 +48,7 @@ def _offloaded_class(original: type, device: torch.device, notice: Any) -> Any:
     if hasattr(original, "device"):
         members["device"] = property(lambda self: device)
     if hasattr(original, "_valid_auto_compile_criteria"):
-        members["_valid_auto_compile_criteria"] = _no_compilation(original, notice)
+        members["_valid_auto_compile_criteria"] = _no_compilation(original, warn)
     return type(original.__name__, (original,), members)
 
 
@@ -97,10 +97,10 @@ def _refuse(what: str, instead: str) -> Any:
     return refused
 
 
-def _no_compilation(original: Any, notice: Any) -> Any:
+def _no_compilation(original: Any, warn: Any) -> Any:
     def criteria(self: nn.Module, *args: Any, **kwargs: Any) -> bool:
         if original._valid_auto_compile_criteria(self, *args, **kwargs):
-            notice("generate() would have compiled this model's forward: that is off while weights are streamed")
+            warn("generate() would have compiled this model's forward: that is off while weights are streamed")
         return False
 
     return criteria

@@ -14,13 +14,13 @@ from torch import nn
 
 from offload.model.blocks import Unit
 from offload.model.micro_batch import MicroBatches
-from offload.model.pytree import moved
+from offload.model.pytree import to_device
 from offload.runtime.adapted_parameters import is_wrapper, unwritten
 from offload.runtime.clock import PassClock
-from offload.runtime.embedding_rows import RowFetching
+from offload.runtime.embedding_rows import RowwiseEmbedding
 from offload.runtime.executor import LayerExecutor
-from offload.runtime.hybrid_linear import DividedProduct
-from offload.runtime.weights import GatheredTable
+from offload.runtime.hybrid_linear import HybridLinear
+from offload.runtime.weights import EmbeddingTable
 from offload.scheduler.model_spec import BlockRole
 from offload.scheduler.plan import Plan
 from offload.scheduler.trace import COMPUTE, HOST_COMPUTE
@@ -73,13 +73,15 @@ class _Wrapped:
         raise SessionError("an offloaded model cannot be pickled. Use save_pretrained, or leave the context first.")
 
 
-class UnitWindow:
+class OnloadedModule:
     """The window of one unit: open while its module computes."""
 
     trains = False
     """Backward passes through it."""
 
-    def __init__(self, unit: Unit, executor: LayerExecutor, clock: PassClock, tables: Mapping[BlockKey, GatheredTable]) -> None:
+    def __init__(
+        self, unit: Unit, executor: LayerExecutor, clock: PassClock, tables: Mapping[BlockKey, EmbeddingTable]
+    ) -> None:
         self._unit = unit
         self._executor = executor
         self._clock = clock
@@ -89,9 +91,9 @@ class UnitWindow:
         def windowed(*args: Any, **kwargs: Any) -> Any:
             with self._executor.lock:
                 self._prepare()
-                table = self._tables.get(self._unit.uses[0]) if self._unit.gathers else None
+                table = self._tables.get(self._unit.uses[0]) if self._unit.fetches_rows else None
                 if table is not None:
-                    return self._gather(table, forward, args, kwargs)
+                    return self._fetch_rows(table, forward, args, kwargs)
                 return self._run(forward, args, kwargs)
 
         return windowed
@@ -99,12 +101,12 @@ class UnitWindow:
     def _prepare(self) -> None:
         """The unit is about to compute."""
 
-    def _gather(self, table: GatheredTable, forward: Forward, args: Any, kwargs: Any) -> Any:
+    def _fetch_rows(self, table: EmbeddingTable, forward: Forward, args: Any, kwargs: Any) -> Any:
         table.waited_seconds = 0.0
         self._clock.enter(COMPUTE, self._unit.key)
         begun = time.perf_counter()
         try:
-            with RowFetching(table, self._executor.device, self.trains):
+            with RowwiseEmbedding(table, self._executor.device, self.trains):
                 return forward(*args, **kwargs)
         finally:
             if table.waited_seconds:
@@ -140,7 +142,7 @@ class UnitWindow:
         return tensor
 
 
-class HostWindow:
+class CpuModule:
     """The window of a unit that the CPU computes, from its home in CPU memory: what it works on crosses the link instead.
 
     Its part of a KV cache stays in CPU memory, since it is made there.
@@ -156,8 +158,8 @@ class HostWindow:
             with self._executor.lock:
                 self._clock.enter(HOST_COMPUTE, self._unit.key)
                 try:
-                    output = forward(*moved(args, _CPU), **moved(kwargs, _CPU))
-                    return moved(output, self._executor.device)
+                    output = forward(*to_device(args, _CPU), **to_device(kwargs, _CPU))
+                    return to_device(output, self._executor.device)
                 finally:
                     self._clock.leave()
 
@@ -200,7 +202,7 @@ def _unpack(saved: Any) -> torch.Tensor:
     return saved
 
 
-class Windows:
+class ModuleWrappers:
     """The windows of all units of a model, until undone.
 
     Args:
@@ -216,23 +218,23 @@ class Windows:
         units: Sequence[Unit],
         around: Mapping[BlockKey, nn.Module],
         plan: Plan,
-        divided: Mapping[BlockKey, Sequence[DividedProduct]],
-        on_device: Callable[[Unit], UnitWindow],
+        cpu_gpu_split: Mapping[BlockKey, Sequence[HybridLinear]],
+        on_device: Callable[[Unit], OnloadedModule],
         executor: LayerExecutor,
         clock: PassClock,
-        told: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self._wraps = [ForwardWrap(module, AroundParts(key, clock).wrap) for key, module in around.items()]
         on_host = frozenset(plan.computed_on_host)
-        parts = MicroBatches(plan.micro_batch, plan.decode_micro_batch, told) if plan.micro_batch else None
+        parts = MicroBatches(plan.micro_batch, plan.decode_micro_batch, warn) if plan.micro_batch else None
         for unit in units:
             wrappers = [module for module in unit.module.modules() if is_wrapper(module)]
             self._wraps += [ForwardWrap(wrapper, unwritten(wrapper)) for wrapper in wrappers]
-            for product in divided.get(unit.key, ()):
+            for product in cpu_gpu_split.get(unit.key, ()):
                 self._wraps.append(ForwardWrap(product.module, product.wrap))
             if parts is not None and unit.role is BlockRole.LAYER:
                 self._wraps.append(ForwardWrap(unit.module, parts.wrap))
-            window = on_device(unit) if on_host.isdisjoint(unit.uses) else HostWindow(unit, executor, clock)
+            window = on_device(unit) if on_host.isdisjoint(unit.uses) else CpuModule(unit, executor, clock)
             self._wraps.append(ForwardWrap(unit.module, window.wrap))
 
     def undo(self) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from offload.kv.component import KvPart
-from offload.kv.reservation import KvReserve, cache_bytes, cached_tokens
-from offload.model.pytree import moved
-from offload.runtime.clock import DECODE, PREFILL, PassClock
+from offload.kv.component import KvComponent
+from offload.kv.reservation import KvReservation, cache_bytes, cached_tokens
+from offload.model.pytree import to_device
+from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.module_wrappers import Forward
+from offload.scheduler.phases import DECODE, PREFILL
 from offload.storage.devices.base import Device
 
 _CACHES = ("past_key_values", "cache_params")
@@ -33,11 +34,11 @@ class ModelPass:
         device: Device,
         executor: LayerExecutor,
         clock: PassClock,
-        reserve: KvReserve,
+        reserve: KvReservation,
         before: Callable[[], None],
         after: Callable[[], None],
         prefill_chunk: int,
-        kv: KvPart | None = None,
+        kv: KvComponent | None = None,
     ) -> None:
         self._device = device
         self._executor = executor
@@ -77,7 +78,7 @@ class ModelPass:
                 if self._together:
                     sequences, tokens = _shape_of(args, kwargs)
                     self._clock.phases[PREFILL].tokens += sequences * tokens
-                    return forward(*moved(args, self._device.torch_device), **moved(kwargs, self._device.torch_device))
+                    return forward(*to_device(args, self._device.torch_device), **to_device(kwargs, self._device.torch_device))
                 if self._running:
                     return forward(*args, **kwargs)
                 self._running = True
@@ -91,14 +92,14 @@ class ModelPass:
     def _run(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         self._before()
         # Inputs are accepted from either device.
-        args, kwargs = moved(args, self._device.torch_device), moved(kwargs, self._device.torch_device)
+        args, kwargs = to_device(args, self._device.torch_device), to_device(kwargs, self._device.torch_device)
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         batch_size, tokens = _shape_of(args, kwargs)
         held, length = cache_bytes(cache), cached_tokens(cache)
         paged = self._kv is not None and self._kv.adopt(cache)
         if self._kv is not None and paged:
             self._kv.check(batch_size, (length or 0) + tokens)
-        self._reserve.prepare(cache, batch_size, tokens, length or 0, paged)
+        self._reserve.reserve_for(cache, batch_size, tokens, length or 0, paged)
         # A cache that was made in advance holds bytes and no tokens.
         cached = bool(length) if length is not None else bool(held)
         # A chunk of a prompt follows a whole one; what checks guessed tokens follows anything.
@@ -109,7 +110,7 @@ class ModelPass:
         self._clock.begin_pass(DECODE if cached and not continues else PREFILL, tokens, batch_size, length or 0, continues)
         try:
             output = forward(*args, **kwargs)
-            if not self._device.host_memory:
+            if not self._device.shares_host_memory:
                 # Only compute is waited for; what was prefetched goes on.
                 self._device.record().synchronize()
         finally:
@@ -119,7 +120,7 @@ class ModelPass:
             self._after()
         if self._kv is not None and paged:
             self._kv.observe()
-        self._reserve.observe(cache if cache is not None else _cache_in(output), held, tokens)
+        self._reserve.update(cache if cache is not None else _cache_in(output), held, tokens)
         return output
 
 

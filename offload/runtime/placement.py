@@ -11,13 +11,13 @@ from torch import nn
 from offload.config import Progress
 from offload.model.blocks import Structure, Unit, divisible_modules, estimated_slot_bytes
 from offload.model.homes import FileMaps, ParameterHome
-from offload.runtime.hybrid_linear import DividedProduct
+from offload.runtime.hybrid_linear import HybridLinear
 from offload.runtime.spilling import spill
 from offload.runtime.weights import (
     BlockSource,
     DirectSource,
     DividedSource,
-    GatheredTable,
+    EmbeddingTable,
     HostSource,
     ResidentBlock,
     StagedSource,
@@ -62,10 +62,10 @@ class Placement:
     ) -> None:
         self.resident: dict[BlockKey, ResidentBlock] = {}
         self.streamed: dict[BlockKey, StreamedBlock] = {}
-        self.tables: dict[BlockKey, GatheredTable] = {}
+        self.tables: dict[BlockKey, EmbeddingTable] = {}
         self.on_host: dict[BlockKey, list[ParameterHome]] = {}
         """Blocks that the CPU computes."""
-        self.divided: dict[BlockKey, list[DividedProduct]] = {}
+        self.cpu_gpu_split: dict[BlockKey, list[HybridLinear]] = {}
         """Products that the device and the CPU share, by block."""
         self.outside: list[ParameterHome] = []
         """Parameters that no block holds; on the device throughout."""
@@ -108,21 +108,21 @@ class Placement:
         """
         self._maps = FileMaps()
         units = {unit.key: unit for unit in structure.units if unit.parameters}
-        for name, parameter in structure.pinned.items():
+        for name, parameter in structure.always_resident.items():
             self._hold_outside(name, parameter)
         in_host = set(plan.in_host_memory)
-        if not self._device.host_memory:
+        if not self._device.shares_host_memory:
             for key in plan.in_host_memory:
-                self.streamed[key] = self._to_host_memory(units[key], plan.host_percent if key in plan.divided else 0)
+                self.streamed[key] = self._to_host_memory(units[key], plan.cpu_percent if key in plan.cpu_gpu_split else 0)
             for key in plan.computed_on_host:
                 self.on_host[key] = self._to_cpu(units[key])
-        self.spill([units[key] for key in (*plan.streamed, *plan.gathered) if key not in in_host])
+        self.spill([units[key] for key in (*plan.streamed, *plan.row_fetched) if key not in in_host])
         from_disk = [units[key] for key in plan.streamed if key not in in_host]
         self._open_staging(from_disk, plan.staging_count)
         for unit in from_disk:
             self.streamed[unit.key] = StreamedBlock(unit.key, self.homes_of(unit), self._disk_source(unit))
-        for key in (*plan.streamed, *plan.gathered):
-            if units[key].gathers:
+        for key in (*plan.streamed, *plan.row_fetched):
+            if units[key].fetches_rows:
                 self.tables[key] = self._table(units[key])
         done = 0
         for key in plan.resident:
@@ -136,7 +136,7 @@ class Placement:
         """Turn the resident blocks that `plan` streams or gathers into such ones."""
         self._maps = FileMaps()
         units = {unit.key: unit for unit in structure.units if unit.parameters}
-        given_up = [units[key] for key in (*plan.streamed, *plan.gathered) if key in self.resident]
+        given_up = [units[key] for key in (*plan.streamed, *plan.row_fetched) if key in self.resident]
         for unit in given_up:
             block = self.resident.pop(unit.key)
             block.give_up()
@@ -146,14 +146,14 @@ class Placement:
         for unit in given_up:
             if unit.key in plan.streamed:
                 self.streamed[unit.key] = StreamedBlock(unit.key, self.homes_of(unit), self._disk_source(unit))
-            if unit.gathers:
+            if unit.fetches_rows:
                 self.tables[unit.key] = self._table(unit)
         self.streamed = {key: self.streamed[key] for key in plan.streamed}
 
     def expect_changes(self) -> None:
         """From now on the homes of what is trained have the values: fused optimizers write without a trace."""
         for home in self._homes.values():
-            if home.parameter.requires_grad and not home.managed:
+            if home.parameter.requires_grad and not home.trained:
                 home.modified = True
 
     def home_of(self, parameter: nn.Parameter) -> ParameterHome | None:
@@ -258,7 +258,7 @@ class Placement:
         self.streamed.clear()
         self.tables.clear()
         self.on_host.clear()
-        self.divided.clear()
+        self.cpu_gpu_split.clear()
         self.outside.clear()
         self._homes.clear()
 
@@ -284,7 +284,7 @@ class Placement:
     def _hold_outside(self, name: str, parameter: nn.Parameter) -> None:
         home = self._home(name, parameter)
         self._device_ledger.charge("resident weights", home.tensor.nbytes)
-        if not self._device.host_memory:
+        if not self._device.shares_host_memory:
             home.bind(home.tensor.to(self._device.torch_device))
         elif home.tensor.data_ptr() % 64:
             home.bind(home.tensor.clone())
@@ -292,13 +292,13 @@ class Placement:
 
     def _to_device(self, unit: Unit) -> ResidentBlock:
         homes = self.homes_of(unit)
-        if self._device.host_memory and all(
+        if self._device.shares_host_memory and all(
             self.source_of(home.name, home.parameter) is None and home.tensor.data_ptr() % 64 == 0 for home in homes
         ):
             self._device_ledger.charge("resident weights", sum(home.tensor.nbytes for home in homes))
             return ResidentBlock(unit.key, homes, None, [])
         offsets, nbytes = packed_offsets(homes)
-        if self._device.host_memory:
+        if self._device.shares_host_memory:
             buffer, offsets = self._read_to_host(unit, self._device_ledger, "resident weights")
             return ResidentBlock(unit.key, homes, buffer, offsets)
         nbytes = align_up(nbytes, BLOCK_ALIGNMENT_BYTES)
@@ -324,7 +324,7 @@ class Placement:
                 home.tensor = home.parameter.data
         return block
 
-    def _to_host_memory(self, unit: Unit, host_percent: int) -> StreamedBlock:
+    def _to_host_memory(self, unit: Unit, cpu_percent: int) -> StreamedBlock:
         """Into page-locked memory of the block's own, from where one copy brings it to the device.
 
         Args:
@@ -332,20 +332,20 @@ class Placement:
         """
         buffer, offsets = self._live_in_host_memory(unit, "streamed weights")
         self.lock_pages(buffer)
-        if host_percent:
-            self.divided[unit.key] = self._divide(unit, host_percent)
+        if cpu_percent:
+            self.cpu_gpu_split[unit.key] = self._split_rows(unit, cpu_percent)
             homes = self.homes_of(unit)
             return StreamedBlock(unit.key, homes, DividedSource(unit.key, self._device, homes))
         source = HostSource(unit.key, self._device, buffer, offsets, unit.block.nbytes)
         return StreamedBlock(unit.key, self.homes_of(unit), source)
 
-    def _divide(self, unit: Unit, host_percent: int) -> list[DividedProduct]:
+    def _split_rows(self, unit: Unit, cpu_percent: int) -> list[HybridLinear]:
         products = []
         for name, module in divisible_modules(unit):
             home = self._homes[name]
             weight = DivisibleWeight(len(home.tensor), home.tensor[0].nbytes, home.tensor.element_size())
-            home.device_rows = len(home.tensor) - weight.host_rows(host_percent)
-            products.append(DividedProduct(module, home, self._homes.get(f"{name.removesuffix('weight')}bias")))
+            home.device_rows = len(home.tensor) - weight.host_rows(cpu_percent)
+            products.append(HybridLinear(module, home, self._homes.get(f"{name.removesuffix('weight')}bias")))
         return products
 
     def _to_cpu(self, unit: Unit) -> list[ParameterHome]:
@@ -377,10 +377,10 @@ class Placement:
         ranges = [self.source_of(home.name, home.parameter) for home in homes]
         if all(item is not None and not home.modified for item, home in zip(ranges, homes, strict=True)):
             on_disk = [item for item in ranges if item is not None]
-            landing = self._reader.plan(on_disk)
-            buffer = self.charged_buffer(landing.slot_bytes, ledger, category)
-            self._reader.read(on_disk, landing, buffer.memory[: landing.slot_bytes]).wait()
-            return buffer, list(landing.offsets)
+            read_plan = self._reader.plan(on_disk)
+            buffer = self.charged_buffer(read_plan.slot_bytes, ledger, category)
+            self._reader.read(on_disk, read_plan, buffer.memory[: read_plan.slot_bytes]).wait()
+            return buffer, list(read_plan.offsets)
         offsets, nbytes = packed_offsets(homes)
         buffer = self.charged_buffer(nbytes, ledger, category)
         for home, offset in zip(homes, offsets, strict=True):
@@ -395,17 +395,17 @@ class Placement:
 
     def _disk_source(self, unit: Unit) -> BlockSource:
         ranges = [self._known[name] for name in unit.parameters]
-        landing = self._reader.plan(ranges)
+        read_plan = self._reader.plan(ranges)
         if self._staged is None:
-            return DirectSource(unit.key, self._reader, ranges, landing)
-        return StagedSource(unit.key, self._staged, self._device, ranges, landing)
+            return DirectSource(unit.key, self._reader, ranges, read_plan)
+        return StagedSource(unit.key, self._staged, self._device, ranges, read_plan)
 
-    def _table(self, unit: Unit) -> GatheredTable:
+    def _table(self, unit: Unit) -> EmbeddingTable:
         home = self.homes_of(unit)[0]
-        return GatheredTable(unit.key, home, self._reader, self._known.get(home.name))
+        return EmbeddingTable(unit.key, home, self._reader, self._known.get(home.name))
 
     def _open_staging(self, units: Sequence[Unit], count: int) -> None:
-        if self._device.host_memory or self._staged is not None or not units:
+        if self._device.shares_host_memory or self._staged is not None or not units:
             return
         largest = max(self._reader.plan([self._known[name] for name in unit.parameters]).slot_bytes for unit in units)
         self._staged = self.open_staging(largest, count)

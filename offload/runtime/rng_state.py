@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 
-class Randomness:
+class RngState:
     """The generators' states as they are now.
 
     Args:
@@ -25,9 +25,9 @@ class Randomness:
             torch.get_device_module(self._device).set_rng_state(self._state, self._device)
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def replay(self) -> Iterator[None]:
         """The same random numbers inside; outside it goes on as before."""
-        now = Randomness(self._device or torch.device("cpu"))
+        now = RngState(self._device or torch.device("cpu"))
         self.restore()
         try:
             yield
@@ -35,7 +35,7 @@ class Randomness:
             now.restore()
 
 
-class Autocasts:
+class AutocastState:
     """Whether and to what torch casts in this thread."""
 
     def __init__(self, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Autocasts:
         self._casts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def replay(self) -> Iterator[None]:
         with ExitStack() as stack:
             for kind, dtype, enabled in self._casts:
                 stack.enter_context(torch.autocast(kind, dtype, enabled))

@@ -12,7 +12,7 @@ from offload.model.homes import ParameterHome
 from offload.storage.blocks import BlockKey, FileRange, align_up
 from offload.storage.devices.base import Device, DeviceBuffer, Event
 from offload.storage.host_buffer import HostBuffer
-from offload.storage.read_plan import Landing
+from offload.storage.read_plan import ReadPlan
 from offload.storage.reader import DiskReader
 from offload.storage.staging import StagedReader, StagedTransfer
 from offload.storage.transfer import Transfer
@@ -64,16 +64,16 @@ class BlockSource(Protocol):
 class DirectSource:
     """Disk straight into the slot, on a device whose memory is the host's."""
 
-    def __init__(self, key: BlockKey, reader: DiskReader, ranges: Sequence[FileRange], landing: Landing) -> None:
-        self._key, self._reader, self._ranges, self._landing = key, reader, ranges, landing
-        self.offsets = landing.offsets
-        self.payload_bytes = landing.payload_bytes
-        self.slot_bytes = landing.slot_bytes
+    def __init__(self, key: BlockKey, reader: DiskReader, ranges: Sequence[FileRange], read_plan: ReadPlan) -> None:
+        self._key, self._reader, self._ranges, self._read_plan = key, reader, ranges, read_plan
+        self.offsets = read_plan.offsets
+        self.payload_bytes = read_plan.payload_bytes
+        self.slot_bytes = read_plan.slot_bytes
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         assert region.memory is not None
-        memory = region.memory[: self._landing.slot_bytes]
-        return _DiskArrival(self._reader.read(self._ranges, self._landing, memory, name=self._key))
+        memory = region.memory[: self._read_plan.slot_bytes]
+        return _DiskArrival(self._reader.read(self._ranges, self._read_plan, memory, name=self._key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +91,15 @@ class StagedSource:
     """Disk to a staging buffer to the device."""
 
     def __init__(
-        self, key: BlockKey, reader: StagedReader, device: Device, ranges: Sequence[FileRange], landing: Landing
+        self, key: BlockKey, reader: StagedReader, device: Device, ranges: Sequence[FileRange], read_plan: ReadPlan
     ) -> None:
-        self._key, self._reader, self._device, self._ranges, self._landing = key, reader, device, ranges, landing
-        self.offsets = landing.offsets
-        self.payload_bytes = landing.payload_bytes
-        self.slot_bytes = max(at + item.nbytes for at, item in zip(landing.offsets, ranges, strict=True))
+        self._key, self._reader, self._device, self._ranges, self._read_plan = key, reader, device, ranges, read_plan
+        self.offsets = read_plan.offsets
+        self.payload_bytes = read_plan.payload_bytes
+        self.slot_bytes = max(at + item.nbytes for at, item in zip(read_plan.offsets, ranges, strict=True))
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
-        transfer = self._reader.start(self._key, self._ranges, self._landing, region.tensor[: self.slot_bytes], after)
+        transfer = self._reader.start(self._key, self._ranges, self._read_plan, region.tensor[: self.slot_bytes], after)
         return _StagedArrival(transfer, self._device, self._reader.reader.link.name)
 
 
@@ -244,7 +244,7 @@ def packed_offsets(homes: Sequence[ParameterHome]) -> tuple[list[int], int]:
     return offsets, end
 
 
-class GatheredTable:
+class EmbeddingTable:
     """An embedding whose rows are fetched as they are looked up; the table itself is never loaded.
 
     Args:

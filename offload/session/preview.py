@@ -10,9 +10,9 @@ from offload.config import HOST_MARGIN_BYTES, ROUNDING, Budgets, parse_bytes, re
 from offload.kv.options import PLAIN, KvOptions
 from offload.model.loading import CheckpointLoader, find_outline
 from offload.moe.component import AUTO, IN_LAYERS
-from offload.planning.describe import count_temporaries
-from offload.planning.fit import Experts, decide
-from offload.planning.predictor import Forecast, Order, WhatIf
+from offload.planning.describe import count_activations
+from offload.planning.fit import ExpertGranularity, fit
+from offload.planning.predictor import PlanGoal, Predictor, WhatIf
 from offload.probe import hardware_profile
 from offload.runtime.meters import predicted_peak_bytes
 from offload.scheduler.hardware import HardwareProfile
@@ -23,7 +23,7 @@ from offload.storage.errors import ConfigError, gib
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PlanRequest:
     """What a plan is for.
 
     Attributes:
@@ -49,7 +49,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlanResult:
     """A plan and what it will give.
 
     Attributes:
@@ -110,7 +110,7 @@ class Planner:
         assert hardware is not None
         self.hardware = hardware
 
-    def plan(self, asked: Asked) -> Planned:
+    def plan(self, asked: PlanRequest) -> PlanResult:
         """The fastest plan.
 
         Raises:
@@ -119,48 +119,48 @@ class Planner:
         budgets = self._budgets(asked)
         total = asked.prompt_tokens + asked.new_tokens
         workload = Workload(asked.batch_size, total, asked.prompt_tokens)
-        temporaries = count_temporaries(self._model, workload)
-        experts = Experts.IN_LAYERS if asked.expert_policy == IN_LAYERS else Experts.WHERE_IT_HELPS
-        decision = decide(
+        activations = count_activations(self._model, workload)
+        experts = ExpertGranularity.PER_LAYER if asked.expert_policy == IN_LAYERS else ExpertGranularity.AUTO
+        fitted = fit(
             self._model,
             budgets,
             workload,
             self._loader.slot_bytes,
-            temporaries,
+            activations,
             experts=experts,
             kv=asked.kv,
             exactness=asked.exactness,
         )
         # What had to be taken apart is; where rounding is allowed, all ways are weighed.
-        kept = decision.plan.kept_as if asked.exactness == ROUNDING else decision.plan.asked
+        kept = fitted.plan.kept_as if asked.exactness == ROUNDING else fitted.plan.asked
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
-        forecast = Forecast(self._model, decision.split, self.hardware, dtype)
-        order = Order(kept(workload), asked.prompt_tokens, asked.new_tokens, budgets, asked.exactness)
-        plan, prediction = forecast.best(decision.spec, order, paged=decision.paged)
-        notes = [*decision.fallbacks]
-        if forecast.failure is not None:
-            notes.append(f"the model's code does not run without values: its work is estimated ({forecast.failure})")
+        predictor = Predictor(self._model, fitted.by_submodule, self.hardware, dtype)
+        order = PlanGoal(kept(workload), asked.prompt_tokens, asked.new_tokens, budgets, asked.exactness)
+        plan, prediction = predictor.best(fitted.spec, order, paged=fitted.paged)
+        notes = [*fitted.fallbacks]
+        if predictor.failure is not None:
+            notes.append(f"the model's code does not run without values: its work is estimated ({predictor.failure})")
         if plan.rounds:
             notes.append(f"{', '.join(plan.rounds)}: exactness is rounding")
         if budgets.host_bytes is None:
-            besides = predicted_peak_bytes(plan, host_memory=True) - plan.device_bytes
+            besides = predicted_peak_bytes(plan, shares_host_memory=True) - plan.device_bytes
             notes.append(f"beside its budget the process will hold about {gib(besides)} more than it does before")
         tiers = ("cpu",) if budgets.host_bytes is None else ("gpu", "cpu")
-        return Planned(
+        return PlanResult(
             model=self._name,
             hardware=self.hardware.description,
             weight_bytes=sum(value.nbytes for value in self._model.parameters()),
             plan=plan,
             prediction=prediction,
-            peak_bytes=dict(zip(tiers, (plan.device_bytes, _host_bytes(plan, decision.spec)), strict=False)),
+            peak_bytes=dict(zip(tiers, (plan.device_bytes, _host_bytes(plan, fitted.spec)), strict=False)),
             budget_bytes=dict(zip(tiers, (budgets.device_bytes, budgets.host_bytes or 0), strict=False)),
-            by_hit_rate=forecast.by_hit_rate(plan, decision.spec, order),
-            expected_hit_rate=None if decision.spec.experts is None else decision.spec.experts.hit_rate(plan.expert_slots),
-            what_if=tuple(forecast.what_if(decision.spec, order, prediction, batch=True)),
+            by_hit_rate=predictor.predict_by_hit_rate(plan, fitted.spec, order),
+            expected_hit_rate=None if fitted.spec.experts is None else fitted.spec.experts.hit_rate(plan.expert_slots),
+            what_if=tuple(predictor.what_if(fitted.spec, order, prediction, batch=True)),
             notes=tuple(notes),
         )
 
-    def _budgets(self, asked: Asked) -> Budgets:
+    def _budgets(self, asked: PlanRequest) -> Budgets:
         if self._device is not None:
             return resolve_budgets(self._device, asked.gpu_memory, asked.cpu_memory, 0)
         gpu, cpu = parse_bytes(asked.gpu_memory, "gpu_memory"), parse_bytes(asked.cpu_memory, "cpu_memory")

@@ -13,40 +13,43 @@ import torch
 from torch import nn
 
 from offload.config import IDENTICAL, ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
-from offload.kv.component import KvPart, new_cache
+from offload.kv.component import KvComponent, new_cache
 from offload.kv.options import KvOptions
-from offload.kv.prefix_cache import Beginnings
+from offload.kv.prefix_cache import PrefixCache
 from offload.kv.prefix_store import BLOCK_TOKENS
-from offload.kv.reservation import KvReserve
+from offload.kv.reservation import KvReservation
 from offload.model.blocks import Unit, find_structure
 from offload.model.experts import ExpertsUnit
 from offload.model.from_pretrained import LoadingOptions
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
-from offload.moe.component import CPU, IN_LAYERS, ExpertOptions, ExpertPart, rule_for_misses
-from offload.planning.compare import Comparison, compare
-from offload.planning.describe import count_temporaries, longest_sequence, takes_tokens
-from offload.planning.fit import Decision, Experts, decide, given_plan
+from offload.moe.component import CPU, IN_LAYERS, ExpertComponent, ExpertOptions, rule_for_misses
+from offload.moe.usage import expert_use
+from offload.planning.compare import compare
+from offload.planning.describe import count_activations, longest_sequence, takes_tokens
+from offload.planning.fit import ExpertGranularity, FittedPlan, fit, given_plan
 from offload.planning.pass_splits import PrefillChunks, check_parts
-from offload.planning.predictor import Forecast, Order
+from offload.planning.predictor import PlanGoal, Predictor
 from offload.probe import kept_profile, suits
-from offload.report.experts import ExpertUse
+from offload.report.comparison import Comparison
+from offload.report.facts import Peak, phase_uses
 from offload.report.live import Snapshot
-from offload.report.report import Peak, Report, phase_uses
-from offload.report.training import Outlook
+from offload.report.report import Report
+from offload.report.training import TrainingEstimate
 from offload.runtime.buffers import DeviceBuffers
-from offload.runtime.clock import BACKWARD, PassClock
+from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.interrupts import HeldInterrupts
 from offload.runtime.meters import Meters
-from offload.runtime.model_facade import Guise
-from offload.runtime.module_wrappers import ForwardWrap, UnitWindow, Windows
+from offload.runtime.model_facade import OffloadedModelClass
+from offload.runtime.module_wrappers import ForwardWrap, ModuleWrappers, OnloadedModule
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
 from offload.runtime.recorder import Recorder, tracing_use
 from offload.runtime.registration_watch import RegistrationWatch
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.model_spec import Workload
+from offload.scheduler.phases import BACKWARD
 from offload.scheduler.plan import Plan
 from offload.scheduler.planner import make_plan
 from offload.scheduler.prediction import predict
@@ -60,9 +63,9 @@ from offload.storage.io_engines.gds import choose_engine
 from offload.storage.io_engines.posix import PosixEngine
 from offload.storage.reader import DiskReader
 from offload.storage.transfer import Link
-from offload.training.component import INPUTS, TrainingPart, decide_to_train
-from offload.training.estimate import outlook
-from offload.training.memory import TrainingNeeds
+from offload.training.component import INPUTS, TrainingComponent, fit_training
+from offload.training.estimate import estimate_training
+from offload.training.memory import TrainingMemory
 from offload.training.options import Training
 
 _READ_THREADS = 4
@@ -89,7 +92,7 @@ class Request:
     hardware: HardwareProfile | None
     plan: Plan | None
     training: Training | None
-    managed: bool
+    uses_session_optimizer: bool
     experts: ExpertOptions
     kv: KvOptions
     progress: Progress
@@ -120,10 +123,10 @@ class Session:
         self._stack: ExitStack | None = None
         self._fallbacks: list[str] = []
         self._inside = False
-        self._training: TrainingPart | None = None
-        self._experts: ExpertPart | None = None
-        self._kv: KvPart | None = None
-        self._needs = TrainingNeeds()
+        self._training: TrainingComponent | None = None
+        self._experts: ExpertComponent | None = None
+        self._kv: KvComponent | None = None
+        self._needs = TrainingMemory()
         self._sources: frozenset[str] = frozenset()
         self._source_key: str | None = None
 
@@ -173,12 +176,12 @@ class Session:
                 "resident": len(self.plan.resident),
                 "streamed_from_cpu_memory": len(self.plan.in_host_memory),
                 "streamed_from_disk": len(self.plan.streamed) - len(self.plan.in_host_memory),
-                "gathered_by_row": len(self.plan.gathered),
+                "row_fetched": len(self.plan.row_fetched),
                 "computed_on_cpu": len(self.plan.computed_on_host),
-                "divided": len(self.plan.divided),
+                "cpu_gpu_split": len(self.plan.cpu_gpu_split),
             },
             parts={
-                "host_percent": self.plan.host_percent,
+                "cpu_percent": self.plan.cpu_percent,
                 "micro_batch": self.plan.micro_batch,
                 "decode_micro_batch": self.plan.decode_micro_batch,
                 "prefill_chunk": self.plan.prefill_chunk,
@@ -188,9 +191,9 @@ class Session:
             kv={
                 "reserved_bytes": self.plan.kv_bytes,
                 "peak_bytes": self._reserve.peak_bytes,
-                **({} if self._kv is None else self._kv.use()),
-                "prefix_loaded_tokens": self._beginnings.loaded_tokens,
-                "prefix_computed_tokens": self._beginnings.computed_tokens,
+                **({} if self._kv is None else self._kv.usage()),
+                "prefix_loaded_tokens": self._prefixes.loaded_tokens,
+                "prefix_computed_tokens": self._prefixes.computed_tokens,
             },
             tiers=self._meters.tier_uses(self._process_bytes),
             links=links,
@@ -200,8 +203,8 @@ class Session:
             tracing=tracing_use(self._recorder.trace),
             process_bytes=self._process_bytes,
             peak_device_bytes=self._device.peak_bytes(),
-            fallbacks=self._all_fallbacks(),
-            experts=None if self._experts is None else ExpertUse.of(self._experts, self.plan),
+            fallbacks=self._fallbacks_so_far(),
+            experts=None if self._experts is None else expert_use(self._experts, self.plan),
         )
 
     def kv_cache(self, prefix: Sequence[int] | torch.Tensor = (), batch_size: int = 1) -> Any:
@@ -224,23 +227,23 @@ class Session:
         if isinstance(prefix, torch.Tensor):
             prefix = prefix.flatten().tolist()
         cache = new_cache(self.model) if self._kv is None else self._kv.new_cache(self.model)
-        return self._beginnings.fill(cache, prefix, batch_size) if len(prefix) else cache
+        return self._prefixes.prefill(cache, prefix, batch_size) if len(prefix) else cache
 
     @property
-    def keeps_beginnings(self) -> bool:
+    def caches_prefixes(self) -> bool:
         """A prompt's beginning may be on disk, or is to be: `kv_cache(prefix=...)` is worth its while for one prompt too."""
         return self._request.kv.prefix_dir is not None
 
     @property
-    def shares_beginnings(self) -> bool:
+    def shares_prefixes(self) -> bool:
         """What all sequences of a batch begin with is kept and read once."""
-        return bool(self.plan.kv_segments) and self._request.kv.shared_tokens > 0
+        return self.plan.kv_segments and self._request.kv.shared_tokens > 0
 
     @property
     def _level(self) -> str:
         if self._request.kv.is_lossy:
             return self._request.kv.level
-        begun = self._beginnings.loaded_tokens + self._beginnings.computed_tokens
+        begun = self._prefixes.loaded_tokens + self._prefixes.computed_tokens
         return ROUNDING if self.plan.rounds or begun or self._chunks_loss or self._splits_experts else IDENTICAL
 
     @property
@@ -265,9 +268,9 @@ class Session:
         """Which experts each token chose so far, layer by layer: empty unless single experts are brought."""
         if self._experts is None:
             return Routing("", 0, 0, ())
-        if not self._experts.record.is_whole:
-            self._tell("the run was too long to keep which experts all of its tokens chose: the later ones are left out")
-        return self._experts.record.routing()
+        if not self._experts.log.is_whole:
+            self._warn("the run was too long to keep which experts all of its tokens chose: the later ones are left out")
+        return self._experts.log.routing()
 
     def trace(self) -> Trace:
         """When each resource was busy, so far: spans and memory over time. Sums are in `report`."""
@@ -280,19 +283,19 @@ class Session:
         Args:
             given: bytes a second that the links gave.
         """
-        if self._forecast is None or self._clock.phases[BACKWARD].passes:
+        if self._predictor is None or self._clock.phases[BACKWARD].passes:
             return None
-        return compare(self._forecast, self.plan, self._spec, self._clock.phases, self._order(), given)
+        return compare(self._predictor, self.plan, self._spec, self._clock.phases, self._goal(), given)
 
     def _lent_for_measuring(self) -> memoryview | None:
         """What the disk is measured into must not pass a budget."""
         lent = self._executor.lend(self._reader.probe_bytes)
-        if lent is None and not self._device.host_memory:
+        if lent is None and not self._device.shares_host_memory:
             free = self._meters.host_ledger.free_bytes
             lent = HostBuffer(self._reader.probe_bytes).memory if free is None or free >= self._reader.probe_bytes else None
         return lent
 
-    def _all_fallbacks(self) -> list[str]:
+    def _fallbacks_so_far(self) -> list[str]:
         whole = [
             f"{table.key} is used otherwise than by looking rows up, so it is read as a whole each time"
             for table in self._placement.tables.values()
@@ -314,8 +317,8 @@ class Session:
 
     def _peak(self) -> Peak:
         extra_bytes = 0
-        if self._device.host_memory:
-            extra_bytes = self._needs.kept_bytes + (0 if self._training is None else self._training.host_bytes)
+        if self._device.shares_host_memory:
+            extra_bytes = self._needs.activation_bytes + (0 if self._training is None else self._training.host_bytes)
         return self._meters.peak(self.plan, self._process_bytes - self._held_bytes, extra_bytes)
 
     def _look(self) -> CheckpointLoader | None:
@@ -333,27 +336,27 @@ class Session:
         if not takes_tokens(self.model):
             self._fallbacks.append("the model takes no tokens: its temporaries are not known beforehand and not in the budget")
         self._open_storage(stack, loaded)
-        decision = self._decide(Experts.ONE_BY_ONE if loaded.experts else self._experts_wanted())
-        if takes_tokens(self.model) and self._temporaries is None:
+        fitted = self._fit(ExpertGranularity.PER_EXPERT if loaded.experts else self._experts_wanted())
+        if takes_tokens(self.model) and self._activations is None:
             self._fallbacks.append("the model's code does not run without values: its temporaries are estimated")
-        self._take(decision)
-        self._look_forward(decision)
-        self._choose()
-        self._guise(stack)
+        self._take(fitted)
+        self._make_predictor(fitted)
+        self._choose_plan()
+        self._offloaded_class(stack)
         stack.callback(self._placement.restore)
-        self._placement.apply(decision.structure, self.plan)
-        if decision.experts:
-            self._experts = self._expert_part(decision, loaded)
+        self._placement.apply(fitted.structure, self.plan)
+        if fitted.experts:
+            self._experts = self._expert_part(fitted, loaded)
             self._experts.place(self.plan, stack)
         if self.plan.kv_memory_bytes:
             self._kv = self._kv_part()
             self._kv.open(self.model, stack)
         self._ledger.charge("KV cache", self.plan.kv_bytes)
-        self._ledger.charge("temporaries", self.plan.activation_bytes)
-        self._ledger.charge(INPUTS, self._needs.set_aside_bytes)
+        self._ledger.charge("activations", self.plan.activation_bytes)
+        self._ledger.charge(INPUTS, self._needs.reserved_bytes)
         stack.callback(self._release_slots)
         self._take_slots()
-        self._open_windows(stack)
+        self._wrap_modules(stack)
 
     def _load(self, stack: ExitStack, loader: CheckpointLoader | None) -> LoadedModel:
         if loader is None:
@@ -370,8 +373,8 @@ class Session:
         apart: tuple[ExpertsUnit, ...] = ()
         if outline is not None:
             # What cannot fit is refused before anything is loaded.
-            self._count_temporaries(outline)
-            apart = self._decided(outline, loader.slot_bytes, self._experts_wanted()).experts
+            self._count_activations(outline)
+            apart = self._fitted(outline, loader.slot_bytes, self._experts_wanted()).experts
         shapes = {name: tuple(value.shape) for unit in apart for name, value in unit.parameters.items()}
         loaded = loader.load(self._disk_dir, self._progress, shapes)
         for file in loaded.files:
@@ -395,7 +398,7 @@ class Session:
         self._clock = PassClock(self._recorder, asynchronous=self._device.torch_device.type == "cuda")
         self._executor = LayerExecutor(self._device, self._clock)
         # On the CPU, reads go straight to where they are computed with: nothing to gain from kvikio.
-        self._engine = PosixEngine() if self._device.host_memory else choose_engine(self._sample)
+        self._engine = PosixEngine() if self._device.shares_host_memory else choose_engine(self._sample)
         stack.callback(self._engine.close)
         self._link = Link("disk", _READ_THREADS, self._recorder.span)
         stack.callback(self._link.close)
@@ -416,10 +419,10 @@ class Session:
         if self._request.training is not None:
             self._training = self._training_part(self._request.training)
 
-    def _training_part(self, training: Training) -> TrainingPart:
-        return TrainingPart(
+    def _training_part(self, training: Training) -> TrainingComponent:
+        return TrainingComponent(
             training,
-            self._request.managed,
+            self._request.uses_session_optimizer,
             self._device,
             self._executor,
             self._clock,
@@ -432,11 +435,11 @@ class Session:
             self._make_room_for_training,
         )
 
-    def _expert_part(self, decision: Decision, loaded: LoadedModel) -> ExpertPart:
+    def _expert_part(self, fitted: FittedPlan, loaded: LoadedModel) -> ExpertComponent:
         assert self._spec.experts is not None
         options, may_round = self._request.experts, self._request.exactness == ROUNDING
-        rule = rule_for_misses(options.misses, may_round, self.plan, self._spec.experts, decision.experts, self._hardware)
-        return ExpertPart(
+        rule = rule_for_misses(options.misses, may_round, self.plan, self._spec.experts, fitted.experts, self._hardware)
+        return ExpertComponent(
             self._device,
             self._executor,
             self._clock,
@@ -444,19 +447,19 @@ class Session:
             self._reader,
             self._ledger,
             self._spec.experts,
-            decision.experts,
+            fitted.experts,
             loaded.experts,
             options,
             rule,
             type(self.model).__name__,
             self.model,
             self._progress,
-            self._tell,
+            self._warn,
         )
 
-    def _kv_part(self) -> KvPart:
+    def _kv_part(self) -> KvComponent:
         assert self._spec.kv is not None
-        return KvPart(
+        return KvComponent(
             self._request.kv,
             self.plan,
             self._spec.kv,
@@ -468,59 +471,59 @@ class Session:
             self._disk_dir,
             self._meters.host_ledger,
             self._meters.disk_ledger,
-            self._tell,
+            self._warn,
             self._hardware,
         )
 
-    def _experts_wanted(self) -> Experts:
+    def _experts_wanted(self) -> ExpertGranularity:
         """Backward needs all experts of a layer: training streams layers."""
         if self._request.training is not None or self._request.experts.policy == IN_LAYERS:
-            return Experts.IN_LAYERS
+            return ExpertGranularity.PER_LAYER
         if self._request.plan is not None:
-            return Experts.ONE_BY_ONE if self._request.plan.expert_slots else Experts.IN_LAYERS
-        return Experts.WHERE_IT_HELPS
+            return ExpertGranularity.PER_EXPERT if self._request.plan.expert_slots else ExpertGranularity.PER_LAYER
+        return ExpertGranularity.AUTO
 
-    def _decide(self, experts: Experts) -> Decision:
+    def _fit(self, experts: ExpertGranularity) -> FittedPlan:
         if not hasattr(self, "_temporaries"):
-            self._count_temporaries(self.model)
-        return self._decided(self.model, self._placement.slot_bytes, experts)
+            self._count_activations(self.model)
+        return self._fitted(self.model, self._placement.slot_bytes, experts)
 
-    def _decided(self, model: nn.Module, slot_bytes: Callable[[Unit], int], experts: Experts) -> Decision:
+    def _fitted(self, model: nn.Module, slot_bytes: Callable[[Unit], int], experts: ExpertGranularity) -> FittedPlan:
         if self._request.training is None:
             workload = self._workload(model)
             asked = self._request
-            return decide(
+            return fit(
                 model,
                 self._budgets,
                 workload,
                 slot_bytes,
-                self._temporaries,
+                self._activations,
                 experts=experts,
                 kv=asked.kv,
                 exactness=asked.exactness,
             )
         workload = self._workload(model)
-        training, temporaries = self._request.training, self._temporaries
-        decision, self._needs = decide_to_train(model, training, self._budgets, workload, slot_bytes, temporaries)
-        return decision
+        training, activations = self._request.training, self._activations
+        fitted, self._needs = fit_training(model, training, self._budgets, workload, slot_bytes, activations)
+        return fitted
 
-    def _count_temporaries(self, model: nn.Module) -> None:
-        self._temporaries = count_temporaries(model, self._workload(model)) if takes_tokens(model) else None
+    def _count_activations(self, model: nn.Module) -> None:
+        self._activations = count_activations(model, self._workload(model)) if takes_tokens(model) else None
 
-    def _take(self, decision: Decision) -> None:
-        self._spec, self._split, self.plan = decision.spec, decision.split, decision.plan
-        self._structure = decision.structure
-        self._paged_ways = decision.paged
-        self._fallbacks += decision.fallbacks
-        self._owners = {id(value): unit.key for unit in decision.structure.units for value in unit.parameters.values()}
+    def _take(self, fitted: FittedPlan) -> None:
+        self._spec, self._by_submodule, self.plan = fitted.spec, fitted.by_submodule, fitted.plan
+        self._structure = fitted.structure
+        self._paged_ways = fitted.paged
+        self._fallbacks += fitted.fallbacks
+        self._owners = {id(value): unit.key for unit in fitted.structure.units for value in unit.parameters.values()}
 
-    def _look_forward(self, decision: Decision) -> None:
-        self._forecast: Forecast | None = None
+    def _make_predictor(self, fitted: FittedPlan) -> None:
+        self._predictor: Predictor | None = None
         if self._hardware is not None:
             dtype = str(next((value.dtype for value in self.model.parameters()), torch.float32)).removeprefix("torch.")
-            self._forecast = Forecast(self.model, decision.split, self._hardware, dtype)
+            self._predictor = Predictor(self.model, fitted.by_submodule, self._hardware, dtype)
 
-    def _choose(self) -> None:
+    def _choose_plan(self) -> None:
         """Another plan than the rule's: the one that was given, or the fastest, where there is something to weigh."""
         workload = self._workload(self.model)
         if self._request.plan is not None:
@@ -533,21 +536,23 @@ class Session:
                 )
         elif (
             self._request.training is None
-            and self._forecast is not None
+            and self._predictor is not None
             and (self._budgets.host_bytes is not None or self._request.exactness == ROUNDING or self._paged_ways)
         ):
             # What had to be taken apart is; where rounding is allowed, all ways are weighed.
             kept = self.plan.kept_as if self._request.exactness == ROUNDING else self.plan.asked
-            self.plan, _ = self._forecast.best(self._spec, self._order(kept(workload)), paged=self._paged_ways)
-        self._reserve = KvReserve(self._spec, self.plan.asked(workload), self._grow, self._budgets.device_bytes)
+            self.plan, _ = self._predictor.best(self._spec, self._goal(kept(workload)), paged=self._paged_ways)
+        self._reserve = KvReservation(self._spec, self.plan.asked(workload), self._grow, self._budgets.device_bytes)
 
-    def _order(self, workload: Workload | None = None) -> Order:
+    def _goal(self, workload: Workload | None = None) -> PlanGoal:
         workload = workload or self.plan.asked(self._workload(self.model))
         new_tokens = min(self._request.new_tokens or max(1, workload.total_tokens // 2), workload.total_tokens - 1)
-        return Order(workload, max(1, workload.total_tokens - new_tokens), new_tokens, self._budgets, self._request.exactness)
+        return PlanGoal(
+            workload, max(1, workload.total_tokens - new_tokens), new_tokens, self._budgets, self._request.exactness
+        )
 
-    def _guise(self, stack: ExitStack) -> None:
-        stack.callback(Guise(self.model, self._device.torch_device, self._fallbacks.append).undo)
+    def _offloaded_class(self, stack: ExitStack) -> None:
+        stack.callback(OffloadedModelClass(self.model, self._device.torch_device, self._fallbacks.append).undo)
         stack.callback(DeviceBuffers(self.model, self._device, self._ledger).undo)
 
     def _take_slots(self) -> None:
@@ -555,7 +560,7 @@ class Session:
         self._executor.arrange(self.plan.slot_bytes, self.plan.slot_count, list(self._placement.streamed.values()))
         if self._experts is not None:
             self._experts.take_slots(self.plan)
-        if self._meters.copy_speed is None and not self._device.host_memory:
+        if self._meters.copy_speed is None and not self._device.shares_host_memory:
             self._meters.copy_speed = self._placement.measure_copy(self._executor.arena_tensor)
 
     def _release_slots(self) -> None:
@@ -565,15 +570,22 @@ class Session:
         self._executor.free()
         if self._experts is not None:
             self._experts.free_slots()
-        for category in ("slots", "KV cache", "temporaries", INPUTS):
+        for category in ("slots", "KV cache", "activations", INPUTS):
             self._ledger.release(category, self._ledger.held_bytes(category))
 
-    def _open_windows(self, stack: ExitStack) -> None:
+    def _wrap_modules(self, stack: ExitStack) -> None:
         self._watch = RegistrationWatch(self.model)
         stack.callback(self._watch.close)
         chunk = self.plan.prefill_chunk
         self._root = ModelPass(
-            self._device, self._executor, self._clock, self._reserve, self._before_pass, self._meters.look, chunk, self._kv
+            self._device,
+            self._executor,
+            self._clock,
+            self._reserve,
+            self._before_pass,
+            self._meters.sample_peak,
+            chunk,
+            self._kv,
         )
         if chunk:
             stack.callback(PrefillChunks(self.model, chunk).undo)
@@ -582,44 +594,46 @@ class Session:
             self._fallbacks += self._training.install(self.model, self._structure, stack)
         if self._experts is not None:
             # Inside of the layers' windows, which may be made anew.
-            self._experts.open_windows(stack)
-        self._windows = self._windows_of(self._structure.units)
-        stack.callback(lambda: self._windows.undo())
-        self._beginnings = Beginnings(
+            self._experts.wrap_modules(stack)
+        self._wrappers = self._wrappers_of(self._structure.units)
+        stack.callback(lambda: self._wrappers.undo())
+        self._prefixes = PrefixCache(
             self.model,
             self._device,
             self._root,
             self._request.kv,
             self.plan,
             self._source_key,
-            self._worth_loading,
-            self._tell,
+            self._loading_beats_computing,
+            self._warn,
             self._link,
             self._written,
         )
 
-    def _worth_loading(self, nbytes: int) -> bool:
+    def _loading_beats_computing(self, nbytes: int) -> bool:
         """Of a block of a beginning: whether the disk gives it faster than it is computed, as far as is known."""
-        if self._forecast is None or self._hardware is None:
+        if self._predictor is None or self._hardware is None:
             return True
-        prefill, decode = self._forecast.work(self._spec, 1, BLOCK_TOKENS, BLOCK_TOKENS)
-        computed = predict(self.plan, self._spec, self._forecast.cost, prefill, decode).prefill_seconds
+        prefill, decode = self._predictor.work(self._spec, 1, BLOCK_TOKENS, BLOCK_TOKENS)
+        computed = predict(self.plan, self._spec, self._predictor.cost, prefill, decode).prefill_seconds
         return self._hardware.disk_read.seconds(nbytes) < computed
 
-    def _windows_of(self, units: list[Unit]) -> Windows:
+    def _wrappers_of(self, units: list[Unit]) -> ModuleWrappers:
         placement = self._placement
-        around = {key: self.model.get_submodule(key) for key in self._split}
-        return Windows(units, around, self.plan, placement.divided, self._on_device, self._executor, self._clock, self._tell)
+        around = {key: self.model.get_submodule(key) for key in self._by_submodule}
+        return ModuleWrappers(
+            units, around, self.plan, placement.cpu_gpu_split, self._onloaded, self._executor, self._clock, self._warn
+        )
 
-    def _tell(self, sentence: str) -> None:
+    def _warn(self, sentence: str) -> None:
         """Of what is slower than planned, once: it may be found in every layer of every pass."""
         if sentence not in self._fallbacks:
             self._fallbacks.append(sentence)
 
-    def _on_device(self, unit: Unit) -> UnitWindow:
+    def _onloaded(self, unit: Unit) -> OnloadedModule:
         if self._training is not None:
-            return self._training.window(unit)
-        return UnitWindow(unit, self._executor, self._clock, self._placement.tables)
+            return self._training.wrapper(unit)
+        return OnloadedModule(unit, self._executor, self._clock, self._placement.tables)
 
     def _before_pass(self) -> None:
         self._engine.check_unchanged()
@@ -635,17 +649,17 @@ class Session:
     def _adopt_changes(self) -> None:
         """Modules or parameters were added or replaced: they are held on the device, and get windows."""
         added_bytes = self._placement.added_bytes(self.model)
-        self._spec = replace(self._spec, pinned_bytes=self._spec.pinned_bytes + added_bytes)
+        self._spec = replace(self._spec, always_resident_bytes=self._spec.always_resident_bytes + added_bytes)
         if added_bytes > (self._ledger.free_bytes or 0):
             self._make_room(added_bytes)
         self._placement.adopt(self.model)
         apart = () if self._experts is None else self._experts.parameters
-        units = find_structure(self.model, self._split, apart).units
+        units = find_structure(self.model, self._by_submodule, apart).units
         for unit in units:
             owners = (self._owners.get(id(value)) for value in unit.module.parameters())
             unit.uses = tuple(dict.fromkeys(key for key in owners if key is not None))
-        self._windows.undo()
-        self._windows = self._windows_of([unit for unit in units if unit.uses])
+        self._wrappers.undo()
+        self._wrappers = self._wrappers_of([unit for unit in units if unit.uses])
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -658,7 +672,7 @@ class Session:
             SessionError: in a session without `training`, or if nothing requires a gradient, or some have one already.
             BudgetExceeded: if there is no room for gradients and states.
         """
-        return self._trains().manage().optimizer
+        return self._trains().optimize().optimizer
 
     def backward(self, losses: Sequence[Callable[[], torch.Tensor]], layer_major: bool = True) -> list[float]:
         """Forward and backward of several micro-batches, whose gradients add up.
@@ -675,14 +689,16 @@ class Session:
         """
         return self._trains().run(losses, layer_major, self._root)
 
-    def outlook(self, micro_batches: int = 1, layer_major: bool = True) -> Outlook:
+    def training_estimate(self, micro_batches: int = 1, layer_major: bool = True) -> TrainingEstimate:
         """Where everything that is trained lives, what a step writes to disk, and how long it is predicted to take.
 
         Args:
             micro_batches: whose gradients a step adds up.
         """
-        managed, workload = self._trains().manage(), self._workload(self.model)
-        return outlook(managed, self.model, self.plan, self._spec, workload, self._forecast, micro_batches, layer_major)
+        managed, workload = self._trains().optimize(), self._workload(self.model)
+        return estimate_training(
+            managed, self.model, self.plan, self._spec, workload, self._predictor, micro_batches, layer_major
+        )
 
     def save(self, folder: str | Path, progress: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint of what is trained, to resume from, in place of the folder's last one.
@@ -725,21 +741,21 @@ class Session:
         Raises:
             TrainingError: if it is no number; nothing was changed.
         """
-        return self._trains().manage().step(max_grad_norm, overlap)
+        return self._trains().optimize().step(max_grad_norm, overlap)
 
     def finish(self) -> None:
         """Update what `step(overlap=True)` left to be updated."""
-        self._trains().manage().finish()
+        self._trains().optimize().finish()
 
-    def _trains(self) -> TrainingPart:
+    def _trains(self) -> TrainingComponent:
         if self._training is None or not self._inside:
             raise SessionError("the session does not train: give offload(..., training=True), and enter it")
         return self._training
 
     def _make_room_for_training(self, nbytes: int) -> None:
         """Where it was not known beforehand what would be trained."""
-        if self._device.host_memory and nbytes > (self._ledger.free_bytes or 0):
-            self._spec = replace(self._spec, pinned_bytes=self._spec.pinned_bytes + nbytes)
+        if self._device.shares_host_memory and nbytes > (self._ledger.free_bytes or 0):
+            self._spec = replace(self._spec, always_resident_bytes=self._spec.always_resident_bytes + nbytes)
             self._make_room(nbytes)
 
     def _make_room(self, added_bytes: int) -> None:
@@ -753,7 +769,7 @@ class Session:
 
     def _grow(self, workload: Workload) -> None:
         """Make room for a larger workload: give up resident blocks. Raises BudgetTooSmall if that is not enough."""
-        if self._training is not None and self._training.managed is not None:
+        if self._training is not None and self._training.streamed_training is not None:
             raise BudgetExceeded(
                 "more memory is needed than was set aside when training began, and nothing is given up meanwhile; enter with "
                 "the batch_size and max_tokens that will be used"
@@ -773,7 +789,7 @@ class Session:
         given_up = len(self.plan.resident) - len(plan.resident)
         self._placement.give_up(plan, self._structure)
         self._ledger.set("KV cache", plan.kv_bytes)
-        self._ledger.set("temporaries", plan.activation_bytes)
+        self._ledger.set("activations", plan.activation_bytes)
         self.plan = self._placement.as_placed(plan)
         self._take_slots()
         if given_up:

@@ -12,27 +12,27 @@ from torch import nn
 
 from offload.config import Budgets
 from offload.model.blocks import Structure, Unit, estimated_slot_bytes
-from offload.planning.fit import Decision, decide
+from offload.planning.fit import FittedPlan, fit
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
-from offload.runtime.layer_major import Rounds
+from offload.runtime.layer_major import LayerMajorRunner
 from offload.runtime.meters import Meters
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
-from offload.scheduler.model_spec import Temporaries, Workload
+from offload.scheduler.model_spec import ActivationSizes, Workload
 from offload.storage.block_file import spill_folder
 from offload.storage.blocks import BlockKey
 from offload.storage.devices.base import Device
 from offload.storage.reader import DiskReader
 from offload.storage.transfer import Link
-from offload.training.backward.activation_offload import DiskInputs, HostInputs, InputStore
+from offload.training.backward.activation_offload import ActivationStore, CpuActivations, NvmeActivations
 from offload.training.backward.chunked_loss import ChunkedLoss
 from offload.training.backward.gradients import HostGradients, TiedUse, tied_uses
-from offload.training.backward.module_wrapper import TrainingWindow
+from offload.training.backward.module_wrapper import TrainedModule
 from offload.training.backward.recompute import Backward
-from offload.training.memory import TrainingNeeds, needs_of
+from offload.training.memory import TrainingMemory, training_memory
 from offload.training.optimizer.checkpoint import Checkpoints, identity_of
-from offload.training.optimizer.streamed_optimizer import ManagedTraining
+from offload.training.optimizer.streamed_optimizer import StreamedTraining
 from offload.training.options import CPU, NVME, Training
 
 INPUTS = "layers' inputs"
@@ -41,44 +41,44 @@ INPUTS = "layers' inputs"
 Loss = Callable[[], torch.Tensor]
 
 
-def decide_to_train(
+def fit_training(
     model: nn.Module,
     training: Training,
     budgets: Budgets,
     workload: Workload,
     slot_bytes: Callable[[Unit], int],
-    temporaries: Temporaries | None,
-) -> tuple[Decision, TrainingNeeds]:
+    activations: ActivationSizes | None,
+) -> tuple[FittedPlan, TrainingMemory]:
     """Plan the model beside what training holds.
 
     Raises:
         BudgetTooSmall: if they do not fit together.
     """
-    token_bytes = 0 if temporaries is None else temporaries.token_bytes
-    needs = needs_of(model, training, workload.batch_size * workload.total_tokens, token_bytes)
-    apart = budgets.host_bytes is not None
-    if training.activation_tier == CPU and apart:
+    token_bytes = 0 if activations is None else activations.token_bytes
+    memory = training_memory(model, training, workload.batch_size * workload.total_tokens, token_bytes)
+    discrete = budgets.host_bytes is not None
+    if training.activation_tier == CPU and discrete:
         # They wait in CPU memory, which is charged as they come.
-        needs = replace(needs, kept_bytes=0, set_aside_bytes=0)
+        memory = replace(memory, activation_bytes=0, reserved_bytes=0)
     in_files = training.full and training.state_tier == NVME
-    decision = decide(
+    fitted = fit(
         model,
-        needs.left_of(training, budgets),
+        memory.left_of(training, budgets),
         workload,
         (lambda unit: max(slot_bytes(unit), estimated_slot_bytes(unit))) if in_files else slot_bytes,
-        temporaries,
-        in_parts=False,
+        activations,
+        allow_splits=False,
         # Nothing that is trained stays on a device whose memory the states do not share.
-        candidates=frozenset[str]() if training.full and apart else None,
+        candidates=frozenset[str]() if training.full and discrete else None,
     )
-    needs.check(decision.plan, training, budgets, sum(value.nbytes for value in model.parameters()))
-    if apart:
-        return decision, needs
-    pinned_bytes = decision.spec.pinned_bytes + needs.host_bytes + needs.kept_bytes
-    return replace(decision, spec=replace(decision.spec, pinned_bytes=pinned_bytes)), needs
+    memory.check(fitted.plan, training, budgets, sum(value.nbytes for value in model.parameters()))
+    if discrete:
+        return fitted, memory
+    pinned_bytes = fitted.spec.always_resident_bytes + memory.host_bytes + memory.activation_bytes
+    return replace(fitted, spec=replace(fitted.spec, always_resident_bytes=pinned_bytes)), memory
 
 
-class TrainingPart:
+class TrainingComponent:
     """Backward through streamed blocks, gradients, the session's optimizer and its checkpoints.
 
     Args:
@@ -106,7 +106,7 @@ class TrainingPart:
         make_room: Callable[[int], None],
     ) -> None:
         self.training = training
-        self.managed: ManagedTraining | None = None
+        self.streamed_training: StreamedTraining | None = None
         self.backward = Backward(executor, clock, self._begin_gradients, self._end_gradients)
         self._at_once = at_once
         self._device = device
@@ -115,9 +115,9 @@ class TrainingPart:
         self._meters = meters
         self._state_folder = state_folder
         self._adopt, self._make_room = adopt, make_room
-        self._gradients = HostGradients(apart=not device.host_memory)
+        self._gradients = HostGradients(discrete=not device.shares_host_memory)
         self._ties: list[TiedUse] = []
-        self._inputs: InputStore | None = None
+        self._inputs: ActivationStore | None = None
         self._checkpoints: Checkpoints | None = None
 
     def install(self, model: nn.Module, structure: Structure, stack: ExitStack) -> list[str]:
@@ -127,38 +127,38 @@ class TrainingPart:
             What is to be told.
         """
         self._model, self._structure = model, structure
-        told = []
+        notes = []
         stack.callback(self._stop)
         if self.training.loss_chunk:
             stack.callback(ChunkedLoss(model, self.training.loss_chunk, self.backward.begin_within).undo)
-            told.append("loss_chunk: sums of the loss are in another order; exactness is rounding")
-        if self.training.activation_tier == CPU and self._device.host_memory:
-            told.append("activation_tier='cpu' is what 'recompute' does where the CPU computes")
+            notes.append("loss_chunk: sums of the loss are in another order; exactness is rounding")
+        if self.training.activation_tier == CPU and self._device.shares_host_memory:
+            notes.append("activation_tier='cpu' is what 'recompute' does where the CPU computes")
         self._ties = tied_uses(model)
         self._inputs = self._open_inputs()
-        return told
+        return notes
 
-    def window(self, unit: Unit) -> TrainingWindow:
+    def wrapper(self, unit: Unit) -> TrainedModule:
         tier, tables = self.training.activation_tier, self._placement.tables
-        return TrainingWindow(unit, self._executor, self._clock, tables, self.backward, tier, self._inputs, self._ensure)
+        return TrainedModule(unit, self._executor, self._clock, tables, self.backward, tier, self._inputs, self._ensure)
 
     def before_pass(self) -> None:
         """A forward pass is about to begin."""
         if torch.is_grad_enabled():
             if self._at_once and any(value.requires_grad for value in self._model.parameters()):
-                self.manage()
-            if self.managed is None and not self._device.host_memory:
+                self.optimize()
+            if self.streamed_training is None and not self._device.shares_host_memory:
                 self._gather_streamed()
         # A backward pass that failed half way still holds a block.
         self.backward.end()
 
-    def manage(self) -> ManagedTraining:
+    def optimize(self) -> StreamedTraining:
         """The session's optimizer, made when it is first asked for."""
-        if self.managed is None:
+        if self.streamed_training is None:
             with self._executor.lock:
                 self._adopt()
                 self._gradients.close()
-                self.managed = ManagedTraining(
+                self.streamed_training = StreamedTraining(
                     self._model,
                     self.training,
                     self._structure,
@@ -169,13 +169,13 @@ class TrainingPart:
                     self._writes,
                     self._meters.host_ledger,
                     self._meters.disk_ledger,
-                    not self._device.host_memory,
+                    not self._device.shares_host_memory,
                     self._folder,
                     self._make_room,
                 )
-                self._gradients = self.managed.gradients
-                self._executor.before_load = self.managed.ensure
-        return self.managed
+                self._gradients = self.streamed_training.gradients
+                self._executor.before_load = self.streamed_training.ensure
+        return self.streamed_training
 
     def run(self, losses: Sequence[Loss], layer_major: bool, model_pass: ModelPass) -> list[float]:
         """Forward and backward of micro-batches; see `Session.backward`."""
@@ -183,7 +183,7 @@ class TrainingPart:
             # Without the lock: on a card, backward runs in a thread of torch's, which takes it for each block.
             return [_loss_and_backward(compute) for compute in losses]
         with self._executor.lock:
-            rounds = Rounds(self._executor, self._clock)
+            rounds = LayerMajorRunner(self._executor, self._clock)
             with torch.enable_grad():
                 with model_pass.as_one():
                     values = rounds.run(losses)
@@ -195,7 +195,7 @@ class TrainingPart:
             return [value.item() for value in values]
 
     def save(self, folder: str | Path, progress: Mapping[str, Any], sources: Iterable[str]) -> None:
-        self.manage().finish()
+        self.optimize().finish()
         self._checkpoints_in(folder, sources).save(progress)
 
     def resume(self, folder: str | Path, sources: Iterable[str]) -> dict[str, Any] | None:
@@ -205,7 +205,7 @@ class TrainingPart:
     def fallbacks(self) -> list[str]:
         """What is slower than it could be, and why."""
         said = []
-        if self.managed is not None and self.managed.buffered:
+        if self.streamed_training is not None and self.streamed_training.buffered:
             said.append(f"{self._folder}: the filesystem refuses O_DIRECT, so states are written through the page cache")
         if self._checkpoints is not None and self._checkpoints.copied:
             said.append(
@@ -219,14 +219,14 @@ class TrainingPart:
     @property
     def host_bytes(self) -> int:
         """That gradients and states hold at most."""
-        return 0 if self.managed is None else self.managed.peak_bytes
+        return 0 if self.streamed_training is None else self.streamed_training.peak_bytes
 
     @property
     def _folder(self) -> str:
         return self.training.state_dir or self._state_folder or spill_folder()
 
     def _checkpoints_in(self, folder: str | Path, sources: Iterable[str]) -> Checkpoints:
-        managed = self.manage()
+        managed = self.optimize()
         if self._checkpoints is None or self._checkpoints.folder != Path(folder):
             if self._checkpoints is not None:
                 last, self._checkpoints = self._checkpoints, None
@@ -234,7 +234,7 @@ class TrainingPart:
             self._checkpoints = Checkpoints(folder, managed, identity_of(self._model, sources))
         return self._checkpoints
 
-    def _open_inputs(self) -> InputStore | None:
+    def _open_inputs(self) -> ActivationStore | None:
         """Where what layers were given waits for backward; None for the device itself."""
 
         def charge(nbytes: int) -> None:
@@ -242,14 +242,14 @@ class TrainingPart:
             ledger.charge(INPUTS, nbytes) if nbytes >= 0 else ledger.release(INPUTS, -nbytes)
 
         if self.training.activation_tier == NVME:
-            return DiskInputs(self._device, self._folder, self._reader.link, self._writes, charge)
-        if self.training.activation_tier == CPU and not self._device.host_memory:
-            return HostInputs(self._device, charge)
+            return NvmeActivations(self._device, self._folder, self._reader.link, self._writes, charge)
+        if self.training.activation_tier == CPU and not self._device.shares_host_memory:
+            return CpuActivations(self._device, charge)
         return None
 
     def _ensure(self, keys: Sequence[BlockKey]) -> None:
-        if self.managed is not None:
-            self.managed.ensure(keys)
+        if self.streamed_training is not None:
+            self.streamed_training.ensure(keys)
 
     def _gather_streamed(self) -> None:
         """On a device with memory of its own, gradients of streamed weights go to CPU memory, whoever uses them."""
@@ -261,9 +261,9 @@ class TrainingPart:
         )
 
     def _begin_gradients(self) -> None:
-        if self.managed is not None:
+        if self.streamed_training is not None:
             # Gradients of what no forward came to are still to be used.
-            self.managed.finish()
+            self.streamed_training.finish()
         self._gradients.begin()
 
     def _end_gradients(self) -> None:
@@ -285,14 +285,14 @@ class TrainingPart:
                 stack.callback(self._checkpoints.close)
 
     def _leave(self) -> None:
-        if self.managed is None:
+        if self.streamed_training is None:
             self._gradients.close()
             return
         ledger = self._meters.host_ledger
         with ExitStack() as stack:
             for category in ("gradients", "optimizer states"):
                 stack.callback(ledger.release, category, ledger.held_bytes(category))
-            stack.callback(self.managed.close)
+            stack.callback(self.streamed_training.close)
 
 
 def _loss_and_backward(compute: Loss) -> float:

@@ -20,7 +20,7 @@ from offload.training.options import CPU, GPU, NVME, Training
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingNeeds:
+class TrainingMemory:
     """Bytes of CPU memory, and of disk.
 
     Attributes:
@@ -34,8 +34,8 @@ class TrainingNeeds:
 
     gradient_bytes: int = 0
     state_bytes: int = 0
-    kept_bytes: int = 0
-    set_aside_bytes: int = 0
+    activation_bytes: int = 0
+    reserved_bytes: int = 0
     disk_bytes: int = 0
     written_bytes: int = 0
 
@@ -49,7 +49,7 @@ class TrainingNeeds:
         Raises:
             BudgetTooSmall: if nothing is.
         """
-        budgets = replace(budgets, device_bytes=max(1, budgets.device_bytes - self.kept_bytes))
+        budgets = replace(budgets, device_bytes=max(1, budgets.device_bytes - self.activation_bytes))
         budget = budgets.device_bytes if budgets.host_bytes is None else budgets.host_bytes
         if budget <= self.host_bytes:
             ways = ["a larger cpu_memory"] + (["state_tier='nvme'"] if training.state_tier == CPU else [])
@@ -68,7 +68,7 @@ class TrainingNeeds:
         Raises:
             BudgetTooSmall: if they do not fit.
         """
-        elsewhere = (*plan.streamed, *plan.gathered)
+        elsewhere = (*plan.streamed, *plan.row_fetched)
         if budgets.host_bytes is not None:
             elsewhere = tuple(key for key in plan.streamed if key not in plan.in_host_memory)
         if training.full and training.state_tier == CPU and elsewhere:
@@ -80,20 +80,20 @@ class TrainingNeeds:
             )
 
 
-def needs_of(model: nn.Module, training: Training, tokens: int = 0, token_bytes: int = 0) -> TrainingNeeds:
+def training_memory(model: nn.Module, training: Training, tokens: int = 0, token_bytes: int = 0) -> TrainingMemory:
     """Of training all weights; of others, only what layers keep is set aside beforehand.
 
     Args:
         tokens: of a micro-batch, in all sequences.
         token_bytes: that a layer holds for each of them, in forward.
     """
-    kept_bytes = _kept_bytes(model, training, tokens, token_bytes)
+    kept_bytes = _activation_bytes(model, training, tokens, token_bytes)
     set_aside_bytes = 0 if training.activation_tier == NVME else kept_bytes
     if not training.full:
-        return TrainingNeeds(kept_bytes=kept_bytes, set_aside_bytes=set_aside_bytes)
+        return TrainingMemory(activation_bytes=kept_bytes, reserved_bytes=set_aside_bytes)
     layout = full_layout(model, training)
     on_nvme = training.state_tier != CPU
-    return TrainingNeeds(
+    return TrainingMemory(
         gradient_bytes(model.parameters(), training.masters),
         BUFFER_COUNT * layout.largest_bytes if on_nvme else layout.state_bytes,
         kept_bytes,
@@ -103,7 +103,7 @@ def needs_of(model: nn.Module, training: Training, tokens: int = 0, token_bytes:
     )
 
 
-def _kept_bytes(model: nn.Module, training: Training, tokens: int, token_bytes: int) -> int:
+def _activation_bytes(model: nn.Module, training: Training, tokens: int, token_bytes: int) -> int:
     layers = sum(unit.role is BlockRole.LAYER for unit in find_structure(model).units)
     if training.activation_tier == NVME:
         each = align_up(inputs_bytes(model, tokens) // max(1, layers), BLOCK_ALIGNMENT_BYTES)
@@ -127,7 +127,7 @@ def full_layout(model: nn.Module, training: Training) -> StateLayout:
     """Where the states of all weights would lie."""
     structure = find_structure(model)
     blocks = [(unit.key, list(unit.parameters.items())) for unit in structure.units if unit.parameters]
-    blocks.append(("", list(structure.pinned.items())))
+    blocks.append(("", list(structure.always_resident.items())))
     return layout_of([(key, [trained(name, value) for name, value in named]) for key, named in blocks], training)
 
 

@@ -40,14 +40,14 @@ class Device(Protocol):
         name: `cpu`, `cuda:0`.
         hardware_name: what it is, by its maker.
         torch_device: where its tensors live.
-        host_memory: True if its memory is the host's, so that the disk writes straight into it.
+        shares_host_memory: True if its memory is the host's, so that the disk writes straight into it.
         copy_link: the name of the link from host memory to it.
     """
 
     name: str
     hardware_name: str
     torch_device: torch.device
-    host_memory: bool
+    shares_host_memory: bool
     copy_link: str
 
     def allocate(self, nbytes: int) -> DeviceBuffer:

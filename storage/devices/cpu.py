@@ -36,7 +36,7 @@ class CpuDevice:
     name = "cpu"
     hardware_name = _model_name()
     torch_device = torch.device("cpu")
-    host_memory = True
+    shares_host_memory = True
     copy_link = "ram"
 
     def allocate(self, nbytes: int) -> HostBuffer:

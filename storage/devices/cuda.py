@@ -28,7 +28,7 @@ class CudaDevice:
         index: which card.
     """
 
-    host_memory = False
+    shares_host_memory = False
     copy_link = "h2d"
 
     def __init__(self, index: int) -> None:

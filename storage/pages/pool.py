@@ -40,7 +40,7 @@ class Page:
     tier: Tier
     place: int
     references: int = 1
-    pins: int = 0
+    users: int = 0
     leaving: Transfer | None = None
     """The write to disk that is under way."""
     copied: Event | None = None
@@ -49,7 +49,7 @@ class Page:
     """Why it is nowhere: writing it failed."""
 
 
-class Landing:
+class PageFetch:
     """A page of a lower tier on its way into a slot of the device, or there."""
 
     def __init__(self, pool: "PagePool", page: Page, slot: int) -> None:
@@ -78,7 +78,7 @@ class Landing:
         self._end(self.copied)
 
     def _end(self, after: Event | None) -> None:
-        self.page.pins -= 1
+        self.page.users -= 1
         self._pool.slots.give(self._slot, after)
 
 
@@ -108,12 +108,12 @@ class PagePool:
         self.device = device
         self.page_bytes = page_bytes
         self.slots = PageSlots(device.allocate, page_bytes, device_pages)
-        staging = 0 if device.host_memory else STAGING_PAGES
+        staging = 0 if device.shares_host_memory else STAGING_PAGES
         self.host = PageSlots(self._locked_memory, page_bytes, host_pages)
         self._staging = PageSlots(self._locked_memory, page_bytes, staging)
         self.unlocked_bytes = 0
         """Of CPU memory that could not be page-locked."""
-        self.brought_bytes = 0
+        self.onloaded_bytes = 0
         self.written_bytes = 0
         self._open_file = open_file
         self._file: PageFile | None = None
@@ -147,7 +147,7 @@ class PagePool:
         Raises:
             BudgetExceeded: if every slot is in use.
         """
-        page = Page(self, Tier.DEVICE, self._slot(), pins=1)
+        page = Page(self, Tier.DEVICE, self._slot(), users=1)
         after = self.slots.after(page.place)
         if after is not None:
             self.device.wait(after)
@@ -188,9 +188,9 @@ class PagePool:
         Raises:
             DiskFull: if there is no room; the page stays where it is.
         """
-        assert page.tier is Tier.DEVICE and not page.pins, "a page in use does not move"
+        assert page.tier is Tier.DEVICE and not page.users, "a page in use does not move"
         slot, source = page.place, self.slots.tensor(page.place)
-        place = None if self.device.host_memory else self.host.take()
+        place = None if self.device.shares_host_memory else self.host.take()
         if place is not None:
             after = self.host.after(place)
             if after is not None:
@@ -204,7 +204,7 @@ class PagePool:
             page.tier, page.place = Tier.DISK, place
         self.written_bytes += self.page_bytes
 
-    def fetch(self, page: Page) -> Landing:
+    def fetch(self, page: Page) -> PageFetch:
         """Start bringing a page of a lower tier into a slot.
 
         Raises:
@@ -213,16 +213,16 @@ class PagePool:
         self._settle(page)
         if page.lost is not None:
             raise ReadError(f"a page of the KV cache could not be written before ({page.lost}), and is lost") from page.lost
-        landing = Landing(self, page, self._slot())
-        page.pins += 1
-        after = self.slots.after(landing._slot)
-        target = self.slots.tensor(landing._slot)
+        fetch = PageFetch(self, page, self._slot())
+        page.users += 1
+        after = self.slots.after(fetch._slot)
+        target = self.slots.tensor(fetch._slot)
         if page.tier is Tier.CPU:
-            landing.copied = self.device.copy_in(target, self.host.tensor(page.place), after, "KV page")
+            fetch.copied = self.device.copy_in(target, self.host.tensor(page.place), after, "KV page")
         else:
-            self._read(landing, target, after)
-        self.brought_bytes += self.page_bytes
-        return landing
+            self._read(fetch, target, after)
+        self.onloaded_bytes += self.page_bytes
+        return fetch
 
     def wait_for(self, transfer: Transfer) -> None:
         if transfer.over:
@@ -275,7 +275,7 @@ class PagePool:
 
     def _write(self, page: Page, slot: int, place: int, source: torch.Tensor) -> None:
         file = self.file
-        if self.device.host_memory:
+        if self.device.shares_host_memory:
             memory = self.slots.memory(slot)
             transfer = self._writes.submit(self.page_bytes, [lambda: file.write(place, memory)], name="KV page")
             with self._counting:
@@ -305,11 +305,11 @@ class PagePool:
         with self._counting:
             self._slots_leaving -= 1
 
-    def _read(self, landing: Landing, target: torch.Tensor, after: Event | None) -> None:
-        file, place, slot = self.file, landing.page.place, landing._slot
-        if self.device.host_memory:
+    def _read(self, fetch: PageFetch, target: torch.Tensor, after: Event | None) -> None:
+        file, place, slot = self.file, fetch.page.place, fetch._slot
+        if self.device.shares_host_memory:
             memory = self.slots.memory(slot)
-            landing.read = self._reads.submit(self.page_bytes, [lambda: file.read(place, memory)], name="KV page")
+            fetch.read = self._reads.submit(self.page_bytes, [lambda: file.read(place, memory)], name="KV page")
             return
         staging = self._staging.wait_take()
         last = self._staging.after(staging)
@@ -319,10 +319,10 @@ class PagePool:
                 # The device may still be copying out of it.
                 last.synchronize()
             file.read(place, self._staging.memory(staging))
-            landing.copied = self.device.copy_in(target, self._staging.tensor(staging), after, "KV page")
+            fetch.copied = self.device.copy_in(target, self._staging.tensor(staging), after, "KV page")
 
-        landing.read = self._reads.submit(self.page_bytes, [read], name="KV page")
-        landing.read.when_over(lambda: self._staging.give(staging, landing.copied))
+        fetch.read = self._reads.submit(self.page_bytes, [read], name="KV page")
+        fetch.read.when_over(lambda: self._staging.give(staging, fetch.copied))
 
     def _locked_memory(self, nbytes: int) -> HostBuffer:
         buffer = HostBuffer(nbytes)

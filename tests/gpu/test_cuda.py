@@ -193,7 +193,7 @@ def test_copies_run_while_the_card_computes(large):
 PARTS = {
     "micro-batches": {"micro_batch": 2},
     "chunks": {"prefill_chunk": 4},
-    "divided": {"host_percent": 40},
+    "divided": {"cpu_percent": 40},
     "on the CPU": {},
 }
 
@@ -212,7 +212,7 @@ def test_what_is_taken_apart_computes_the_same(name, what):
     streamed = tuple(key for key in plan.in_host_memory if key in layers)
     changes = dict(PARTS[what])
     if what == "divided":
-        changes["divided"] = streamed
+        changes["cpu_gpu_split"] = streamed
     if what == "on the CPU":
         taken = streamed[1::2]
         changes |= {

@@ -50,12 +50,12 @@ def test_identical(name, dtype, placement, host, monkeypatch):
         with offload(model, **options_for(model, placement, False, monkeypatch, host)) as session:
             for way, theirs in zip(ways, expected, strict=True):
                 assert torch.equal(session.model.generate(**given, **way), theirs)
-            assert session.report().kv["brought_bytes"] > 0
+            assert session.report().kv["onloaded_bytes"] > 0
 
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_tokens_are_equal_in_pieces(beside, monkeypatch):
-    monkeypatch.setattr("offload.kv.component.reads_beside", lambda hardware: beside)
+    monkeypatch.setattr("offload.kv.component.cpu_reads_pages", lambda hardware: beside)
     model = make("llama")
     twin = oracle_of(model).to("cuda")
     ids = tokens(2, 11).to("cuda")
@@ -64,7 +64,7 @@ def test_tokens_are_equal_in_pieces(beside, monkeypatch):
         expected = twin.generate(**given)
         with offload(model, **options_for(model, "below", True, monkeypatch, "cpu")) as session:
             assert torch.equal(session.model.generate(**given), expected)
-            assert (session.report().kv["brought_bytes"] == 0) == beside
+            assert (session.report().kv["onloaded_bytes"] == 0) == beside
 
 
 @pytest.mark.parametrize("policy", ["int8", "int4", "window", "retrieve"])

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from offload.kv.layer import Order, PagedLayer
-from offload.kv.policies.base import KeepAll, LayerPolicy
+from offload.kv.policies.base import FullAttention, LayerPolicy
 from offload.kv.quantization import Quantised
 from offload.kv.store import KvStore
 from offload.storage.devices.cpu import CpuDevice
@@ -46,7 +46,7 @@ def layer_of(
     keys: torch.Tensor,
     values: torch.Tensor,
     page_tokens: int,
-    policy: Callable[[], LayerPolicy] = KeepAll,
+    policy: Callable[[], LayerPolicy] = FullAttention,
     codec: Quantised | None = None,
 ) -> Iterator[PagedLayer]:
     """Args: keys, values: [batch, heads, tokens, dim]."""

@@ -82,9 +82,11 @@ def test_the_disk_holds_one_checkpoint_and_the_next(tier, tmp_path):
             a_step(session, number)
             session.save(tmp_path / "run", {"step": number})
             session._training._checkpoints.wait()
-            held.append(held_bytes(session._training.managed.layout.nbytes))
-        assert session._meters.disk_ledger.held_bytes("optimizer states") <= 2 * session._training.managed.layout.nbytes
-        assert max(held) <= 2 * session._training.managed.layout.nbytes
+            held.append(held_bytes(session._training.streamed_training.layout.nbytes))
+        assert (
+            session._meters.disk_ledger.held_bytes("optimizer states") <= 2 * session._training.streamed_training.layout.nbytes
+        )
+        assert max(held) <= 2 * session._training.streamed_training.layout.nbytes
         assert held[0] > 0
     assert len(os.listdir(tmp_path / "run")) == 2
     # A second training in the same folder leaves the first one's checkpoint until it has its own.
@@ -92,7 +94,7 @@ def test_the_disk_holds_one_checkpoint_and_the_next(tier, tmp_path):
         a_step(session, 0)
         session.save(tmp_path / "run", {"step": 1})
         with pytest.raises(ConfigError, match="another training"):
-            Checkpoints(tmp_path / "run", session._training.managed, {})
+            Checkpoints(tmp_path / "run", session._training.streamed_training, {})
     assert len(os.listdir(tmp_path / "run")) == 2
 
 
@@ -184,7 +186,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_nothing_els
         session.save(tmp_path / "run", {"step": 1})
         session._training._checkpoints.wait()
         kept = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
-        nbytes = session._training.managed.layout.nbytes
+        nbytes = session._training.streamed_training.layout.nbytes
         for number in (1, 2):
             a_step(session, number)
             with monkeypatch.context() as patch:

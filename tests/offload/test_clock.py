@@ -3,8 +3,9 @@
 import pytest
 
 from offload.runtime import clock as clocks
-from offload.runtime.clock import DECODE, PREFILL, PassClock
+from offload.runtime.clock import PassClock
 from offload.runtime.recorder import Recorder
+from offload.scheduler.phases import DECODE, PREFILL
 from offload.scheduler.trace import COMPUTE, OWN
 
 
@@ -50,7 +51,7 @@ def test_what_is_inside_is_not_also_around(hands):
     times = clock.phases[PREFILL]
     assert times.seconds == 36
     assert times.compute_seconds == 2 + 6 + 7
-    assert times.own_seconds == 3 + 5
+    assert times.overhead_seconds == 3 + 5
     assert dict(times.wait_seconds) == {"disk": 4}
     assert times.other_seconds == 1 + 8
 

@@ -16,10 +16,10 @@ def test_decoders_are_counted(architecture):
     prefill, decode = DryRun(make(architecture.name)).passes(2, 16, 20)
     assert prefill.exact
     assert decode.exact
-    assert [window.key for window in prefill.windows] == [window.key for window in decode.windows]
+    assert [window.key for window in prefill.modules] == [window.key for window in decode.modules]
     for work in (prefill, decode):
-        assert sum(flops for window in work.windows for _, flops in window.work.products) > 0
-        assert work.temporary_bytes > 0
+        assert sum(flops for window in work.modules for _, flops in window.work.products) > 0
+        assert work.activation_bytes > 0
 
 
 def test_products_are_two_flops_a_weight_and_row():
@@ -28,12 +28,12 @@ def test_products_are_two_flops_a_weight_and_row():
     prefill, decode = DryRun(model).passes(batch, prompt, 30)
     layer = sum(value.numel() for value in model.model.layers[0].parameters() if value.dim() == 2)
     head = model.lm_head.weight.numel()
-    products = {window.key: dict(window.work.products) for window in prefill.windows}
+    products = {window.key: dict(window.work.products) for window in prefill.modules}
     assert products["model.layers.1"] == {batch * prompt: 2 * batch * prompt * layer}
     # Only the last position's logits are wanted.
     assert products["lm_head"] == {batch: 2 * batch * head}
-    assert dict(decode.windows[2].work.products) == {batch: 2 * batch * layer}
-    embedding = prefill.windows[0]
+    assert dict(decode.modules[2].work.products) == {batch: 2 * batch * layer}
+    embedding = prefill.modules[0]
     assert embedding.gathered_rows == batch * prompt
     assert embedding.result_bytes == batch * prompt * 32 * 4
 
@@ -42,7 +42,7 @@ def test_attention_grows_with_the_context():
     run = DryRun(make("llama"))
     _, near = run.passes(1, 8, 50)
     _, far = run.passes(1, 8, 100)
-    ratio = far.windows[2].work.other_flops / near.windows[2].work.other_flops
+    ratio = far.modules[2].work.other_flops / near.modules[2].work.other_flops
     assert 1.7 < ratio < 2.1
 
 
@@ -81,7 +81,7 @@ def test_a_users_hooks_do_not_run():
 def test_attention_that_builds_its_scores_holds_them():
     """The reservation for temporaries follows from this."""
     model = make("llama")
-    fused = DryRun(model).forward(1, 512).temporary_bytes
+    fused = DryRun(model).forward(1, 512).activation_bytes
     model.set_attn_implementation("eager")
     scores = 4 * 512 * 512 * 4
-    assert DryRun(model).forward(1, 512).temporary_bytes >= fused + scores
+    assert DryRun(model).forward(1, 512).activation_bytes >= fused + scores

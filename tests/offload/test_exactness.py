@@ -170,7 +170,7 @@ def test_the_disk_moves_exactly_what_is_streamed(name, folders):
     with offload(folder, device="cpu", cpu_memory=budget, batch_size=2, max_tokens=16) as session:
         poison_homes(session)
         assert session.plan.streamed
-        assert not session.plan.gathered
+        assert not session.plan.row_fetched
         meter = DiskMeter(session)
         for _ in range(passes):
             session.model(**text_inputs())

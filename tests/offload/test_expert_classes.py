@@ -10,8 +10,8 @@ from offload import offload
 from offload.config import Budgets
 from offload.model.blocks import estimated_slot_bytes
 from offload.model.experts import find_experts
-from offload.planning.describe import count_temporaries, takes_tokens
-from offload.planning.fit import Experts, decide
+from offload.planning.describe import count_activations, takes_tokens
+from offload.planning.fit import ExpertGranularity, fit
 from offload.scheduler.model_spec import Workload
 from tests.architectures import oracle_of
 from tests.expert_models import decorated, make_model
@@ -23,9 +23,9 @@ BATCH, TOKENS = 3, 24
 def plan_for(model, slots):
     """Everything on the device but experts, which share so many slots."""
     workload = Workload(BATCH, TOKENS, TOKENS)
-    temporaries = count_temporaries(model, workload) if takes_tokens(model) else None
+    temporaries = count_activations(model, workload) if takes_tokens(model) else None
     budgets = Budgets(1 << 34, None)
-    plan = decide(model, budgets, workload, estimated_slot_bytes, temporaries, experts=Experts.ONE_BY_ONE).plan
+    plan = fit(model, budgets, workload, estimated_slot_bytes, temporaries, experts=ExpertGranularity.PER_EXPERT).plan
     return replace(plan, expert_slots=min(slots, plan.expert_slots))
 
 

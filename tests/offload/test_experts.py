@@ -203,7 +203,7 @@ def test_looking_ahead_changes_nothing(prefetch, saved):
         use = session.report().experts
         assert bool(use.prefetches) == (prefetch == "on")
         if prefetch == "on":
-            assert 0 < use.recall <= use.recall_twice <= 1
+            assert 0 < use.recall <= use.recall_at_2k <= 1
             assert use.prefetches_used <= use.prefetches
 
 
@@ -273,7 +273,7 @@ def test_the_report_tells_of_experts(saved, tmp_path):
         assert use.slots == 5 and use.experts == sum(unit.count for unit in find_experts(model))
         assert use.choices == use.hits + use.copies > 0
         assert use.copied_bytes == read
-        assert use.compared["hits"] <= use.compared["best_hits"] <= use.compared["choices"] == use.choices
+        assert use.belady["measured_hits"] <= use.belady["hits"] <= use.belady["choices"] == use.choices
         assert "all-knowing" in str(report)
         assert type(report).from_dict(json.loads(report.to_json())) == report
         session.routing().save(tmp_path / "trace.csv")

@@ -19,7 +19,7 @@ from offload import (
     TrainingError,
     offload,
 )
-from offload.training.memory import needs_of
+from offload.training.memory import training_memory
 from tests import oracle_loop
 from tests.architectures import VOCAB, make, oracle_of
 from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
@@ -150,8 +150,8 @@ def test_two_slots_of_a_device(state_tier, tied, dtype, monkeypatch, tmp_path):
 
 
 def nvme_budget(model, folder, training, residency):
-    needs = needs_of(model, training, BATCH * LENGTH)
-    needed = needs.host_bytes + needs.kept_bytes
+    needs = training_memory(model, training, BATCH * LENGTH)
+    needed = needs.host_bytes + needs.activation_bytes
     everything = needed + budget_for(spec_of(folder, **RESERVE), ALL, BATCH, LENGTH)
     if residency == ALL:
         return everything + (4 << 20)
@@ -468,7 +468,7 @@ def test_adapters_and_where_inputs_wait(tier, residency, monkeypatch, tmp_path):
         str(checkpoint), device="cpu", cpu_memory="64MiB", training=Training(activation_tier=tier), **RESERVE
     ) as session:
         # What adapters, their optimizer and layers' inputs take comes on top.
-        budget += (1 << 16) + session._needs.kept_bytes
+        budget += (1 << 16) + session._needs.activation_bytes
     steps = micro_batches(6, 2)
     training = Training(**FAST, activation_tier=tier, state_dir=str(states))
     with offload(str(checkpoint), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
@@ -503,10 +503,10 @@ def test_updates_while_the_next_forward_runs(name, residency, major, monkeypatch
 
         def overlapped(max_grad_norm):
             norm = step(max_grad_norm, overlap=True)
-            late.append(len(session._training.managed._late))
+            late.append(len(session._training.streamed_training._late))
             if len(late) == 4:
                 session.save(tmp_path / "run", {})
-                assert not session._training.managed._late
+                assert not session._training.streamed_training._late
             return norm
 
         session.step = overlapped
@@ -625,7 +625,7 @@ def test_moments_in_eight_bits(tier, tmp_path):
         torch.manual_seed(0)
         with offload(model, device="cpu", cpu_memory="64MiB", training=training, **RESERVE) as session:
             losses[optimizer] = train(session, steps, clip=1.0)
-            held[optimizer] = session._training.managed.layout.state_bytes
+            held[optimizer] = session._training.streamed_training.layout.state_bytes
     assert losses["adamw"][-1] < 0.5 * losses["adamw"][0]
     assert losses["adamw8bit"][-1] == pytest.approx(losses["adamw"][-1], rel=0.25)
     assert held["adamw8bit"] < 0.6 * held["adamw"]
@@ -638,7 +638,7 @@ def test_an_update_that_fails_half_way_is_not_gone_on_from(monkeypatch, tmp_path
     with offload(model, device="cpu", cpu_memory="64MiB", training=training, **RESERVE) as session:
         train(session, steps)
         session.model(**steps[0][0]).loss.backward()
-        real, calls = session._training.managed._rule.step, []
+        real, calls = session._training.streamed_training._rule.step, []
 
         def failing(*args):
             calls.append(1)
@@ -646,7 +646,7 @@ def test_an_update_that_fails_half_way_is_not_gone_on_from(monkeypatch, tmp_path
                 raise OSError("the disk is gone")
             real(*args)
 
-        monkeypatch.setattr(session._training.managed._rule, "step", failing)
+        monkeypatch.setattr(session._training.streamed_training._rule, "step", failing)
         with pytest.raises(OSError, match="the disk is gone"):
             session.step()
         for use in (session.step, session.finish, lambda: session.model(**steps[0][0])):

@@ -77,7 +77,7 @@ BROKEN = {
     "missing block": (lambda plan: {"streamed": plan.streamed[1:]}, PlanError, "does not place"),
     "placed twice": (lambda plan: {"resident": (*plan.resident, plan.streamed[0])}, PlanError, "twice"),
     "no slots": (lambda plan: {"slot_count": 0}, PlanError, "0 slots"),
-    "host and not streamed": (lambda plan: {"in_host_memory": (plan.gathered[0],)}, PlanError, "not among the streamed"),
+    "host and not streamed": (lambda plan: {"in_host_memory": (plan.row_fetched[0],)}, PlanError, "not among the streamed"),
     "too large": (lambda plan: {"slot_count": 10_000}, BudgetTooSmall, "larger budget"),
 }
 
@@ -112,7 +112,7 @@ def test_a_broken_plan_file_is_refused(text, sentence, tmp_path):
 
 def test_values_in_a_plan_are_checked():
     plan, _ = plan_with(make("llama"), [])
-    for old, new in (('"slot_count": 2', '"slot_count": -1'), ('"gathered": [', '"gathered": [1, ')):
+    for old, new in (('"slot_count": 2', '"slot_count": -1'), ('"row_fetched": [', '"row_fetched": [1, ')):
         text = dataclasses.replace(plan, slot_count=2).to_json()
         assert old in text
         with pytest.raises(PlanError):

@@ -241,8 +241,8 @@ def test_identical_on_device_and_disk(name, dtype, placement):
             assert_same(run(mode, name, session.model), expected[mode], mode)
         use = session.report().kv
         assert session.report().exactness == "identical"
-        assert use["sealed_pages"] > 20
-        assert (use["brought_bytes"] > 0) == (placement != DEVICE)
+        assert use["full_pages"] > 20
+        assert (use["onloaded_bytes"] > 0) == (placement != DEVICE)
         assert (use["peak_nvme_bytes"] > 0) == (placement != DEVICE)
 
 
@@ -287,7 +287,7 @@ def test_tokens_are_equal_when_attention_reads_pieces(name, placement):
         report = session.report()
         assert report.exactness == "rounding"
         assert not [sentence for sentence in report.fallbacks if "put together" in sentence]
-        assert (report.kv["brought_bytes"] > 0) == (placement != DEVICE)
+        assert (report.kv["onloaded_bytes"] > 0) == (placement != DEVICE)
     assert model.config._attn_implementation == before
 
 
@@ -297,13 +297,13 @@ def test_the_cpu_reads_pages_where_they_are(host, monkeypatch):
     monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice(0.001))
     pages = {"cpu": 4000, "both": 12}[host]
     monkeypatch.setattr(Workload, "kv_host_bytes", lambda self, model, host_bytes: pages * 4096)
-    monkeypatch.setattr("offload.kv.component.reads_beside", lambda *machine: True)
+    monkeypatch.setattr("offload.kv.component.cpu_reads_pages", lambda *machine: True)
     with paged(model_of("llama", torch.float32), BELOW, True, device="delayed", gpu_memory=PLENTY) as session:
         for mode in modes("llama"):
             for mine, theirs in zip(run(mode, "llama", session.model), wanted("llama", torch.float32)[mode], strict=True):
                 if not theirs.is_floating_point():
                     assert torch.equal(mine, theirs), mode
-        assert (session.report().kv["brought_bytes"] > 0) == (host == "both")
+        assert (session.report().kv["onloaded_bytes"] > 0) == (host == "both")
 
 
 @pytest.mark.parametrize(("rows", "queries", "masked"), [(1, 1, False), (3, 1, True), (2, 7, True)])
@@ -358,21 +358,21 @@ def test_eight_times_the_memory_moves_no_byte_twice(segments, monkeypatch):
             cache = session.kv_cache()
             logits = session.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
             chosen = [int(logits[0, -1].argmax())]
-            assert part.brought_bytes <= pages.ring_pages * pages.page_bytes
+            assert part.onloaded_bytes <= pages.ring_pages * pages.page_bytes
             part.store._stream.forget()
-            before = part.brought_bytes
+            before = part.onloaded_bytes
             for _ in range(7):
                 output = session.model(input_ids=torch.tensor([chosen[-1:]]), past_key_values=cache)
                 chosen.append(int(output.logits[0, -1].argmax()))
         assert expected[0, total - 8 :].tolist() == chosen
-        stretches = [stretch for layer in cache.layers for stretch in layer.paged.stretches]
-        below = sum(stretch.page.tier is not Tier.DEVICE for stretch in stretches) * pages.page_bytes
+        blocks = [block for layer in cache.layers for block in layer.paged.blocks]
+        below = sum(block.page.tier is not Tier.DEVICE for block in blocks) * pages.page_bytes
         assert below > whole / 2
         assert below == streamed_bytes(part.shape, pages, 1, cache.get_seq_length())
         assert below == session.report().kv["planned_bytes_per_pass"]
         assert part.written_bytes == below
-        ahead = len(part.store._stream._landed) * pages.page_bytes
-        assert part.brought_bytes - before == 7 * below + ahead
+        ahead = len(part.store._stream._fetches) * pages.page_bytes
+        assert part.onloaded_bytes - before == 7 * below + ahead
         assert ahead <= pages.ring_pages * pages.page_bytes
         held = sum(pool.slots.held_bytes for pool in part.store.pools)
         assert held + pages.assembled_bytes <= memory == session.report().kv["memory_bytes"]
@@ -425,7 +425,7 @@ def test_layers_of_other_kinds_stay_what_they_are(name, placement, segments):
                 mine = session.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=14, **way)
                 assert torch.equal(mine, theirs)
             report = session.report()
-            assert report.kv["sealed_pages"] > 8
+            assert report.kv["full_pages"] > 8
             assert report.exactness == ("rounding" if segments else "identical")
 
 
@@ -433,8 +433,8 @@ def test_layers_of_other_kinds_stay_what_they_are(name, placement, segments):
 def test_the_state_of_other_layers_goes_down_too(name, monkeypatch):
     """Windows, convolutions and recurrent states are in pages while other layers have their turn: the plain cache's bits."""
     real = decision.paged_ways
-    shelving = lambda *sizes, **options: [replace(way, shelves=True) for way in real(*sizes, **options)]  # noqa: E731
-    monkeypatch.setattr(decision, "paged_ways", shelving)
+    offloaded_state = lambda *sizes, **options: [replace(way, state_offload=True) for way in real(*sizes, **options)]  # noqa: E731
+    monkeypatch.setattr(decision, "paged_ways", offloaded_state)
     model = model_of(name, torch.float32) if name in SLIDING else hybrid(name)
     ids = tokens(2, 21)
     mask = torch.ones_like(ids)
@@ -447,7 +447,7 @@ def test_the_state_of_other_layers_goes_down_too(name, monkeypatch):
         inputs = [{"input_ids": ids[:count], "attention_mask": mask[:count], "max_new_tokens": 14} for count in rows]
         expected = [model.generate(**given, **way) for given, way in zip(inputs, ways, strict=True)]
         with paged(model, BELOW, device="cpu") as session:
-            assert session.plan.kv_shelves
+            assert session.plan.kv_state_offload
             for given, way, theirs in zip(inputs, ways, expected, strict=True):
                 assert torch.equal(session.model.generate(**given, **way), theirs)
             cache = session.kv_cache()

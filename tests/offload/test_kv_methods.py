@@ -12,7 +12,7 @@ from offload import BudgetTooSmall, ConfigError, DiskFull, offload
 from offload.kv.attention import attend
 from offload.kv.layer import Order, PagedLayer
 from offload.kv.options import METHODS, Method
-from offload.kv.policies.base import KeepAll
+from offload.kv.policies.base import FullAttention
 from offload.kv.policies.budget import KvBudget
 from offload.kv.policies.retrieve import Retrieve
 from offload.kv.policies.window import SINK_TOKENS, Window
@@ -41,7 +41,7 @@ def test_a_coded_page_is_near_the_page(bits, error, tokens_a_page, outlier):
     keys, values = pair_of(length=2 * tokens_a_page)
     keys[..., 3] *= outlier
     with layer_of(keys, values, tokens_a_page, codec=Quantised(bits)) as layer:
-        assert [stretch.coded for stretch in layer.stretches] == [True, True]
+        assert [block.coded for block in layer.blocks] == [True, True]
         got = layer.assembled()
     for mine, theirs in zip(got, (keys, values), strict=True):
         scale = theirs.std(dim=(0, 1, 2), keepdim=True)
@@ -75,7 +75,7 @@ def test_what_no_code_is_good_enough_for_is_kept():
     keys, values = pair_of(length=32)
     values[0, 0, 3, 5] = torch.inf
     with layer_of(keys, values, 8, codec=Quantised(4)) as layer:
-        assert [stretch.coded for stretch in layer.stretches] == [False, True, True, True]
+        assert [block.coded for block in layer.blocks] == [False, True, True, True]
         assert layer.store.kept_raw == 1
         assert torch.equal(layer.assembled().values[:, :, :8], values[:, :, :8])
 
@@ -83,7 +83,7 @@ def test_what_no_code_is_good_enough_for_is_kept():
 def test_coded_pages_are_coded_once_and_pass_through_the_disk():
     keys, values = pair_of(length=80)
     with store_of(device_pages=6, resident_pages=1, page_tokens=8, codec=Quantised(4)) as store:
-        layer = PagedLayer(store, KeepAll(), Order())
+        layer = PagedLayer(store, FullAttention(), Order())
         layer.append(keys, values)
         first = layer.assembled()
         coded = store.pools[1]
@@ -129,7 +129,7 @@ def test_retrieval_finds_the_token_that_is_asked_for():
         seen = torch.zeros(3, 256, dtype=torch.bool)
         for choice in choices:
             every = torch.ones(3, 1, 1, 1, dtype=torch.bool) if choice.allowed is None else choice.allowed
-            seen[:, choice.stretch.start : choice.stretch.end] |= every.view(3, 1)
+            seen[:, choice.block.start : choice.block.end] |= every.view(3, 1)
         assert seen.sum(dim=1).le(16).all()
         assert seen[0, 60] and seen[1, 100] and seen[2, 222]
         exact = torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=1.0)
@@ -151,12 +151,12 @@ def test_retrieval_moves_what_it_sees_and_no_more():
         part = session._kv
         cache = session.kv_cache()
         session.model(input_ids=tokens(1, 1024), past_key_values=cache)
-        before = part.brought_bytes
+        before = part.onloaded_bytes
         for _ in range(4):
             session.model(input_ids=tokens(1, 1), past_key_values=cache)
         kept = sum(len(span) for layer in cache.layers for span in layer.paged.positions())
         assert kept == 2 * 1028
-        assert 0 < part.brought_bytes - before <= 4 * 0.1 * 2 * 1028 * 512
+        assert 0 < part.onloaded_bytes - before <= 4 * 0.1 * 2 * 1028 * 512
         report = session.report()
         assert report.exactness == "lossy: KV cache retrieve, queries see 10% of the context"
         assert "lossy" in str(report)

@@ -121,7 +121,7 @@ def test_a_damaged_block_is_refused_and_computed_again(folder, tmp_path, kind):
     ids = tokens(1, 53)
     with enter(folder, tmp_path) as session:
         expected, *_ = answer(session, ids)
-        keys = session._beginnings._store().keys(ids[0].tolist())
+        keys = session._prefixes._store().keys(ids[0].tolist())
     files = [Path(path_of(str(tmp_path), key)) for key in keys]
     _damage(kind, files[1], files[2])
     with enter(folder, tmp_path) as session:
@@ -219,7 +219,7 @@ def test_a_batch_that_begins_alike(lengths):
 def test_what_cannot_be_shared_is_told(name):
     options = {"device": "cpu", "cpu_memory": PLENTY, "batch_size": 4, "max_tokens": 100, "exactness": "rounding"}
     with offload(make(name), shared_prefix=70, **options) as session:
-        assert not session.plan.kv_memory_bytes and not session.shares_beginnings
+        assert not session.plan.kv_memory_bytes and not session.shares_prefixes
         assert any("is computed and read for each" in sentence for sentence in session.report().fallbacks)
 
 

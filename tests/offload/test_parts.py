@@ -10,8 +10,8 @@ from torch import nn
 from offload import BudgetTooSmall, PlanError, offload
 from offload.model.micro_batch import MicroBatches
 from offload.planning.dry_run import DryRun, DryRunFailed
-from offload.planning.pass_splits import parts_of
-from offload.runtime.module_wrappers import UnitWindow
+from offload.planning.pass_splits import ways_to_split
+from offload.runtime.module_wrappers import OnloadedModule
 from offload.scheduler.model_spec import Workload
 from tests.architectures import BY_NAME, VOCAB, make, oracle_of
 from tests.budgets import NONE, budget_for, spec_of
@@ -167,8 +167,8 @@ def test_micro_batches_hold_less_and_no_more_than_reserved(name):
         work = DryRun(model, micro_batch=size if size < batch else 0).forward(batch, tokens)
         workload = Workload(batch, tokens, tokens, micro_batch=size if size < batch else 0)
         logits = batch * spec.logits_bytes_per_sequence
-        assert work.temporary_bytes <= workload.activation_bytes(spec) + logits
-        held.append(work.temporary_bytes)
+        assert work.activation_bytes <= workload.activation_bytes(spec) + logits
+        held.append(work.activation_bytes)
     assert held == sorted(held)
     assert held[0] < 0.6 * held[-1]
 
@@ -182,9 +182,9 @@ def test_chunks_hold_no_more_than_reserved(name):
     held = []
     for size in (12, 24, 48):
         work = DryRun(model).continued(batch, size, tokens - size)
-        held.append(work.temporary_bytes)
+        held.append(work.activation_bytes)
         reserved = Workload(batch, tokens, tokens, prefill_chunk=size).activation_bytes(spec)
-        assert work.temporary_bytes <= reserved
+        assert work.activation_bytes <= reserved
     assert held[0] < held[-1]
 
 
@@ -228,13 +228,13 @@ def test_a_pass_is_taken_apart_where_nothing_else_fits():
 
 def test_parts_are_halves_and_only_of_what_can_be_taken_apart():
     workload = Workload(16, 512, 256)
-    ways = parts_of(make("llama"), workload)
+    ways = ways_to_split(make("llama"), workload)
     assert [way.micro_batch for way in ways if not way.prefill_chunk] == [8, 4, 2]
     assert [way.prefill_chunk for way in ways if not way.micro_batch] == [128, 64]
-    assert parts_of(make("t5"), workload) == []
+    assert ways_to_split(make("t5"), workload) == []
     with pytest.raises(DryRunFailed):
         DryRun(make("bloom"), micro_batch=2).passes(5, 7, 7)
-    assert not any(way.micro_batch for way in parts_of(make("bloom"), workload))
+    assert not any(way.micro_batch for way in ways_to_split(make("bloom"), workload))
 
 
 def test_a_plan_that_rounds_must_be_asked_for():
@@ -259,7 +259,7 @@ def divided_plan(model, percent, **reserve):
         plan, spec = session.plan, session._spec
     names = {block.key for block in spec.layers if block.divisible}
     divided = tuple(key for key in plan.in_host_memory if key in names)
-    return dataclasses.replace(plan, divided=divided, host_percent=percent), budget
+    return dataclasses.replace(plan, cpu_gpu_split=divided, cpu_percent=percent), budget
 
 
 @pytest.mark.parametrize("held", [True, False], ids=["held model", "checkpoint"])
@@ -270,7 +270,7 @@ def test_divided_layers_compute_the_same(name, held, tmp_path, monkeypatch):
     twin = oracle_of(model)
     reserve = {"batch_size": 2, "max_tokens": 20}
     plan, budget = divided_plan(model, 40, **reserve)
-    assert len(plan.divided) >= 3
+    assert len(plan.cpu_gpu_split) >= 3
     if not held:
         model.save_pretrained(tmp_path)
     target = model if held else str(tmp_path)
@@ -280,12 +280,12 @@ def test_divided_layers_compute_the_same(name, held, tmp_path, monkeypatch):
             torch.testing.assert_close(session.model(**inputs)[0], twin(**inputs)[0], **CLOSE)
         names = dict(session.model.state_dict())
         assert all(torch.equal(value, names[key]) for key, value in twin.state_dict().items())
-        block = next(block for block in session._spec.blocks if block.key == plan.divided[0])
+        block = next(block for block in session._spec.blocks if block.key == plan.cpu_gpu_split[0])
         report = session.report()
     assert report.exactness == "rounding"
-    assert report.blocks["divided"] == len(plan.divided)
+    assert report.blocks["cpu_gpu_split"] == len(plan.cpu_gpu_split)
     # The device's rows cross the link and no others.
-    moved = sum(span.nbytes for span in session.trace().on("h2d") if span.name == plan.divided[0])
+    moved = sum(span.nbytes for span in session.trace().on("h2d") if span.name == plan.cpu_gpu_split[0])
     assert moved and moved % block.device_part(40).streamed_bytes == 0
     assert block.device_part(40).streamed_bytes < block.streamed_bytes
     if held:
@@ -296,14 +296,14 @@ def test_divided_layers_compute_the_same(name, held, tmp_path, monkeypatch):
 def test_a_forward_with_gradients_while_copies_arrive(name, monkeypatch):
     """A tensor of one slot is saved for backward while another slot is filled: that is no change of the first one."""
     monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice())
-    pack = UnitWindow._pack
+    pack = OnloadedModule._pack
 
     def slow(self, tensor):
         # Longer than a copy takes to arrive.
         time.sleep(0.006)
         return pack(self, tensor)
 
-    monkeypatch.setattr(UnitWindow, "_pack", slow)
+    monkeypatch.setattr(OnloadedModule, "_pack", slow)
     model = make(name)
     twin = oracle_of(model)
     reserve = {"batch_size": 2, "max_tokens": 20}
@@ -333,8 +333,8 @@ def test_an_edited_divided_weight_is_seen(monkeypatch):
 
 
 BROKEN = {
-    "no percent": ({"host_percent": 0}, "from 1 to 99"),
-    "all of it": ({"host_percent": 100}, "from 1 to 99"),
+    "no percent": ({"cpu_percent": 0}, "from 1 to 99"),
+    "all of it": ({"cpu_percent": 100}, "from 1 to 99"),
     "not streamed from CPU memory": ({"in_host_memory": ()}, "not among the blocks"),
 }
 

@@ -13,7 +13,7 @@ from offload import BudgetTooSmall, ConfigError, PlanError, ProfileError, offloa
 from offload.cli.main import main
 from offload.probe import hardware_profile, measure
 from offload.scheduler.hardware import HardwareProfile, LinkRate
-from offload.session.preview import Asked, Planner
+from offload.session.preview import Planner, PlanRequest
 from offload.storage.devices.cpu import CpuDevice
 from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import SOME, SPLIT, budget_for, spec_of
@@ -55,7 +55,7 @@ def test_a_plan_for_a_machine_that_one_does_not_have(capsys, card):
 def test_more_memory_never_plans_slower(card):
     planner = Planner("demo", hardware=HardwareProfile.load(card))
     seconds = [
-        planner.plan(Asked(64, 64, gpu_memory=f"{size}MiB", cpu_memory="64MiB")).prediction.total_seconds(64)
+        planner.plan(PlanRequest(64, 64, gpu_memory=f"{size}MiB", cpu_memory="64MiB")).prediction.total_seconds(64)
         for size in (5, 6, 8, 10, 16)
     ]
     assert all(later <= 1.02 * earlier for earlier, later in zip(seconds, seconds[1:], strict=False))
@@ -81,7 +81,7 @@ def test_generate_runs_a_plan_from_a_file(capsys, tmp_path):
 
 def test_a_plan_for_another_model_is_refused(tmp_path):
     make("gpt2").save_pretrained(tmp_path)
-    plan = Planner("demo").plan(Asked(8, 8)).plan
+    plan = Planner("demo").plan(PlanRequest(8, 8)).plan
     with pytest.raises(PlanError, match="another model"):
         offload(str(tmp_path), device="cpu", plan=plan).__enter__()
 
@@ -92,7 +92,7 @@ def test_an_impossible_budget_names_the_least(capsys):
     least = int(re.search(r"\((\d+) bytes\)", err)[1])
     assert run(capsys, "plan", "demo", "--device", "cpu", "--cpu-memory", str(least))[0] == 0
     with pytest.raises(BudgetTooSmall):
-        Planner("demo").plan(Asked(cpu_memory=least - 1))
+        Planner("demo").plan(PlanRequest(cpu_memory=least - 1))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_the_report_predicts_and_its_causes_add_up(tmp_path):
     assert report.prediction.exact_work
     assert sum(report.prediction.decode_shares.values()) == pytest.approx(1)
     for phase in (report.prefill, report.decode):
-        causes = phase.compute_seconds + phase.own_seconds + sum(phase.wait_seconds.values()) + phase.other_seconds
+        causes = phase.compute_seconds + phase.overhead_seconds + sum(phase.wait_seconds.values()) + phase.other_seconds
         assert causes == pytest.approx(phase.seconds, rel=0.01)
     assert len(trace.passes("decode")) == 7
     assert sum(span.nbytes for span in trace.on("disk")) == report.links["disk"].bytes
@@ -237,7 +237,7 @@ def test_the_model_is_as_it_was_after_it_was_looked_at():
         assert session.report().prediction is not None
     assert torch.equal(model(**BY_NAME["llama"].inputs()).logits, wanted)
     with pytest.raises(ConfigError):
-        Asked(batch_size=0)
+        PlanRequest(batch_size=0)
 
 
 def test_the_peak_of_memory_is_predicted_and_excess_is_told(tmp_path, monkeypatch):
@@ -278,10 +278,10 @@ def test_parts_of_blocks_leave_nothing_unnamed(tmp_path):
     budget = budget_for(spec_of(str(tmp_path), **reserve), SPLIT, 2, 24)
     with offload(str(tmp_path), device="cpu", cpu_memory=budget, **reserve) as session:
         session.model.generate(input_ids=tokens(), max_new_tokens=8, do_sample=False)
-        assert session._split
+        assert session._by_submodule
         spans = {span.name for span in session.trace().on("compute")}
-    assert session._split <= spans
-    assert any(name.startswith(f"{next(iter(session._split))}.") for name in spans)
+    assert session._by_submodule <= spans
+    assert any(name.startswith(f"{next(iter(session._by_submodule))}.") for name in spans)
 
 
 def test_rounding_takes_a_batch_apart_where_more_stays_so():

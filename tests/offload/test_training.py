@@ -80,7 +80,7 @@ def test_a_table_alone_is_trained_alike(tmp_path):
     spec = spec_of(str(tmp_path), **RESERVE)
     budget = budget_for(spec, ALL, BATCH, LENGTH) - 4096
     with offload(str(tmp_path), device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
-        assert session.plan.gathered == ("model.embed_tokens",)
+        assert session.plan.row_fetched == ("model.embed_tokens",)
         plan = session.plan
         losses = train(session.model, fused=True)
         trained = session.model

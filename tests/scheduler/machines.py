@@ -2,7 +2,7 @@
 
 from offload.scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
 from offload.scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock
-from offload.scheduler.work import PassWork, WindowWork, Work
+from offload.scheduler.work import ModuleWork, PassWork, Work
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -45,8 +45,8 @@ def stack(layers: int, layer_bytes: int) -> ModelSpec:
 
 def work(model: ModelSpec, phase: str, rows: int, batch_size: int = 1) -> PassWork:
     """Two FLOPs a bf16 weight and row, and nothing else."""
-    windows = tuple(
-        WindowWork(block.key, (block.key,), Work(1, ((rows, float(rows * block.streamed_bytes)),)), result_bytes=rows * 8192)
+    modules = tuple(
+        ModuleWork(block.key, (block.key,), Work(1, ((rows, float(rows * block.streamed_bytes)),)), result_bytes=rows * 8192)
         for block in model.blocks
     )
-    return PassWork(phase, batch_size, rows // batch_size, windows, Work())
+    return PassWork(phase, batch_size, rows // batch_size, modules, Work())

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from offload.scheduler.cost import CostModel
-from offload.scheduler.model_spec import Temporaries, Workload
+from offload.scheduler.model_spec import ActivationSizes, Workload
 from offload.scheduler.plan import HostCompute
-from offload.scheduler.plan_search import Home, Task, choose_plan, evaluate, solve
+from offload.scheduler.plan_search import LayerPlacement, SearchProblem, choose_plan, evaluate, solve
 from offload.storage.errors import BudgetTooSmall
 from tests.scheduler.machines import GIB, LAPTOP, MIB, RTX_3060, RTX_4090, machine, stack, work
 
@@ -16,7 +16,7 @@ WORKLOADS = {"chat": (32, 1, 200), "batch": (32 * 64, 32, 100), "long prompt": (
 
 
 def task(model, hardware, device_bytes, host_bytes, rows, batch_size, new_tokens):
-    return Task(
+    return SearchProblem(
         model,
         Workload(batch_size, 1, 1),
         (work(model, "prefill", rows, batch_size),),
@@ -63,8 +63,8 @@ def test_the_program_keeps_within_the_budgets():
     asked = task(model, RTX_3060, 10 * GIB, 20 * GIB, *WORKLOADS["chat"])
     (counts,) = solve(asked, model.blocks)
     assert sum(counts.values()) == 126
-    assert counts[Home.DEVICE] * 400 * MIB <= 10 * GIB
-    assert (counts[Home.HOST] + counts[Home.CPU]) * 400 * MIB <= 20 * GIB
+    assert counts[LayerPlacement.DEVICE] * 400 * MIB <= 10 * GIB
+    assert (counts[LayerPlacement.HOST] + counts[LayerPlacement.CPU]) * 400 * MIB <= 20 * GIB
     plan = choose_plan([asked], allow_cpu=True).plan
     assert plan.device_bytes <= 10 * GIB
     assert (len(plan.in_host_memory) + len(plan.computed_on_host)) * 400 * MIB <= 20 * GIB
@@ -73,7 +73,7 @@ def test_the_program_keeps_within_the_budgets():
 
 def test_a_pass_is_taken_apart_where_what_stays_is_worth_more():
     """Temporaries of a large batch take the room of most layers; in parts, the layers stay."""
-    model = replace(stack(10, 400 * MIB), temporaries=Temporaries(MIB, 0, MIB // 64))
+    model = replace(stack(10, 400 * MIB), activations=ActivationSizes(MIB, 0, MIB // 64))
     whole = task(model, machine(8 * GIB, 1000e9, 100e12, 4e9, 2e9), 4 * GIB, 64 * GIB, 64 * 32, 64, 50)
     whole = replace(whole, workload=Workload(64, 32, 32))
     tasks = [whole, *(replace(whole, workload=Workload(64, 32, 32, micro_batch=size)) for size in (32, 16, 8))]

@@ -18,7 +18,7 @@ from offload.scheduler.plan import Plan
 from offload.scheduler.planner import least_budget_bytes, make_plan
 from offload.scheduler.prediction import predict
 from offload.scheduler.routing import DECODE, PREFILL, Routing, Visit
-from offload.scheduler.work import PassWork, WindowWork, Work
+from offload.scheduler.work import ModuleWork, PassWork, Work
 from offload.storage.errors import BudgetTooSmall, ConfigError, PlanError
 from tests.scheduler.machines import LAPTOP
 
@@ -256,7 +256,7 @@ def test_more_hits_are_predicted_to_be_faster():
     cost = CostModel(alone, "bfloat16")
     model = made_model()
     plan = make_plan(model, 1_000_000, Workload(1, 1, 1))
-    work = tuple(WindowWork(f"layers.{index}", (f"layers.{index}",), Work(operations=1)) for index in range(4))
+    work = tuple(ModuleWork(f"layers.{index}", (f"layers.{index}",), Work(operations=1)) for index in range(4))
     prefill, decode = PassWork("prefill", 1, 64, work, Work()), PassWork("decode", 1, 1, work, Work())
     seconds = [predict(plan, model, cost, [prefill], decode, rate).seconds_per_token for rate in (0.0, 0.5, 1.0)]
     assert seconds[0] > seconds[1] > seconds[2]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from offload.scheduler.cost import CostModel
-from offload.scheduler.kv_pages import KvShape, PagedKv, Residency, coming, cut, paged_ways, reads_beside, streamed_bytes
+from offload.scheduler.kv_pages import KvShape, PagedKv, Residency, coming, cpu_reads_pages, cut, paged_ways, streamed_bytes
 from offload.scheduler.model_spec import Workload
 from offload.scheduler.planner import make_plan
 from offload.scheduler.prediction import predict
@@ -116,10 +116,10 @@ def test_prediction_knows_what_pages_cost_the_bus():
 
 def test_the_cpu_reads_pages_where_the_bus_is_slow():
     """Laptop: 6 GB/s on the bus, 60 of memory. The 4090 has 25 on the bus: there the CPU still wins by a little."""
-    assert reads_beside(LAPTOP)
+    assert cpu_reads_pages(LAPTOP)
     fast = replace(RTX_4090, h2d=replace(RTX_4090.h2d, bytes_per_second=50e9))
-    assert not reads_beside(fast)
-    assert not reads_beside(None)
+    assert not cpu_reads_pages(fast)
+    assert not cpu_reads_pages(None)
     whole = 16 * 4096 * 32_768
     beside = _predicted(whole // 4, segments=True, hardware=LAPTOP)[1]
     brought = _predicted(whole // 4, hardware=LAPTOP)[1]

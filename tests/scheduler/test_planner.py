@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.scheduler.model_spec import BlockRole, DivisibleWeight, ModelSpec, PlacedBlock, Temporaries, Workload
+from offload.scheduler.model_spec import ActivationSizes, BlockRole, DivisibleWeight, ModelSpec, PlacedBlock, Workload
 from offload.scheduler.plan import HostCompute, Plan
 from offload.scheduler.planner import least_budget_bytes, make_plan, spread
 from offload.storage.errors import BudgetTooSmall
@@ -28,7 +28,7 @@ def models(draw):
     blocks += [block(f"layer.{index}", BlockRole.LAYER, size) for index in range(draw(st.integers(1, 20)))]
     blocks += [block("norm", BlockRole.OTHER, 4096), block("head", BlockRole.OTHER, draw(st.integers(1, 60)) * MIB)]
     return ModelSpec(
-        tuple(blocks), tuple((item.key,) for item in blocks[1:]), 1000, 2000, 300, Temporaries(draw(st.integers(0, 50_000)))
+        tuple(blocks), tuple((item.key,) for item in blocks[1:]), 1000, 2000, 300, ActivationSizes(draw(st.integers(0, 50_000)))
     )
 
 
@@ -42,7 +42,7 @@ def test_a_plan_fits_and_places_every_block_once(model, budget_mib, host_mib):
         assert too_small_for_device or (host_mib is not None and error.least_bytes > host_mib * MIB)
         return
     assert plan.device_bytes <= budget
-    placed = (*plan.resident, *plan.streamed, *plan.gathered)
+    placed = (*plan.resident, *plan.streamed, *plan.row_fetched)
     assert sorted(placed) == sorted(item.key for item in model.blocks)
     sizes = {item.key: item for item in model.blocks}
     for key in plan.streamed:
@@ -61,12 +61,12 @@ def test_layers_that_are_divided_or_on_the_cpu_fit_too(model, percent, budget_mi
     taken = sum(item.slot_bytes for item in model.blocks if item.key in whole | divided)
     host_bytes = taken + host_mib * MIB
     try:
-        plan = make_plan(model, budget_mib * MIB, WORK, host_bytes, beside=HostCompute(whole, divided, percent))
+        plan = make_plan(model, budget_mib * MIB, WORK, host_bytes, host_compute=HostCompute(whole, divided, percent))
     except BudgetTooSmall:
         return
     plan.check(model)
     assert plan.device_bytes <= budget_mib * MIB
-    assert set(plan.divided) == divided <= set(plan.in_host_memory)
+    assert set(plan.cpu_gpu_split) == divided <= set(plan.in_host_memory)
     assert set(plan.computed_on_host) == whole
     sizes = {item.key: item for item in model.blocks}
     held = sum(sizes[key].slot_bytes for key in (*plan.in_host_memory, *plan.computed_on_host))

@@ -113,8 +113,8 @@ def test_a_divided_layer_takes_the_longer_of_its_halves(percent):
     # So slow a bus that it takes nothing worth mentioning of the memory's bandwidth.
     hardware = machine(8 * GIB, 1000e9, 165e12, 1e9, 1e9)
     keys = frozenset(block.key for block in model.blocks)
-    plan = make_plan(model, 8 * GIB, ONE, 40 * GIB, beside=HostCompute(divided=keys, percent=percent))
-    assert set(plan.divided) == keys
+    plan = make_plan(model, 8 * GIB, ONE, 40 * GIB, host_compute=HostCompute(shared=keys, percent=percent))
+    assert set(plan.cpu_gpu_split) == keys
     seconds = decode_seconds(plan, hardware, model).seconds_per_token
     on_bus = 40 * 400 * MIB * (1 - percent / 100) / 1e9
     on_cpu = 40 * 400 * MIB * percent / 100 / 60e9
@@ -150,7 +150,7 @@ def test_the_runtime_takes_time_for_each_streamed_window():
     slow = replace(LAPTOP, device=replace(LAPTOP.device, asynchronous=False))
     decode = work(MODEL, "decode", 1)
     without = simulate(plan, MODEL, CostModel(slow, "bfloat16"), [decode])
-    with_it = simulate(plan, MODEL, CostModel(replace(slow, window_seconds=1.0), "bfloat16"), [decode])
+    with_it = simulate(plan, MODEL, CostModel(replace(slow, module_seconds=1.0), "bfloat16"), [decode])
     spent = with_it.attribution()[OWN]
     assert spent == pytest.approx(len(plan.streamed))
     assert with_it.end_seconds >= without.end_seconds

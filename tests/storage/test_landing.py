@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.storage.blocks import TENSOR_ALIGNMENT_BYTES, FileRange
-from offload.storage.read_plan import plan_landing
+from offload.storage.read_plan import plan_reads
 
 UNIT = 4096
 
@@ -25,39 +25,39 @@ def scattered_ranges(draw):
 
 @given(scattered_ranges())
 def test_bytes_arrive_aligned_and_whole(ranges):
-    landing = plan_landing(ranges, UNIT)
+    read_plan = plan_reads(ranges, UNIT)
     files = {path: numpy.random.default_rng(ord(path)).integers(0, 256, 1_000_000, dtype=numpy.uint8) for path in ("a", "b")}
-    slot = numpy.zeros(landing.slot_bytes, dtype=numpy.uint8)
-    for read in landing.reads:
+    slot = numpy.zeros(read_plan.slot_bytes, dtype=numpy.uint8)
+    for read in read_plan.reads:
         assert read.file_offset % UNIT == read.nbytes % UNIT == read.slot_offset % UNIT == 0
-        assert read.slot_offset + read.nbytes <= landing.slot_bytes
+        assert read.slot_offset + read.nbytes <= read_plan.slot_bytes
         slot[read.slot_offset : read.slot_offset + read.nbytes] = files[read.path][
             read.file_offset : read.file_offset + read.nbytes
         ]
-    for move in landing.moves:
+    for move in read_plan.moves:
         assert move.target <= move.source
         slot[move.target : move.target + move.nbytes] = slot[move.source : move.source + move.nbytes].copy()
-    for item, offset in zip(ranges, landing.offsets, strict=True):
+    for item, offset in zip(ranges, read_plan.offsets, strict=True):
         assert offset % TENSOR_ALIGNMENT_BYTES == 0
         assert (slot[offset : offset + item.nbytes] == files[item.path][item.offset : item.end]).all()
-    assert landing.payload_bytes == sum(item.nbytes for item in ranges)
+    assert read_plan.payload_bytes == sum(item.nbytes for item in ranges)
 
 
 @given(scattered_ranges())
 def test_reads_do_not_overlap_in_the_slot(ranges):
-    landing = plan_landing(ranges, UNIT)
-    spans = sorted((read.slot_offset, read.slot_offset + read.nbytes) for read in landing.reads)
+    read_plan = plan_reads(ranges, UNIT)
+    spans = sorted((read.slot_offset, read.slot_offset + read.nbytes) for read in read_plan.reads)
     assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
 
 
 def test_an_aligned_block_file_needs_no_moves():
     ranges = [FileRange("a", 0, 8192), FileRange("a", 8192, 300), FileRange("a", 8704, 256)]
-    landing = plan_landing(ranges, UNIT)
-    assert not landing.moves
-    assert len(landing.reads) == 1
+    read_plan = plan_reads(ranges, UNIT)
+    assert not read_plan.moves
+    assert len(read_plan.reads) == 1
 
 
 def test_little_is_read_besides_the_tensors():
     ranges = [FileRange("a", 1000 + 50_000 * index, 50_000) for index in range(9)]
-    landing = plan_landing(ranges, UNIT)
-    assert sum(read.nbytes for read in landing.reads) <= landing.payload_bytes + 2 * UNIT
+    read_plan = plan_reads(ranges, UNIT)
+    assert sum(read.nbytes for read in read_plan.reads) <= read_plan.payload_bytes + 2 * UNIT

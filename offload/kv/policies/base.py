@@ -6,19 +6,19 @@ from typing import Protocol
 
 import torch
 
-from offload.kv.kv_block import Stretch
-from offload.kv.page_layout import Pair
+from offload.kv.kv_block import KvBlock
+from offload.kv.page_layout import KeyValue
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A stretch that a query sees.
+class Selection:
+    """A block that a query sees.
 
     Attributes:
         allowed: which of its tokens, bool, expands to [batch, heads, queries, tokens]; None for all.
     """
 
-    stretch: Stretch
+    block: KvBlock
     allowed: torch.Tensor | None = None
 
 
@@ -26,30 +26,30 @@ class LayerPolicy(Protocol):
     """What one layer of one cache remembers of a policy.
 
     Attributes:
-        own_attention: queries see less than all, which a stock kernel cannot know.
+        custom_attention: queries see less than all, which a stock kernel cannot know.
         reads_all: every token is read in every pass, so that what comes next is known.
     """
 
-    own_attention: bool
+    custom_attention: bool
     reads_all: bool
 
-    def sealed(self, stretch: Stretch, pair: Pair, stretches: Sequence[Stretch]) -> None:
+    def sealed(self, block: KvBlock, pair: KeyValue, blocks: Sequence[KvBlock]) -> None:
         """A page is full: the last moment at which its tokens are at hand for nothing.
 
         Args:
             pair: of the page, with room beyond its tokens perhaps.
         """
 
-    def dropped(self, stretches: Sequence[Stretch], length: int) -> list[Stretch]:
-        """The stretches that no query will see any more."""
+    def evict(self, blocks: Sequence[KvBlock], length: int) -> list[KvBlock]:
+        """The blocks that no query will see any more."""
 
-    def chosen(self, stretches: Sequence[Stretch], length: int, query: torch.Tensor) -> list[Choice]:
+    def select(self, blocks: Sequence[KvBlock], length: int, query: torch.Tensor) -> list[Selection]:
         """What a query [batch, heads, tokens, dim] sees, in the order of positions; its own tokens are among the `length`."""
 
-    def check_truncation(self, stretches: Sequence[Stretch], length: int) -> None:
+    def check_truncation(self, blocks: Sequence[KvBlock], length: int) -> None:
         """Raise ConfigError if what queries after position `length` see is not there any more."""
 
-    def truncated(self, stretches: Sequence[Stretch]) -> None:
+    def truncated(self, blocks: Sequence[KvBlock]) -> None:
         """Only these are left."""
 
     def selected(self, rows: torch.Tensor) -> None:
@@ -59,25 +59,25 @@ class LayerPolicy(Protocol):
         """For a copy of the cache."""
 
 
-class KeepAll:
+class FullAttention:
     """Every query sees every token before it."""
 
-    own_attention = False
+    custom_attention = False
     reads_all = True
 
-    def sealed(self, stretch: Stretch, pair: Pair, stretches: Sequence[Stretch]) -> None:
+    def sealed(self, block: KvBlock, pair: KeyValue, blocks: Sequence[KvBlock]) -> None:
         pass
 
-    def dropped(self, stretches: Sequence[Stretch], length: int) -> list[Stretch]:
+    def evict(self, blocks: Sequence[KvBlock], length: int) -> list[KvBlock]:
         return []
 
-    def chosen(self, stretches: Sequence[Stretch], length: int, query: torch.Tensor) -> list[Choice]:
-        return [Choice(stretch) for stretch in stretches]
+    def select(self, blocks: Sequence[KvBlock], length: int, query: torch.Tensor) -> list[Selection]:
+        return [Selection(block) for block in blocks]
 
-    def check_truncation(self, stretches: Sequence[Stretch], length: int) -> None:
+    def check_truncation(self, blocks: Sequence[KvBlock], length: int) -> None:
         pass
 
-    def truncated(self, stretches: Sequence[Stretch]) -> None:
+    def truncated(self, blocks: Sequence[KvBlock]) -> None:
         pass
 
     def selected(self, rows: torch.Tensor) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from offload.kv.kv_block import Stretch
-from offload.kv.page_layout import Pair
-from offload.kv.policies.base import Choice, KeepAll
+from offload.kv.kv_block import KvBlock
+from offload.kv.page_layout import KeyValue
+from offload.kv.policies.base import FullAttention, Selection
 from offload.kv.policies.budget import KvBudget
 
 CHUNK_TOKENS = 4
@@ -35,14 +35,14 @@ def page_tokens(total_tokens: int) -> int:
     return max(CHUNK_TOKENS, min(_LARGEST_PAGE_TOKENS, total_tokens // _PAGES))
 
 
-class Retrieve(KeepAll):
+class Retrieve(FullAttention):
     """Queries see the first page, the last ones, and those whose bounds promise the most, of each sequence by itself.
 
     Args:
         budget: tokens that are seen in all.
     """
 
-    own_attention = True
+    custom_attention = True
     reads_all = False
 
     def __init__(self, budget: KvBudget) -> None:
@@ -54,43 +54,43 @@ class Retrieve(KeepAll):
         self._bounds: torch.Tensor | None = None
         """[2, batch, heads, chunks, key dim]: least and largest."""
 
-    def sealed(self, stretch: Stretch, pair: Pair, stretches: Sequence[Stretch]) -> None:
-        chunks = pair.keys[:, :, : stretch.tokens].split(CHUNK_TOKENS, dim=2)
+    def sealed(self, block: KvBlock, pair: KeyValue, blocks: Sequence[KvBlock]) -> None:
+        chunks = pair.keys[:, :, : block.tokens].split(CHUNK_TOKENS, dim=2)
         bounds = torch.stack([torch.stack([chunk.amin(dim=2), chunk.amax(dim=2)]) for chunk in chunks], dim=3)
         limit = torch.finfo(_CODE).max
         bounds = bounds.clamp(-limit, limit).to(_CODE)
         self._chunk_page += [len(self._starts)] * len(chunks)
-        self._starts.append(stretch.start)
+        self._starts.append(block.start)
         if self._bounds is not None:
             bounds = torch.cat([self._bounds.view(torch.uint8), bounds.view(torch.uint8)], dim=3).view(_CODE)
         self._bounds = bounds
 
-    def chosen(self, stretches: Sequence[Stretch], length: int, query: torch.Tensor) -> list[Choice]:
+    def select(self, blocks: Sequence[KvBlock], length: int, query: torch.Tensor) -> list[Selection]:
         room = self._budget.of(length)
-        always = {0} if stretches and stretches[0].start == 0 else set()
-        index = len(stretches)
+        always = {0} if blocks and blocks[0].start == 0 else set()
+        index = len(blocks)
         # The tokens of the query itself are seen by it, however many they are.
         recent = max(1, room // _RECENT_SHARE, query.shape[2])
         while index and recent > 0:
             index -= 1
-            recent -= stretches[index].tokens
+            recent -= blocks[index].tokens
             always.add(index)
-        room -= sum(stretches[index].tokens for index in always)
-        places = {stretch.start: place for place, stretch in enumerate(stretches)}
+        room -= sum(blocks[index].tokens for index in always)
+        places = {block.start: place for place, block in enumerate(blocks)}
         numbered = ((number, places.get(start)) for number, start in enumerate(self._starts))
         candidates = [(number, place) for number, place in numbered if place is not None and place not in always]
-        allowed = self._wanted(stretches, candidates, room, query) if candidates and room > 0 else {}
+        allowed = self._wanted(blocks, candidates, room, query) if candidates and room > 0 else {}
         return [
-            Choice(stretch, None if place in always else allowed[place])
-            for place, stretch in enumerate(stretches)
+            Selection(block, None if place in always else allowed[place])
+            for place, block in enumerate(blocks)
             if place in always or place in allowed
         ]
 
     def _wanted(
-        self, stretches: Sequence[Stretch], candidates: Sequence[tuple[int, int]], room: int, query: torch.Tensor
+        self, blocks: Sequence[KvBlock], candidates: Sequence[tuple[int, int]], room: int, query: torch.Tensor
     ) -> dict[int, torch.Tensor | None]:
-        """Which pages each sequence sees besides: place in `stretches` -> bool [batch, 1, 1, 1], None for all."""
-        sizes = [stretches[place].tokens for _, place in candidates]
+        """Which pages each sequence sees besides: place in `blocks` -> bool [batch, 1, 1, 1], None for all."""
+        sizes = [blocks[place].tokens for _, place in candidates]
         if sum(sizes) <= room:
             return {place: None for _, place in candidates}
         count = min(len(candidates), room // max(sizes))
@@ -113,8 +113,8 @@ class Retrieve(KeepAll):
         owners = torch.tensor(self._chunk_page, device=query.device).expand(batch, -1)
         return torch.zeros(batch, len(self._starts), device=query.device).scatter_reduce(1, owners, shares, "amax")
 
-    def truncated(self, stretches: Sequence[Stretch]) -> None:
-        last = stretches[-1].start if stretches else -1
+    def truncated(self, blocks: Sequence[KvBlock]) -> None:
+        last = blocks[-1].start if blocks else -1
         # Only pages at the end go. One that was cut keeps its bounds, which promise no less than what is left.
         count = sum(start <= last for start in self._starts)
         chunks = sum(page < count for page in self._chunk_page)

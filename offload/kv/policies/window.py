@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from offload.kv.kv_block import Stretch
-from offload.kv.policies.base import Choice, KeepAll
+from offload.kv.kv_block import KvBlock
+from offload.kv.policies.base import FullAttention, Selection
 from offload.kv.policies.budget import KvBudget
 from offload.storage.errors import ConfigError
 
@@ -15,14 +15,14 @@ _SLACK_TOKENS = 64
 """Pages are kept a little longer than they are seen, so that guessed tokens can be taken back."""
 
 
-class Window(KeepAll):
+class Window(FullAttention):
     """Queries see the first tokens and the last ones; what lies between is dropped, page by page. Positions stay as they are.
 
     Args:
         budget: tokens that are seen, the first ones included.
     """
 
-    own_attention = True
+    custom_attention = True
     reads_all = True
 
     def __init__(self, budget: KvBudget) -> None:
@@ -32,32 +32,32 @@ class Window(KeepAll):
     def _first_recent(self, length: int) -> int:
         return max(0, length - max(1, self._budget.of(length) - SINK_TOKENS))
 
-    def dropped(self, stretches: Sequence[Stretch], length: int) -> list[Stretch]:
+    def evict(self, blocks: Sequence[KvBlock], length: int) -> list[KvBlock]:
         limit = self._first_recent(length) - _SLACK_TOKENS
-        gone = [stretch for stretch in stretches if stretch.start >= SINK_TOKENS and stretch.end <= limit]
-        self._dropped_to = max([self._dropped_to, *(stretch.end for stretch in gone)])
+        gone = [block for block in blocks if block.start >= SINK_TOKENS and block.end <= limit]
+        self._dropped_to = max([self._dropped_to, *(block.end for block in gone)])
         return gone
 
-    def chosen(self, stretches: Sequence[Stretch], length: int, query: torch.Tensor) -> list[Choice]:
+    def select(self, blocks: Sequence[KvBlock], length: int, query: torch.Tensor) -> list[Selection]:
         first = self._first_recent(length)
         choices = []
-        for stretch in stretches:
-            if stretch.start >= first or stretch.end <= SINK_TOKENS:
-                choices.append(Choice(stretch))
-            elif stretch.end > first or stretch.start < SINK_TOKENS:
-                positions = torch.arange(stretch.start, stretch.end, device=query.device)
-                choices.append(Choice(stretch, (positions >= first) | (positions < SINK_TOKENS)))
+        for block in blocks:
+            if block.start >= first or block.end <= SINK_TOKENS:
+                choices.append(Selection(block))
+            elif block.end > first or block.start < SINK_TOKENS:
+                positions = torch.arange(block.start, block.end, device=query.device)
+                choices.append(Selection(block, (positions >= first) | (positions < SINK_TOKENS)))
         return choices
 
-    def check_truncation(self, stretches: Sequence[Stretch], length: int) -> None:
+    def check_truncation(self, blocks: Sequence[KvBlock], length: int) -> None:
         if self._dropped_to > self._first_recent(length):
             raise ConfigError(
                 f"the KV cache was to go back to {length} tokens, and what its window saw there was dropped: "
                 f"kv_policy='window' takes back at most {_SLACK_TOKENS} tokens"
             )
 
-    def truncated(self, stretches: Sequence[Stretch]) -> None:
-        if not stretches:
+    def truncated(self, blocks: Sequence[KvBlock]) -> None:
+        if not blocks:
             self._dropped_to = 0
 
     def copied(self) -> "Window":

@@ -28,7 +28,7 @@ INPUT_BUFFERS = 2 * _IN_FLIGHT
 """In CPU memory, between the device and NVMe: on their way out, and back."""
 
 
-class Kept(Protocol):
+class OffloadedTensor(Protocol):
     """A tensor that was put by."""
 
     def prefetch(self) -> None:
@@ -38,14 +38,14 @@ class Kept(Protocol):
         """Its values, on the device."""
 
 
-class InputStore:
+class ActivationStore:
     """Puts tensors by; one that it was given before is not kept again."""
 
     _buffers: "_Buffers"
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[Kept]]] = {}
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[OffloadedTensor]]] = {}
 
     def takes(self, value: object) -> bool:
         """Large plain tensors on the device."""
@@ -57,7 +57,7 @@ class InputStore:
             and value.device.type == self._device.torch_device.type
         )
 
-    def keep(self, tensor: torch.Tensor) -> Kept:
+    def keep(self, tensor: torch.Tensor) -> OffloadedTensor:
         """Its values as they are now."""
         for key in [key for key, (held, _) in self._known.items() if held() is None]:
             del self._known[key]
@@ -66,7 +66,7 @@ class InputStore:
             before = known()
             if held() is tensor and before is not None:
                 return before
-        kept = self._put_by(tensor)
+        kept = self._offload(tensor)
         self._known[id(tensor)] = weakref.ref(tensor), weakref.ref(kept)
         return kept
 
@@ -78,7 +78,7 @@ class InputStore:
     def close(self) -> None:
         """Give memory and files back."""
 
-    def _put_by(self, tensor: torch.Tensor) -> Kept:
+    def _offload(self, tensor: torch.Tensor) -> OffloadedTensor:
         raise NotImplementedError
 
 
@@ -107,7 +107,7 @@ class _Buffers:
                 self._discard(self._free.pop())
             self._charge(align_up(nbytes, BLOCK_ALIGNMENT_BYTES))
             buffer = HostBuffer(nbytes)
-            self.pageable = not self._device.lock_pages(buffer) and not self._device.host_memory
+            self.pageable = not self._device.lock_pages(buffer) and not self._device.shares_host_memory
             self._made.append(buffer)
             return buffer
 
@@ -129,7 +129,7 @@ def _as(buffer: HostBuffer, like: torch.Tensor) -> torch.Tensor:
     return buffer.tensor[: like.nbytes].view(like.dtype).view(like.shape)
 
 
-class HostInputs(InputStore):
+class CpuActivations(ActivationStore):
     """In CPU memory, of a device with memory of its own.
 
     Args:
@@ -147,7 +147,7 @@ class HostInputs(InputStore):
             self._leaving.popleft()[1].synchronize()
         self._buffers.close()
 
-    def _put_by(self, tensor: torch.Tensor) -> "_InHost":
+    def _offload(self, tensor: torch.Tensor) -> "_InHost":
         while len(self._leaving) >= _IN_FLIGHT:
             self._leaving.popleft()[1].synchronize()
         buffer = self._buffers.take(tensor.nbytes)
@@ -196,7 +196,7 @@ def _release(buffers: _Buffers, buffer: HostBuffer, last_use: list[Event]) -> No
     buffers.give_back(buffer)
 
 
-class DiskInputs(InputStore):
+class NvmeActivations(ActivationStore):
     """On NVMe, through a few buffers.
 
     Args:
@@ -224,7 +224,7 @@ class DiskInputs(InputStore):
             self._file.close()
             self._file = None
 
-    def _put_by(self, tensor: torch.Tensor) -> "_OnDisk":
+    def _offload(self, tensor: torch.Tensor) -> "_OnDisk":
         while len(self._leaving) >= _IN_FLIGHT or (buffer := self._buffers.take(tensor.nbytes)) is None:
             self._leaving.popleft().wait()
         event = self._device.copy_out(_as(buffer, tensor), tensor, "layers' inputs")
@@ -268,7 +268,7 @@ class _OnDisk:
     written: Transfer
 
     def __init__(
-        self, store: DiskInputs, tensor: torch.Tensor, buffer: HostBuffer, left: Event, place: int, nbytes: int
+        self, store: NvmeActivations, tensor: torch.Tensor, buffer: HostBuffer, left: Event, place: int, nbytes: int
     ) -> None:
         self._store = store
         self._left = left

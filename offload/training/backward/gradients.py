@@ -52,9 +52,9 @@ class HostGradients:
         dtype: that gradients are added up in where it is finer; None for the parameter's own.
     """
 
-    def __init__(self, apart: bool, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, discrete: bool, dtype: torch.dtype | None = None) -> None:
         self.nbytes = 0
-        self._apart = apart
+        self._discrete = discrete
         self._dtype = dtype
         self._collecting = False
         self._taken: dict[int, _Accumulated] = {}
@@ -92,7 +92,7 @@ class HostGradients:
             return
         self._collecting = True
         for taken in self._taken.values():
-            if not self._apart and not taken.others:
+            if not self._discrete and not taken.others:
                 continue
             held = taken.parameter.grad
             if held is None:

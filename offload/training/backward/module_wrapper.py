@@ -8,17 +8,17 @@ import torch
 from offload.model.blocks import Unit
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
-from offload.runtime.module_wrappers import Forward, UnitWindow
-from offload.runtime.weights import GatheredTable
+from offload.runtime.module_wrappers import Forward, OnloadedModule
+from offload.runtime.weights import EmbeddingTable
 from offload.scheduler.model_spec import BlockRole
 from offload.storage.blocks import BlockKey
-from offload.training.backward.activation_offload import InputStore
-from offload.training.backward.recompute import Backward, Frame
+from offload.training.backward.activation_offload import ActivationStore
+from offload.training.backward.recompute import Backward, RecomputeFrame
 from offload.training.backward.saved_tensors import SavedFrame
 from offload.training.options import GPU
 
 
-class TrainingWindow(UnitWindow):
+class TrainedModule(OnloadedModule):
     """Keeps nothing of a layer's forward but its inputs; backward computes it again. What stays on the device and is no
     layer is differentiated as ever.
 
@@ -35,10 +35,10 @@ class TrainingWindow(UnitWindow):
         unit: Unit,
         executor: LayerExecutor,
         clock: PassClock,
-        tables: Mapping[BlockKey, GatheredTable],
+        tables: Mapping[BlockKey, EmbeddingTable],
         backward: Backward,
         activation_tier: str,
-        store: InputStore | None,
+        store: ActivationStore | None,
         ensure: Callable[[Sequence[BlockKey]], None],
     ) -> None:
         super().__init__(unit, executor, clock, tables)
@@ -57,12 +57,12 @@ class TrainingWindow(UnitWindow):
             return forward(*args, **kwargs)
         if self._keeps_all:
             return self._saving(forward, args, kwargs)
-        frame = Frame(self._backward, self._unit.key, self._unit.uses, self._unit.module, forward, args, kwargs)
-        self._backward.note(frame)
+        frame = RecomputeFrame(self._backward, self._unit.key, self._unit.uses, self._unit.module, forward, args, kwargs)
+        self._backward.register(frame)
         with torch.autograd.graph.saved_tensors_hooks(frame.pack, frame.unpack):
             output = forward(*args, **kwargs)
         if self._store is not None:
-            frame.put_by(self._store)
+            frame.offload(self._store)
         return output
 
     def _saving(self, forward: Forward, args: Any, kwargs: Any) -> Any:

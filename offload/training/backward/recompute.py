@@ -21,11 +21,11 @@ from transformers import Cache
 from offload.model.pytree import leaves, tensors
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
-from offload.runtime.rng_state import Autocasts, Randomness
+from offload.runtime.rng_state import AutocastState, RngState
 from offload.scheduler.trace import COMPUTE
 from offload.storage.blocks import BlockKey
 from offload.storage.errors import SessionError, StaleSlot
-from offload.training.backward.activation_offload import InputStore, Kept
+from offload.training.backward.activation_offload import ActivationStore, OffloadedTensor
 
 Forward = Callable[..., Any]
 
@@ -61,7 +61,7 @@ class Backward:
                 torch.autograd.Variable._execution_engine.queue_callback(self.end)
                 self._began()
 
-    def note(self, frame: "Held") -> None:
+    def register(self, frame: "Held") -> None:
         """A block was computed; backward will come to it."""
         while self._frames and self._frames[-1]() is None:
             # Of a forward that no backward followed.
@@ -78,7 +78,7 @@ class Backward:
         if following is not None:
             following.prefetch()
 
-    def hold(self, frame: "Held") -> None:
+    def onload(self, frame: "Held") -> None:
         """Have the frame's block in its slots, and the tensors that its forward saves."""
         if frame is self._held:
             return
@@ -143,7 +143,7 @@ class Held(Protocol):
         """It is next."""
 
 
-class Frame:
+class RecomputeFrame:
     """One call of a block, to be computed again.
 
     Args:
@@ -168,7 +168,7 @@ class Frame:
         self._forward = forward
         self._args, self._kwargs = _before_growth(args), _before_growth(kwargs)
         self._versions = self._seen_versions()
-        self._randomness, self._autocasts = Randomness(backward.device), Autocasts(backward.device)
+        self._randomness, self._autocasts = RngState(backward.device), AutocastState(backward.device)
         self._count = 0
         self._tensors: list[tuple[torch.Tensor, int | None]] = []
 
@@ -179,7 +179,7 @@ class Frame:
 
     def unpack(self, place: int) -> torch.Tensor:
         with self._backward.lock:
-            self._backward.hold(self)
+            self._backward.onload(self)
             tensor, generation = self._tensors[place]
             if generation is not None and self._backward._generation(tensor) != generation:
                 raise StaleSlot(f"backward needs a weight of {self.key} whose slot holds another block by now")
@@ -196,11 +196,11 @@ class Frame:
         def collect(tensor: torch.Tensor) -> None:
             saved.append((tensor.detach(), generation_of(tensor)))
 
-        args, kwargs = _brought_back((self._args, self._kwargs))
+        args, kwargs = _onloaded((self._args, self._kwargs))
         with (
             torch.enable_grad(),
-            self._randomness.again(),
-            self._autocasts.again(),
+            self._randomness.replay(),
+            self._autocasts.replay(),
             torch.autograd.graph.saved_tensors_hooks(collect, _never),
         ):
             self._forward(*args, **kwargs)
@@ -218,43 +218,43 @@ class Frame:
     def forget(self) -> None:
         self._tensors = []
 
-    def put_by(self, store: InputStore) -> None:
+    def offload(self, store: ActivationStore) -> None:
         """What the block was given waits in the store."""
-        self._args, self._kwargs = _put_by((self._args, self._kwargs), store)
+        self._args, self._kwargs = _offload((self._args, self._kwargs), store)
         self._versions = self._seen_versions()
 
     def prefetch(self) -> None:
         """It will be needed soon."""
         for item in leaves((self._args, self._kwargs)):
-            if isinstance(item, _PutBy):
+            if isinstance(item, _Offloaded):
                 item.kept.prefetch()
 
 
 @dataclass(frozen=True, slots=True)
-class _PutBy:
+class _Offloaded:
     """Instead of a tensor among the arguments."""
 
-    kept: Kept
+    kept: OffloadedTensor
     requires_grad: bool
 
 
-def _put_by(value: Any, store: InputStore) -> Any:
+def _offload(value: Any, store: ActivationStore) -> Any:
     if store.takes(value):
-        return _PutBy(store.keep(value), value.requires_grad)
+        return _Offloaded(store.keep(value), value.requires_grad)
     if type(value) in (tuple, list):
-        return type(value)(_put_by(item, store) for item in value)
+        return type(value)(_offload(item, store) for item in value)
     if type(value) is dict:
-        return {name: _put_by(item, store) for name, item in value.items()}
+        return {name: _offload(item, store) for name, item in value.items()}
     return value
 
 
-def _brought_back(value: Any) -> Any:
-    if isinstance(value, _PutBy):
+def _onloaded(value: Any) -> Any:
+    if isinstance(value, _Offloaded):
         return value.kept.tensor().detach().requires_grad_(value.requires_grad)
     if type(value) in (tuple, list):
-        return type(value)(_brought_back(item) for item in value)
+        return type(value)(_onloaded(item) for item in value)
     if type(value) is dict:
-        return {name: _brought_back(item) for name, item in value.items()}
+        return {name: _onloaded(item) for name, item in value.items()}
     return value
 
 

@@ -14,7 +14,7 @@ from offload.training.backward.recompute import Backward
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _SavedTensor:
     tensor: torch.Tensor
     version: int
 
@@ -49,22 +49,22 @@ class SavedFrame:
     def pack(self, tensor: torch.Tensor) -> Any:
         """Instead of a weight, where to find it; anything else is kept."""
         if not self._backward.in_slots(tensor):
-            return _Kept(tensor.detach(), tensor._version)
+            return _SavedTensor(tensor.detach(), tensor._version)
         for home in self._homes:
             data = home.parameter.data
             begin, at = data.data_ptr(), tensor.data_ptr()
             if data.dtype == tensor.dtype and begin <= at < begin + data.nbytes:
                 return _Weight(home, tuple(tensor.shape), tuple(tensor.stride()), (at - begin) // data.element_size())
         # A weight seen as another dtype.
-        return _Kept(tensor.detach().clone(), 0)
+        return _SavedTensor(tensor.detach().clone(), 0)
 
     def unpack(self, packed: Any) -> torch.Tensor:
-        if isinstance(packed, _Kept):
+        if isinstance(packed, _SavedTensor):
             if packed.tensor._version != packed.version:
                 raise SessionError(f"a tensor that backward of {self.key} needs was written to")
             return packed.tensor
         with self._backward.lock:
-            self._backward.hold(self)
+            self._backward.onload(self)
             data = packed.home.parameter.data
             view: torch.Tensor = data.as_strided(packed.size, packed.stride, data.storage_offset() + packed.offset)
             return view

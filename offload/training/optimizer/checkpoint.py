@@ -30,8 +30,8 @@ from torch import nn
 from offload.storage.errors import ConfigError, CorruptCheckpoint, OffloadError
 from offload.storage.fingerprint import fingerprint_of
 from offload.storage.whole_file import is_partial_of, replace_text
-from offload.training.optimizer.states import Frozen
-from offload.training.optimizer.streamed_optimizer import ManagedTraining
+from offload.training.optimizer.states import StateSnapshot
+from offload.training.optimizer.streamed_optimizer import StreamedTraining
 
 MANIFEST = "training.json"
 _VERSION = 2
@@ -52,7 +52,7 @@ class Checkpoints:
         ConfigError: if it is no folder, or in use.
     """
 
-    def __init__(self, folder: str | Path, managed: ManagedTraining, model: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, managed: StreamedTraining, model: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"{folder} is a file; name a folder for checkpoints")
@@ -60,10 +60,10 @@ class Checkpoints:
         self.copied = False
         self._managed = managed
         self._model = dict(model)
-        self._last: Frozen | None = None
+        self._last: StateSnapshot | None = None
         self._saving: threading.Thread | None = None
-        self._done: Frozen | None = None
-        self._failed: Frozen | None = None
+        self._done: StateSnapshot | None = None
+        self._failed: StateSnapshot | None = None
         self._error: BaseException | None = None
         self._descriptor = _locked(self.folder)
 
@@ -75,7 +75,7 @@ class Checkpoints:
             Whatever went wrong with the one before.
         """
         self.wait()
-        frozen = self._managed.states.freeze(partial(self._managed.new_file, str(self.folder)))
+        frozen = self._managed.states.snapshot(partial(self._managed.new_file, str(self.folder)))
         manifest = {
             "version": _VERSION,
             "bytes": self._managed.layout.nbytes,
@@ -137,7 +137,7 @@ class Checkpoints:
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(manifest["random"])), dtype=torch.uint8))
         return dict(manifest["progress"])
 
-    def _resumed(self, path: Path, manifest: Mapping[str, Any]) -> Frozen:
+    def _resumed(self, path: Path, manifest: Mapping[str, Any]) -> StateSnapshot:
         """The states as they were, and the weights that follow from them."""
         nbytes = manifest["bytes"]
         if not path.is_file() or path.stat().st_size < nbytes or nbytes != self._managed.layout.nbytes:
@@ -153,7 +153,7 @@ class Checkpoints:
             raise
         return self._managed.resume(file, manifest["optimizer"])
 
-    def _finish(self, frozen: Frozen, manifest: dict[str, Any]) -> None:
+    def _finish(self, frozen: StateSnapshot, manifest: dict[str, Any]) -> None:
         name = f"offload-checkpoint-{secrets.token_hex(8)}.bin"
         try:
             frozen.wait()

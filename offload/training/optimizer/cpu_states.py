@@ -11,10 +11,10 @@ from offload.storage.blocks import BlockKey
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.state_file import StateFile
 from offload.storage.transfer import Link, Transfer
-from offload.training.optimizer.states import Frozen, Tensors, Weights, Working, read_weights, views
+from offload.training.optimizer.states import StateGroup, StateSnapshot, Tensors, Weights, read_weights, views
 
 
-class MemoryStates:
+class CpuStates:
     """In CPU memory, beside weights that are there too.
 
     Args:
@@ -48,17 +48,17 @@ class MemoryStates:
     def begin(self) -> None:
         pass
 
-    def take(self, group: SubGroup) -> Working:
+    def take(self, group: SubGroup) -> StateGroup:
         if group in self._being_saved:
             self._being_saved.pop(group).wait()
         weights = self._weights.in_place(group)
         assert weights is not None
-        working = Working(group, self._of(group) | {"": weights})
+        working = StateGroup(group, self._of(group) | {"": weights})
         if group.owns_master and self._weights.changed(group):
             self._weights.read(group, working.targets)
         return working
 
-    def give_back(self, working: Working) -> None:
+    def give_back(self, working: StateGroup) -> None:
         if working.group.owns_master:
             for weight, master in zip(working.tensors[""], working.targets, strict=True):
                 weight.copy_(master)
@@ -72,7 +72,7 @@ class MemoryStates:
     def end(self) -> None:
         pass
 
-    def freeze(self, new_file: Callable[[], StateFile]) -> Frozen:
+    def snapshot(self, new_file: Callable[[], StateFile]) -> StateSnapshot:
         file = new_file()
         for group in self.layout.groups:
             nbytes = group.weights.nbytes + group.states.nbytes
@@ -90,7 +90,7 @@ class MemoryStates:
         staging.tensor[: group.states.nbytes].copy_(self._memory[group])
         file.write(group.states.offset, staging.memory[: group.states.nbytes])
 
-    def thaw(self, file: StateFile) -> Frozen:
+    def restore(self, file: StateFile) -> StateSnapshot:
         staging = HostBuffer(self.layout.largest_bytes)
         for group in self.layout.groups:
             file.read(group.states.offset, staging.memory[: group.states.nbytes])

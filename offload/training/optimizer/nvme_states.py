@@ -13,7 +13,7 @@ from offload.storage.errors import SessionError
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.state_file import StateFile
 from offload.storage.transfer import Link, Transfer
-from offload.training.optimizer.states import Frozen, Weights, Working, read_weights, views
+from offload.training.optimizer.states import StateGroup, StateSnapshot, Weights, read_weights, views
 
 _PART_BYTES = 8 << 20
 
@@ -36,7 +36,7 @@ class _Pending:
 
 
 @dataclass(slots=True)
-class DiskStates:
+class NvmeStates:
     """On NVMe, with the weights that are streamed from there.
 
     Attributes:
@@ -78,7 +78,7 @@ class DiskStates:
         self._coming = deque(self.layout.groups)
         self._read_ahead()
 
-    def take(self, group: SubGroup) -> Working:
+    def take(self, group: SubGroup) -> StateGroup:
         while group not in self._ahead:
             # One comes back when its write is over.
             self._start_next(self._buffers.get())
@@ -90,12 +90,12 @@ class DiskStates:
         if ahead.fresh:
             # Nothing was written yet: states are zero, and the weights are where they came from.
             buffer.tensor[group.weights.nbytes : group.weights.nbytes + group.states.nbytes].zero_()
-        working = Working(group, tensors, buffer)
+        working = StateGroup(group, tensors, buffer)
         if ahead.fresh or self.weights.changed(group):
             self.weights.read(group, working.targets)
         return working
 
-    def give_back(self, working: Working) -> None:
+    def give_back(self, working: StateGroup) -> None:
         group, buffer = working.group, working.buffer
         assert buffer is not None
         assert self._target is not None
@@ -133,7 +133,7 @@ class DiskStates:
             self._settle_one()
         self._drop_unused()
 
-    def freeze(self, new_file: Callable[[], StateFile]) -> Frozen:
+    def snapshot(self, new_file: Callable[[], StateFile]) -> StateSnapshot:
         """The file that the last step wrote; the next one writes beside it."""
         if self._target is None or self.written.get(self.layout.groups[0].block) is not self._target:
             raise SessionError("nothing was trained since the last checkpoint, which is still there")
@@ -153,7 +153,7 @@ class DiskStates:
             self._released.remove(file)
             self.drop_file(file)
 
-    def thaw(self, file: StateFile) -> Frozen:
+    def restore(self, file: StateFile) -> StateSnapshot:
         self._frozen.append(file)
         staging = self._buffers.get()
         for group in self.layout.groups:
@@ -214,7 +214,7 @@ class DiskStates:
 @dataclass(slots=True)
 class _Written:
     file: StateFile
-    states: DiskStates
+    states: NvmeStates
     written: bool = True
 
     def wait(self) -> None:

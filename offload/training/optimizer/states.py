@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from offload.scheduler.sub_groups import MASTER, Region, Span, StateLayout, SubGroup
+from offload.scheduler.sub_groups import MASTER, Region, StateLayout, SubGroup, TensorSpan
 from offload.storage.blocks import BlockKey
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.state_file import StateFile
@@ -32,7 +32,7 @@ class Weights(Protocol):
 
 
 @dataclass(slots=True)
-class Working:
+class StateGroup:
     """A sub-group where it is stepped.
 
     Attributes:
@@ -60,10 +60,10 @@ class States(Protocol):
     def begin(self) -> None:
         """A step begins: every group is taken and given back, in the layout's order."""
 
-    def take(self, group: SubGroup) -> Working:
+    def take(self, group: SubGroup) -> StateGroup:
         """The group, to be stepped."""
 
-    def give_back(self, working: Working) -> None:
+    def give_back(self, working: StateGroup) -> None:
         """The group was stepped: its weights follow from its masters."""
 
     def is_there(self, group: SubGroup) -> bool:
@@ -75,21 +75,21 @@ class States(Protocol):
     def end(self) -> None:
         """All that was given back is in its place."""
 
-    def freeze(self, new_file: Callable[[], StateFile]) -> "Frozen":
+    def snapshot(self, new_file: Callable[[], StateFile]) -> "StateSnapshot":
         """A file with everything as it is now, which no later step writes to.
 
         Args:
             new_file: makes one, where the states are in memory.
         """
 
-    def thaw(self, file: StateFile) -> "Frozen":
+    def restore(self, file: StateFile) -> "StateSnapshot":
         """Go on from a file that was frozen, which is not written to; the weights follow."""
 
     def close(self) -> None:
         """Give memory and files back."""
 
 
-class Frozen(Protocol):
+class StateSnapshot(Protocol):
     """Everything as it was at one moment, on its way to a file."""
 
     file: StateFile
@@ -111,7 +111,7 @@ def views(memory: torch.Tensor, region: Region, at: int) -> Tensors:
     return found
 
 
-def _view(memory: torch.Tensor, span: Span, at: int) -> torch.Tensor:
+def _view(memory: torch.Tensor, span: TensorSpan, at: int) -> torch.Tensor:
     start = at + span.offset
     with torch.inference_mode(False):
         view: torch.Tensor = memory[start : start + span.nbytes].view(getattr(torch, span.dtype))

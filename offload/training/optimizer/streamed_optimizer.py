@@ -27,11 +27,11 @@ from offload.storage.state_file import StateFile
 from offload.storage.transfer import Link
 from offload.training.backward.gradients import HostGradients, TiedUse, gradient_bytes, gradient_dtype
 from offload.training.memory import layout_of, trained
-from offload.training.optimizer.cpu_states import MemoryStates
-from offload.training.optimizer.nvme_states import BUFFER_COUNT, DiskStates
-from offload.training.optimizer.states import Frozen, States
+from offload.training.optimizer.cpu_states import CpuStates
+from offload.training.optimizer.nvme_states import BUFFER_COUNT, NvmeStates
+from offload.training.optimizer.states import States, StateSnapshot
 from offload.training.optimizer.trained_weights import OUTSIDE, TrainedWeights
-from offload.training.optimizer.update_rules import Rule, rule_of
+from offload.training.optimizer.update_rules import UpdateRule, rule_of
 from offload.training.options import CPU, Training
 
 _STATES = "optimizer states"
@@ -70,7 +70,7 @@ class StreamedOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
 
-class ManagedTraining:
+class StreamedTraining:
     """Everything that a session trains by itself.
 
     Args:
@@ -94,7 +94,7 @@ class ManagedTraining:
         writes: Link,
         host_ledger: MemoryLedger,
         disk_ledger: MemoryLedger,
-        apart: bool,
+        discrete: bool,
         folder: str,
         make_room: Callable[[int], None],
     ) -> None:
@@ -114,7 +114,7 @@ class ManagedTraining:
         self._engine = reader.engine
         self.buffered = False
         """The filesystem refuses O_DIRECT for files of states."""
-        self._rule: Rule = rule_of(training)
+        self._rule: UpdateRule = rule_of(training)
         self._steps_of: dict[str, int] = {}
         self._failure: BaseException | None = None
         self._updating = False
@@ -138,7 +138,7 @@ class ManagedTraining:
         self._look_at_the_disk()
         if training.state_tier == CPU:
             self.weights.leave_files()
-        self.gradients = self._take_gradients(blocks, ties, apart)
+        self.gradients = self._take_gradients(blocks, ties, discrete)
         self.states: States = self._take_states(reader.link, writes)
         self.weights.take_over()
 
@@ -330,8 +330,8 @@ class ManagedTraining:
             self._host_ledger.charge(_STATES, nbytes)
 
         if self.training.state_tier == CPU:
-            return MemoryStates(self.layout, self.weights, writes, charge, self.drop_file)
-        return DiskStates(
+            return CpuStates(self.layout, self.weights, writes, charge, self.drop_file)
+        return NvmeStates(
             self.layout, self.weights, reads, writes, charge, partial(self.new_file, self._folder), self.drop_file
         )
 
@@ -370,11 +370,11 @@ class ManagedTraining:
             "steps_of": self._steps_of,
         }
 
-    def resume(self, file: StateFile, settings: Mapping[str, Any]) -> Frozen:
+    def resume(self, file: StateFile, settings: Mapping[str, Any]) -> StateSnapshot:
         """Go on from a file of states; the weights follow."""
         with self._executor.lock, torch.no_grad():
             self._executor.settle()
-            frozen = self.states.thaw(file)
+            frozen = self.states.restore(file)
         self._steps_of = dict(settings["steps_of"])
         self.optimizer.steps = settings["steps"]
         self.optimizer.param_groups[0].update(settings["group"])

@@ -52,7 +52,7 @@ class TrainedWeights:
     def take_over(self) -> None:
         """From now on only the optimizer writes to them."""
         for home in self.homes.values():
-            home.managed = True
+            home.trained = True
 
     def leave_files(self) -> None:
         """Weights that are stepped in CPU memory live there."""
@@ -86,10 +86,10 @@ class TrainedWeights:
 
     def _from_file(self, source: FileRange, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
         part = FileRange(source.path, source.offset + start * dtype.itemsize, (stop - start) * dtype.itemsize)
-        landing = self._reader.plan([part])
-        buffer = HostBuffer(landing.slot_bytes)
-        self._reader.read([part], landing, buffer.memory[: landing.slot_bytes]).wait()
-        return buffer.tensor[landing.offsets[0] : landing.offsets[0] + part.nbytes].view(dtype)
+        read_plan = self._reader.plan([part])
+        buffer = HostBuffer(read_plan.slot_bytes)
+        self._reader.read([part], read_plan, buffer.memory[: read_plan.slot_bytes]).wait()
+        return buffer.tensor[read_plan.offsets[0] : read_plan.offsets[0] + part.nbytes].view(dtype)
 
     def changed(self, group: SubGroup) -> bool:
         return any(piece.parameter.name in self._changed for piece in group.pieces)

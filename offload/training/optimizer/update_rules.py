@@ -14,7 +14,7 @@ _SHARED = 256
 """Elements of a moment in 8 bits that share a scale."""
 
 
-class Rule(Protocol):
+class UpdateRule(Protocol):
     """One step of an optimizer.
 
     Attributes:
@@ -171,6 +171,6 @@ class Sgd:
         )
 
 
-def rule_of(training: Training) -> Rule:
+def rule_of(training: Training) -> UpdateRule:
     kinds: dict[str, type[AdamW] | type[AdamW8bit] | type[Sgd]] = {SGD: Sgd, ADAMW8BIT: AdamW8bit}
     return kinds.get(training.optimizer, AdamW)(training)
