@@ -191,7 +191,8 @@ def budget_bytes(folder: str) -> int:
         count_activations(model, workload),
         experts=ExpertGranularity.PER_EXPERT,
     )
-    return replace(decision.plan, expert_slots=LAYERS * EXPERTS // 4).device_bytes
+    plan = decision.plan
+    return replace(plan, experts=replace(plan.experts, slots=LAYERS * EXPERTS // 4)).device_bytes
 
 
 def in_group(request: argparse.Namespace, system: str, limit: int) -> dict[str, Any]:
@@ -274,7 +275,8 @@ def show_speed(result: dict[str, Any]) -> None:
         if use:
             compared = use["belady"]
             print(
-                f"{name}: {compared['measured_hits'] / compared['choices']:.1%} of what was asked for was there; an all-knowing cache "
+                f"{name}: {compared['measured_hits'] / compared['choices']:.1%} of what was asked for was there; "
+                f"an offline-optimal cache "
                 f"{compared['hits'] / compared['choices']:.1%}; recall {use['recall'] or 0:.0%}, "
                 f"by twice as many names {use['recall_at_2k'] or 0:.0%}"
             )

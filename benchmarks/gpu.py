@@ -156,7 +156,7 @@ def windows(model: str, request: argparse.Namespace, hardware: HardwareProfile) 
     from transformers import AutoModelForCausalLM
 
     with offload(model, device="cuda", gpu_memory="16GiB", cpu_memory=CPU_MEMORY, max_tokens=128, hardware=hardware) as session:
-        assert not session.plan.streamed
+        assert not session.plan.weights.streamed
         ours, layers = token_seconds(session.model, request.tokens), session.model.config.num_hidden_layers
     plain = token_seconds(AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval().cuda(), request.tokens)
     return {"seconds_per_token": ours, "plain_seconds_per_token": plain, "overhead_seconds_a_layer": (ours - plain) / layers}
@@ -173,7 +173,7 @@ def prefill(model: str, request: argparse.Namespace, hardware: HardwareProfile) 
             session.model(prompt(LONG_PROMPT_TOKENS - 8), logits_to_keep=1)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begun)
-        streamed = session.plan.streamed_bytes
+        streamed = session.plan.weights.streamed_bytes
     taken = statistics.median(seconds[1:])
     return {"seconds": taken, "link_share": streamed / taken / raw_bytes_per_second()}
 
@@ -194,7 +194,7 @@ def lora(model: str, request: argparse.Namespace, hardware: HardwareProfile) -> 
             session.step(1.0, overlap=True)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begun)
-        streamed = session.plan.streamed_bytes
+        streamed = session.plan.weights.streamed_bytes
     taken = statistics.median(seconds[1:])
     return {"seconds_a_step": taken, "link_share": 2 * streamed / taken / raw_bytes_per_second()}
 

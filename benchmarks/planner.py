@@ -33,6 +33,7 @@ from offload.probe import measure, module_seconds
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.model_spec import BlockRole, ModelSpec, Workload
 from offload.scheduler.plan import DEVICE_ALONE, HostCompute, Plan
+from offload.scheduler.plan_sections import WeightsPlan
 from offload.scheduler.planner import make_plan, spread
 from offload.scheduler.simulator import simulate
 from offload.scheduler.work import total
@@ -52,7 +53,7 @@ _CPU = Speed(0.5e9, 30e9)
 ALONE = Rates(disk=100e6, link=None, device=_CPU, host=_CPU)
 BESIDE = Rates(disk=100e6, link=0.3e9, device=Speed(0.5e9, 30e9), host=Speed(0.2e9, 6e9))
 NEW_TOKENS = 10
-_NOTHING_ELSEWHERE = Plan((), (), (), (), 0, 0, 0, 0, 0, 0, 0, 0)
+_NOTHING_ELSEWHERE = Plan(WeightsPlan())
 
 
 def models() -> dict[str, Any]:
@@ -111,10 +112,10 @@ def run(
     wall = sum(span.seconds for span in trace.on("pass"))
     causes = trace.attribution()
     return {
-        "resident": len(plan.resident),
-        "from_cpu_memory": len(plan.in_host_memory),
-        "on_cpu": len(plan.computed_on_host),
-        "divided": len(plan.cpu_gpu_split),
+        "resident": len(plan.weights.resident),
+        "from_cpu_memory": len(plan.weights.in_host_memory),
+        "on_cpu": len(plan.weights.computed_on_host),
+        "divided": len(plan.weights.cpu_gpu_split),
         "rounds": list(plan.rounds),
         "prefill": (prediction.prefill_seconds, prediction.prefill_measured_seconds),
         "token": (prediction.seconds_per_token, prediction.measured_seconds_per_token),
@@ -130,7 +131,7 @@ def _simulated_seconds(session: Any, prompt: int, new: int) -> float:
     """The same passes one after another on the virtual clock."""
     forecast, plan = session._forecast, session.plan
     batch_size = session._clock.phases["prefill"].batch_size
-    prefill, decode = forecast.work(session._spec, batch_size, prompt, prompt + new // 2, plan.prefill_chunk)
+    prefill, decode = forecast.work(session._spec, batch_size, prompt, prompt + new // 2, plan.splits.prefill_chunk)
     passes = [*prefill, *[decode] * (new - 1)]
     return sum(span.seconds for span in simulate(plan, session._spec, forecast.cost, passes).on("pass"))
 
@@ -179,7 +180,7 @@ def _apart(spec: ModelSpec, workload: Workload, budgets: dict[str, int]) -> dict
 
     whole = plan(workload)
     layers = {block.key for block in spec.layers}
-    streamed = frozenset(key for key in whole.in_host_memory if key in layers)
+    streamed = frozenset(key for key in whole.weights.in_host_memory if key in layers)
     return {
         "20% on the CPU": plan(workload, HostCompute(shared=streamed, percent=20)),
         "60% on the CPU": plan(workload, HostCompute(shared=streamed, percent=60)),
@@ -259,8 +260,8 @@ def fixed_plans(spec: ModelSpec, workload: Workload, device_bytes: int, host_byt
             made = make_plan(spec, device_bytes, workload, host_bytes, others | frozenset(resident), beside)
         except BudgetTooSmall:
             return None
-        room = (device_bytes - made.device_bytes) // made.slot_bytes if made.slot_bytes else 0
-        return replace(made, slot_count=made.slot_count + min(extra_slots, room))
+        room = (device_bytes - made.device_bytes) // made.weights.slot_bytes if made.weights.slot_bytes else 0
+        return replace(made, slot_count=made.weights.slot_count + min(extra_slots, room))
 
     wanted = {
         "all streamed": plan([]),
@@ -274,7 +275,9 @@ def fixed_plans(spec: ModelSpec, workload: Workload, device_bytes: int, host_byt
             for percent in (20, 50, 80)
         },
     }
-    streamed = frozenset(key for key in make_plan(spec, device_bytes, workload, host_bytes).in_host_memory if key in layers)
+    streamed = frozenset(
+        key for key in make_plan(spec, device_bytes, workload, host_bytes).weights.in_host_memory if key in layers
+    )
     for percent in (20, 40, 60, 80):
         wanted[f"streamed divided, {percent}%"] = plan(layers, HostCompute(frozenset(), streamed, percent))
     return {name: made for name, made in wanted.items() if made is not None}

@@ -117,7 +117,7 @@ def ours(request: argparse.Namespace) -> dict[str, Any]:
             "token_seconds": seconds,
             "streamed_bytes": report.streamed_bytes_per_pass,
             "weight_bytes": report.weight_bytes,
-            "resident_layers": sum(".layers." in key for key in session.plan.resident),
+            "resident_layers": sum(".layers." in key for key in session.plan.weights.resident),
             "ranges": reads,
             "report": report.to_dict(),
         }

@@ -238,11 +238,15 @@ def paced_products(model: nn.Module, rates: Rates, plan: Plan) -> Iterator[None]
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             percent = (
-                100 if within(name, plan.computed_on_host) else plan.cpu_percent if within(name, plan.cpu_gpu_split) else 0
+                100
+                if within(name, plan.weights.computed_on_host)
+                else plan.weights.cpu_percent
+                if within(name, plan.weights.cpu_gpu_split)
+                else 0
             )
             host_rows = module.out_features * percent // 100
-            handles += _pace_one(pauses, module, rates, host_rows, hops=within(name, plan.cpu_gpu_split))
-        elif name in plan.computed_on_host:
+            handles += _pace_one(pauses, module, rates, host_rows, hops=within(name, plan.weights.cpu_gpu_split))
+        elif name in plan.weights.computed_on_host:
             handles.append(module.register_forward_hook(partial(_hop, pauses, rates)))
     try:
         yield

@@ -8,4 +8,4 @@ try:
 except BudgetTooSmall as refusal:
     print(refusal)
     with offload("demo", device="cpu", cpu_memory=refusal.least_bytes, max_tokens=64) as session:
-        print(f"with {refusal.least_bytes} bytes it runs: {len(session.plan.streamed)} blocks are streamed")
+        print(f"with {refusal.least_bytes} bytes it runs: {len(session.plan.weights.streamed)} blocks are streamed")

@@ -53,7 +53,7 @@ class CostModel:
         What goes into a product is brought to the CPU first and its rows back afterwards. A device that computes behind
         the host's back does so meanwhile; another one before or after.
         """
-        share = sum(weight.host_rows(cpu_percent) * weight.row_bytes for weight in block.divisible) / block.streamed_bytes
+        share = sum(weight.host_rows(cpu_percent) * weight.row_bytes for weight in block.divisible) / block.stored_bytes
         ours, theirs = module.work.shared_out(share)
         device, host = self.module(ours).compute_seconds, self.on_host(theirs, copying_seconds)
         rows = max((rows for rows, _ in module.work.products), default=1)

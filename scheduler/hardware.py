@@ -11,6 +11,9 @@ from offload.storage.errors import ProfileError
 
 PROFILE_FORMAT = 1
 
+_OLD_NAMES = {"window_seconds": "module_seconds"}
+"""Of fields, in profiles that earlier versions made."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinkRate:
@@ -100,7 +103,7 @@ class HardwareProfile:
         disk_read, disk_write: the disk that weights are on.
         h2d, d2h: host memory to device and back, page-locked; None without a device.
         h2d_pageable: the same from ordinary memory.
-        window_seconds: what the runtime itself takes to open and close the window of a streamed block.
+        module_seconds: what the runtime itself takes around the forward of a streamed module: open, bind, unbind, close.
     """
 
     hardware_id: str
@@ -132,11 +135,11 @@ class HardwareProfile:
         """Raises ProfileError, which names what is wrong."""
         if not isinstance(content, dict) or content.get("format") != PROFILE_FORMAT:
             raise ProfileError(f'the hardware profile has no "format": {PROFILE_FORMAT}; make a new one with `offload probe`')
-        given = {name: value for name, value in content.items() if name != "format"}
+        given = {_OLD_NAMES.get(name, name): value for name, value in content.items() if name != "format"}
         values = _checked(cls, given, "")
         for name in ("host", "device"):
             values[name] = None if values.get(name) is None else _processor(values[name], name)
-        _positive(values.get("window_seconds", 0.0), "window_seconds", zero=True)
+        _positive(values.get("module_seconds", 0.0), "module_seconds", zero=True)
         for name in ("disk_read", "disk_write", "h2d", "d2h", "h2d_pageable"):
             if values.get(name) is not None:
                 values[name] = _numbers(LinkRate, values[name], name)

@@ -47,7 +47,9 @@ class PlacedBlock:
     Attributes:
         resident_bytes: what it takes on the device when it stays there.
         slot_bytes: what it takes in the slots while it is streamed, over-read included.
-        streamed_bytes: what crosses the link each time it is streamed.
+        stored_bytes: what is read from disk, or crosses the link, each time it is streamed.
+        codec: how it is encoded there; `none` for plain tensors.
+        decode_seconds: of decoding it into a slot, once.
         divisible: its weights that the device and the CPU can compute with together.
     """
 
@@ -55,15 +57,22 @@ class PlacedBlock:
     role: BlockRole
     resident_bytes: int
     slot_bytes: int
-    streamed_bytes: int
+    stored_bytes: int
     divisible: tuple[DivisibleWeight, ...] = ()
+    codec: str = "none"
+    decode_seconds: float = 0.0
+
+    @property
+    def host_bytes(self) -> int:
+        """What it takes of CPU memory where it lives there, laid out as in a slot."""
+        return self.slot_bytes
 
     def device_part(self, cpu_percent: int) -> "PlacedBlock":
-        """What crosses the link where the CPU computes with `host_percent` of the divisible weights' rows."""
+        """What crosses the link where the CPU computes with `cpu_percent` of the divisible weights' rows."""
         host_bytes = sum(weight.host_rows(cpu_percent) * weight.row_bytes for weight in self.divisible)
         # Each weight that is left begins aligned again.
         slot_bytes = self.slot_bytes - host_bytes + TENSOR_ALIGNMENT_BYTES * len(self.divisible)
-        return replace(self, slot_bytes=slot_bytes, streamed_bytes=self.streamed_bytes - host_bytes)
+        return replace(self, slot_bytes=slot_bytes, stored_bytes=self.stored_bytes - host_bytes)
 
 
 @dataclass(frozen=True, slots=True)

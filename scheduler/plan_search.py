@@ -100,7 +100,7 @@ def choose_plan(tasks: Sequence[SearchProblem], allow_cpu: bool) -> Candidate:
 
 def _improved(task: SearchProblem, rule: Candidate, allow_cpu: bool) -> Candidate:
     """The fastest of the rule's plan and those that compute on the CPU, or prefetch deeper."""
-    if task.host_bytes is None or not rule.plan.streamed:
+    if task.host_bytes is None or not rule.plan.weights.streamed:
         return rule
     choices = [rule]
     # A layer that the CPU computes would want its keys and values there.
@@ -132,23 +132,25 @@ def _predicted(task: SearchProblem, plan: Plan) -> Candidate:
 
 def _with_more_slots(task: SearchProblem, plan: Plan) -> Iterator[Candidate]:
     """Some layers given up for a deeper prefetch, which helps where a pass computes for long and then waits for long."""
-    layers = [block for block in task.model.layers if block.key in plan.resident]
+    layers = [block for block in task.model.layers if block.key in plan.weights.resident]
     for given_up in {0, 1, 2, len(layers) // 2, len(layers)}:
-        kept = frozenset(plan.resident) - {block.key for block in spread(layers)[:given_up]}
+        kept = frozenset(plan.weights.resident) - {block.key for block in spread(layers)[:given_up]}
         try:
             deeper = make_plan(task.model, task.device_bytes, task.workload, task.host_bytes, kept, plan.host_compute)
         except BudgetTooSmall:
             continue
-        room = (task.device_bytes - deeper.device_bytes) // deeper.slot_bytes if deeper.slot_bytes else 0
-        useful = min(room, len(deeper.streamed) - deeper.slot_count)
+        room = (task.device_bytes - deeper.device_bytes) // deeper.weights.slot_bytes if deeper.weights.slot_bytes else 0
+        useful = min(room, len(deeper.weights.streamed) - deeper.weights.slot_count)
         if useful > 0:
-            yield _predicted(task, replace(deeper, slot_count=deeper.slot_count + useful))
+            yield _predicted(
+                task, replace(deeper, weights=replace(deeper.weights, slot_count=deeper.weights.slot_count + useful))
+            )
 
 
 def _divided(rule: Plan, layers: Sequence[PlacedBlock]) -> Iterator[HostCompute]:
     """Every layer that is streamed from CPU memory, in several proportions."""
     names = {block.key for block in layers if block.divisible}
-    streamed = frozenset(key for key in rule.in_host_memory if key in names)
+    streamed = frozenset(key for key in rule.weights.in_host_memory if key in names)
     for percent in _PERCENTS if streamed else ():
         yield HostCompute(shared=streamed, percent=percent)
 
@@ -231,7 +233,7 @@ def _times(
     for index, group in enumerate(groups):
         module = modules.get(group[0].key, ModuleWork(group[0].key, (), Work()))
         hops = hardware.h2d.seconds(module.result_bytes) + hardware.d2h.seconds(module.result_bytes)
-        nbytes = group[0].streamed_bytes
+        nbytes = group[0].stored_bytes
         for place, home in enumerate(homes):
             column = index * len(homes) + place
             on_cpu = home is LayerPlacement.CPU
@@ -277,5 +279,5 @@ def group_identical(layers: Iterable[PlacedBlock], work: PassWork) -> list[list[
     works = {module.key: module.work for module in work.modules}
     groups: dict[object, list[PlacedBlock]] = {}
     for block in layers:
-        groups.setdefault((block.slot_bytes, block.streamed_bytes, works.get(block.key)), []).append(block)
+        groups.setdefault((block.slot_bytes, block.stored_bytes, works.get(block.key)), []).append(block)
     return list(groups.values())

@@ -7,9 +7,10 @@ weighed by its cost is decided in `choice.py`.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from offload.scheduler.kv_pages import cut
+from offload.scheduler.kv_pages import PagedKv, cut
 from offload.scheduler.model_spec import BlockRole, ExpertsSpec, ModelSpec, PlacedBlock, Workload
 from offload.scheduler.plan import DEVICE_ALONE, HostCompute, Plan
+from offload.scheduler.plan_sections import BlockPlan, ExpertsPlan, KvPlan, SplitsPlan, WeightsPlan
 from offload.storage.blocks import BlockKey, align_up
 from offload.storage.errors import BudgetTooSmall, gib
 
@@ -53,7 +54,7 @@ def make_plan(
     if host_bytes is not None and workload.paged is not None:
         pages = workload.kv_host_bytes(model, host_bytes)
         plan = _make_plan(model, budget_bytes, workload, host_bytes - pages, candidates, host_compute)
-        return replace(plan, kv_host_bytes=pages)
+        return replace(plan, kv=replace(plan.kv, host_bytes=pages))
     return _make_plan(model, budget_bytes, workload, host_bytes, candidates, host_compute)
 
 
@@ -89,16 +90,16 @@ def _make_plan(
 def _with_expert_slots(plan: Plan, model: ModelSpec, experts: ExpertsSpec, budget_bytes: int, host_bytes: int | None) -> Plan:
     """Every token computes with all that is no expert, and with few of the experts: these take the room that is left."""
     slots = min((budget_bytes - plan.device_bytes) // experts.slot_bytes, experts.total)
-    plan = replace(plan, expert_slots=slots, expert_slot_bytes=experts.slot_bytes)
+    plan = replace(plan, experts=ExpertsPlan(slots, experts.slot_bytes))
     if host_bytes is None:
         return plan
     blocks = plan.parts_of(model)
     largest = max((block.slot_bytes for block in model.blocks), default=0)
-    taken = sum(blocks[key].slot_bytes for key in (*plan.in_host_memory, *plan.computed_on_host))
-    left = host_bytes - taken - (plan.staging_count + 1) * largest
+    taken = sum(blocks[key].slot_bytes for key in (*plan.weights.in_host_memory, *plan.weights.computed_on_host))
+    left = host_bytes - taken - (plan.weights.staging_count + 1) * largest
     in_host = max(0, min(left // experts.slot_bytes, experts.total))
     staging = 0 if in_host == experts.total else _EXPERT_STAGING
-    return replace(plan, experts_in_host_memory=in_host, expert_staging_count=staging)
+    return replace(plan, experts=replace(plan.experts, in_host_memory=in_host, staging_count=staging))
 
 
 def _with_experts(error: BudgetTooSmall, budget_bytes: int, experts: ExpertsSpec) -> BudgetTooSmall:
@@ -128,12 +129,14 @@ def _with_host_compute(
     reduced = without(replace(model, blocks=parts), host_compute.whole)
     left = max(0, (host_bytes or 0) - taken)
     plan = _place(reduced, budget_bytes, workload, left, candidates, host_compute.shared)
-    return replace(
-        plan,
+    weights = replace(
+        plan.weights,
         computed_on_host=tuple(block.key for block in model.blocks if block.key in host_compute.whole),
         cpu_gpu_split=tuple(block.key for block in model.blocks if block.key in host_compute.shared),
         cpu_percent=host_compute.percent if host_compute.shared else 0,
+        blocks=tuple(BlockPlan.of(block) for block in model.blocks),
     )
+    return replace(plan, weights=weights)
 
 
 def _place(
@@ -296,7 +299,7 @@ def _assemble(
         rest = [block for block in streamed if block.key not in cpu_gpu_split]
         chosen, staging_count = _host_blocks(model, rest, host_bytes)
         in_host |= chosen
-    return Plan(
+    weights = WeightsPlan(
         resident=tuple(block.key for block in model.blocks if block.key in resident),
         streamed=tuple(block.key for block in streamed),
         in_host_memory=tuple(block.key for block in streamed if block.key in in_host),
@@ -304,26 +307,28 @@ def _assemble(
         slot_bytes=slot_bytes,
         slot_count=slot_count,
         staging_count=staging_count,
-        kv_bytes=workload.kv_bytes(model),
-        activation_bytes=workload.activation_bytes(model),
         always_resident_bytes=model.always_resident_bytes,
         resident_bytes=sum(block.resident_bytes for block in model.blocks if block.key in resident),
-        streamed_bytes=sum(block.streamed_bytes for block in streamed),
-        micro_batch=workload.micro_batch,
-        decode_micro_batch=workload.decode_micro_batch(model),
-        prefill_chunk=workload.prefill_chunk,
-        kv_memory_bytes=0 if workload.paged is None else workload.paged.memory_bytes,
-        kv_resident_bytes=_kv_resident_bytes(model, workload),
-        kv_state_offload=workload.paged is not None and workload.paged.state_offload,
-        kv_segments=workload.paged is not None and workload.paged.segments,
-        kv_stored_percent=100 if workload.paged is None else workload.paged.stored_percent,
+        streamed_bytes=sum(block.stored_bytes for block in streamed),
+        blocks=tuple(BlockPlan.of(block) for block in model.blocks),
     )
+    kv = KvPlan(reserved_bytes=workload.kv_bytes(model))
+    if workload.paged is not None:
+        kv = replace(
+            kv,
+            memory_bytes=workload.paged.memory_bytes,
+            resident_bytes=_kv_resident_bytes(model, workload, workload.paged),
+            state_offload=workload.paged.state_offload,
+            segments=workload.paged.segments,
+            stored_percent=workload.paged.stored_percent,
+        )
+    splits = SplitsPlan(workload.micro_batch, workload.decode_micro_batch(model), workload.prefill_chunk)
+    return Plan(weights, kv=kv, splits=splits, activation_bytes=workload.activation_bytes(model))
 
 
-def _kv_resident_bytes(model: ModelSpec, workload: Workload) -> int:
-    if workload.paged is None or model.kv is None:
+def _kv_resident_bytes(model: ModelSpec, workload: Workload, paged: PagedKv) -> int:
+    if model.kv is None:
         return 0
-    paged = workload.paged
     try:
         pages = cut(model.kv, workload.batch_size, workload.total_tokens, paged.memory_bytes, paged.segments)
     except BudgetTooSmall:

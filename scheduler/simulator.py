@@ -44,21 +44,21 @@ class Simulation:
         self._blocks = {block.key: block for block in model.blocks}
         self._layers = frozenset(block.key for block in model.layers)
         parts = plan.parts_of(model)
-        self._bytes = {key: block.streamed_bytes for key, block in parts.items()}
-        self._streamed = frozenset(plan.streamed)
-        self._in_host = frozenset(plan.in_host_memory)
-        self._on_host = frozenset(plan.computed_on_host)
-        self._cpu_gpu_split = frozenset(plan.cpu_gpu_split)
-        self._cpu_percent = plan.cpu_percent
-        self._row_fetched = frozenset(plan.row_fetched)
+        self._bytes = {key: block.stored_bytes for key, block in parts.items()}
+        self._streamed = frozenset(plan.weights.streamed)
+        self._in_host = frozenset(plan.weights.in_host_memory)
+        self._on_host = frozenset(plan.weights.computed_on_host)
+        self._cpu_gpu_split = frozenset(plan.weights.cpu_gpu_split)
+        self._cpu_percent = plan.weights.cpu_percent
+        self._row_fetched = frozenset(plan.weights.row_fetched)
         self._times: dict[int, tuple[Work, ComputeTime]] = {}
         self._device_free = 0.0
         self._link_free = {DISK: 0.0, H2D: 0.0}
-        self._staging = deque([0.0] * plan.staging_count)
+        self._staging = deque([0.0] * plan.weights.staging_count)
         self._slot_free: dict[int, float] = {}
         self._arrivals: dict[int, _Arrival] = {}
-        slots = {key: -(-parts[key].slot_bytes // plan.slot_bytes) for key in plan.streamed}
-        self._schedule = SlotSchedule(plan.slot_count, {key: slots[key] for key in plan.streamed})
+        slots = {key: -(-parts[key].slot_bytes // plan.weights.slot_bytes) for key in plan.weights.streamed}
+        self._schedule = SlotSchedule(plan.weights.slot_count, {key: slots[key] for key in plan.weights.streamed})
         hardware = cost.hardware
         self._rates = {DISK: hardware.disk_read}
         if hardware.h2d is not None:
@@ -278,12 +278,12 @@ class KvReads:
     """Pages of keys and values that a pass reads from lower tiers, the same for every layer."""
 
     def __init__(self, model: ModelSpec, plan: Plan, hardware: HardwareProfile) -> None:
-        self._shape = model.kv if plan.kv_memory_bytes else None
+        self._shape = model.kv if plan.kv.memory_bytes else None
         self._plan = plan
         self._keys = [block.key for block in model.layers]
         self._places = {key: place for place, key in enumerate(self._keys)}
         self._host = hardware.host.memory_bytes_per_second
-        self._beside = plan.kv_segments and cpu_reads_pages(hardware)
+        self._beside = plan.kv.segments and cpu_reads_pages(hardware)
         self._layer_bytes = 0.0
         self._on_host = 0.0
         self.beside_seconds = 0.0
@@ -292,9 +292,9 @@ class KvReads:
     def begin_pass(self, work: PassWork) -> None:
         if self._shape is None or not self._keys:
             return
-        stored = work.batch_size * work.context_tokens * self._shape.all_token_bytes * self._plan.kv_stored_percent / 100
-        below = max(0.0, stored - self._plan.kv_resident_bytes)
-        self._on_host = min(1.0, self._plan.kv_host_bytes / below) if below else 0.0
+        stored = work.batch_size * work.context_tokens * self._shape.all_token_bytes * self._plan.kv.stored_percent / 100
+        below = max(0.0, stored - self._plan.kv.resident_bytes)
+        self._on_host = min(1.0, self._plan.kv.host_bytes / below) if below else 0.0
         # Layers that keep no tokens count as others: what is read is all there is, spread among all.
         self._layer_bytes = below / len(self._keys)
         if self._beside:
@@ -334,9 +334,9 @@ class ExpertMisses:
             host_compute = [key for key in keys if key.startswith(f"{experts.rpartition('.')[0]}.")]
             for key in (*above, *host_compute)[:1]:
                 self._layers[key] = index
-        self.host_share = plan.experts_in_host_memory / model.experts.total
-        self._share = plan.expert_slots / model.experts.total
-        self._hit_rate = model.experts.hit_rate(plan.expert_slots) if hit_rate is None else hit_rate
+        self.host_share = plan.experts.in_host_memory / model.experts.total
+        self._share = plan.experts.slots / model.experts.total
+        self._hit_rate = model.experts.hit_rate(plan.experts.slots) if hit_rate is None else hit_rate
 
     def begin_pass(self, work: PassWork) -> None:
         """What a pass of so many tokens brings."""

@@ -82,8 +82,11 @@ def _print(planned: PlanResult, asked: PlanRequest) -> None:
     print_table(_places(planned))
     print_table(_memory(planned))
     shares = ", ".join(f"{cause} {share:.0%}" for cause, share in prediction.decode_shares.items() if share >= 0.005)
-    print(f"a token: {shares}; {gib(plan.streamed_bytes)} streamed, {plan.slot_count} slots of {gib(plan.slot_bytes)}\n")
-    if plan.kv_memory_bytes:
+    print(
+        f"a token: {shares}; {gib(plan.weights.streamed_bytes)} streamed, {plan.weights.slot_count} slots of "
+        f"{gib(plan.weights.slot_bytes)}\n"
+    )
+    if plan.kv.memory_bytes:
         _print_pages(plan)
     if planned.by_hit_rate:
         _print_hit_rates(planned)
@@ -98,15 +101,15 @@ def _print(planned: PlanResult, asked: PlanRequest) -> None:
 
 
 def _print_pages(plan: Plan) -> None:
-    beside = f", {gib(plan.kv_host_bytes)} in CPU memory" if plan.kv_host_bytes else ""
-    read = "read piece by piece" if plan.kv_segments else "a layer put together at a time"
-    print(f"KV cache: {gib(plan.kv_memory_bytes)} on the device{beside}, the rest on disk; {read}\n")
+    beside = f", {gib(plan.kv.host_bytes)} in CPU memory" if plan.kv.host_bytes else ""
+    read = "read piece by piece" if plan.kv.segments else "a layer put together at a time"
+    print(f"KV cache: {gib(plan.kv.memory_bytes)} on the device{beside}, the rest on disk; {read}\n")
 
 
 def _print_hit_rates(planned: PlanResult) -> None:
     plan = planned.plan
-    beside = f", {plan.experts_in_host_memory:,} in CPU memory" if "gpu" in planned.budget_bytes else ""
-    print(f"experts: {plan.expert_slots:,} in device memory{beside}")
+    beside = f", {plan.experts.in_host_memory:,} in CPU memory" if "gpu" in planned.budget_bytes else ""
+    print(f"experts: {plan.experts.slots:,} in device memory{beside}")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("if so many of a token's experts are there", "a token takes", ""):
         table.add_column(column, justify="right" if column else "left")
@@ -118,17 +121,17 @@ def _print_hit_rates(planned: PlanResult) -> None:
 
 def _places(planned: PlanResult) -> Table:
     plan = planned.plan
-    disk = [key for key in plan.streamed if key not in plan.in_host_memory]
+    disk = [key for key in plan.weights.streamed if key not in plan.weights.in_host_memory]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("blocks", "how many", "which"):
         table.add_column(column)
     rows = {
-        "stay on the device": plan.resident,
-        "stream from CPU memory": [key for key in plan.in_host_memory if key not in plan.cpu_gpu_split],
-        f"stream so, {plan.cpu_percent}% on the CPU": plan.cpu_gpu_split,
-        "computed on the CPU": plan.computed_on_host,
+        "stay on the device": plan.weights.resident,
+        "stream from CPU memory": [key for key in plan.weights.in_host_memory if key not in plan.weights.cpu_gpu_split],
+        f"stream so, {plan.weights.cpu_percent}% on the CPU": plan.weights.cpu_gpu_split,
+        "computed on the CPU": plan.weights.computed_on_host,
         "stream from disk": disk,
-        "read by row": plan.row_fetched,
+        "read by row": plan.weights.row_fetched,
     }
     for name, keys in rows.items():
         if keys:
@@ -146,16 +149,16 @@ def _memory(planned: PlanResult) -> Table:
     for column in ("memory", "budget", "peak", "of which"):
         table.add_column(column)
     parts = {
-        "resident weights": plan.resident_bytes + plan.always_resident_bytes,
+        "resident weights": plan.weights.resident_bytes + plan.weights.always_resident_bytes,
         "slots": plan.arena_bytes,
         "experts": plan.expert_bytes,
-        "KV cache": plan.kv_bytes,
+        "KV cache": plan.kv.reserved_bytes,
         "temporaries": plan.activation_bytes,
     }
     computing = next(iter(planned.budget_bytes))
     for tier, budget in planned.budget_bytes.items():
         named = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-        pages = f", pages of the KV cache {gib(plan.kv_host_bytes)}" if plan.kv_host_bytes else ""
+        pages = f", pages of the KV cache {gib(plan.kv.host_bytes)}" if plan.kv.host_bytes else ""
         what = named if tier == computing else f"weights, staging{pages}"
         table.add_row(tier, gib(budget), gib(planned.peak_bytes[tier]), what)
     return table

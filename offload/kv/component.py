@@ -77,34 +77,34 @@ class KvComponent:
         self._disk_dir = disk_dir
         self._ledgers = host_ledger, disk_ledger
         self._warn = warn
-        self.pages = self._cut(plan.kv_memory_bytes)
+        self.pages = self._cut(plan.kv.memory_bytes)
         pages, codec = self.pages, options.method.codec
         self._raw_pages = pages.device_pages
         if codec is not None:
             # The open ones, and a few that no code is good enough for, which go to disk.
             self._raw_pages = shape.layers + max(2, (pages.device_pages - shape.layers) // _SEALED_SHARE)
         self.store = KvStore(
-            self._pool(pages.page_bytes, self._raw_pages, plan.kv_host_bytes if codec is None else 0),
+            self._pool(pages.page_bytes, self._raw_pages, plan.kv.host_bytes if codec is None else 0),
             pages.ring_pages if codec is None else 1,
             pages.resident_pages(shape.layers) if codec is None else 1,
             codec,
             self._coded_pool,
-            cpu_attends=plan.kv_segments and not device.shares_host_memory and cpu_reads_pages(hardware),
+            cpu_attends=plan.kv.segments and not device.shares_host_memory and cpu_reads_pages(hardware),
             warn=warn,
             page_tokens=options.tokens_a_page(workload.total_tokens),
         )
-        state_offloader = StateOffloader(self.store) if plan.kv_state_offload else None
-        self._layers = PagedLayers(self.store, options.layer_policy(), plan.kv_segments, state_offloader)
+        state_offloader = StateOffloader(self.store) if plan.kv.state_offload else None
+        self._layers = PagedLayers(self.store, options.layer_policy(), plan.kv.segments, state_offloader)
 
     def open(self, model: nn.Module, stack: ExitStack) -> None:
         """Take memory, and the place of the model's attention where that is needed; all undone by `stack`."""
         host, disk = self._ledgers
-        if self._plan.kv_host_bytes:
-            host.charge(_PAGES, self._plan.kv_host_bytes)
+        if self._plan.kv.host_bytes:
+            host.charge(_PAGES, self._plan.kv.host_bytes)
             stack.callback(lambda: host.set(_PAGES, 0))
         stack.callback(lambda: disk.set(CATEGORY, 0))
         stack.callback(self.store.close)
-        if self._plan.kv_segments:
+        if self._plan.kv.segments:
             stack.callback(PagedAttention(model).undo)
 
     def adopt(self, cache: Any) -> bool:
@@ -119,7 +119,7 @@ class KvComponent:
 
     def check(self, batch_size: int, context_tokens: int) -> None:
         """Raise BudgetExceeded if a layer could not be put together after a pass with so many tokens."""
-        if self._plan.kv_segments:
+        if self._plan.kv.segments:
             return
         needed = batch_size * context_tokens * self.shape.token_bytes
         if needed > self.pages.assembled_bytes:
@@ -152,7 +152,7 @@ class KvComponent:
         return {
             "policy": self.options.policy,
             "budget": self.options.seen,
-            "memory_bytes": self._plan.kv_memory_bytes,
+            "memory_bytes": self._plan.kv.memory_bytes,
             "page_bytes": self.pages.page_bytes,
             **peaks,
             "onloaded_bytes": self.onloaded_bytes,
@@ -169,13 +169,13 @@ class KvComponent:
         return streamed_bytes(self.shape, self.pages, self._workload.batch_size, self._workload.total_tokens)
 
     def _cut(self, memory_bytes: int) -> KvPages:
-        workload, options, percent = self._workload, self.options, self._plan.kv_stored_percent
+        workload, options, percent = self._workload, self.options, self._plan.kv.stored_percent
         sizes = workload.batch_size, workload.total_tokens, memory_bytes
         page_tokens = options.tokens_a_page(workload.total_tokens)
         return cut(
             self.shape,
             *sizes,
-            self._plan.kv_segments,
+            self._plan.kv.segments,
             page_tokens,
             options.index_share,
             percent,
@@ -194,7 +194,7 @@ class KvComponent:
         room = pages.page_bytes * (pages.device_pages - self._raw_pages)
         count = max(3, room // page_bytes)
         ring = max(2, min(pages.ring_pages, count // 3))
-        return self._pool(page_bytes, count, self._plan.kv_host_bytes), ring, count - ring - 1
+        return self._pool(page_bytes, count, self._plan.kv.host_bytes), ring, count - ring - 1
 
     def _open_file(self, page_bytes: int) -> PageFile:
         file = PageFile(self._disk_dir, page_bytes)

@@ -74,11 +74,11 @@ def rule_for_misses(
     Raises:
         ConfigError: if it was asked for, and no expert is in CPU memory.
     """
-    if misses == CPU and not plan.experts_in_host_memory:
+    if misses == CPU and not plan.experts.in_host_memory:
         raise ConfigError(
             "expert_misses='cpu' computes experts from CPU memory, and there is no room for any; give a larger cpu_memory"
         )
-    if misses == LOAD or not plan.experts_in_host_memory or (misses == AUTO and not may_round):
+    if misses == LOAD or not plan.experts.in_host_memory or (misses == AUTO and not may_round):
         return ALWAYS_LOAD
     if hardware is None:
         return UNMEASURED if misses == CPU else ALWAYS_LOAD
@@ -159,8 +159,8 @@ class ExpertComponent:
         self._ledger.charge(EXPERTS, plan.expert_bytes)
         layers, experts = len(self.units), max(unit.count for unit in self.units)
         policy = make_policy(self.policy, layers, experts)
-        cache = ExpertCache(layers, experts, plan.expert_slots, policy, self.minimum(plan))
-        store = ExpertSlots(self._device, self.units, self._sources, plan.expert_slots, plan.expert_slot_bytes)
+        cache = ExpertCache(layers, experts, plan.experts.slots, policy, self.minimum(plan))
+        store = ExpertSlots(self._device, self.units, self._sources, plan.experts.slots, plan.experts.slot_bytes)
         self.streaming = ExpertStreaming(
             self._device,
             self._executor,
@@ -176,9 +176,9 @@ class ExpertComponent:
             self._prompts_ahead,
         )
         self._executor.guard(store.arena)
-        if plan.expert_slots < self.spec.token_slots:
+        if plan.experts.slots < self.spec.token_slots:
             self._warn(
-                f"there are {plan.expert_slots} slots for experts, and one token uses {self.spec.token_slots}: most are "
+                f"there are {plan.experts.slots} slots for experts, and one token uses {self.spec.token_slots}: most are "
                 "brought again for each; a larger budget helps more than anything else"
             )
 
@@ -192,7 +192,7 @@ class ExpertComponent:
 
     def minimum(self, plan: Plan) -> int:
         """Slots that a layer is sure of."""
-        return min(plan.expert_slots // len(self.units), self.spec.chosen)
+        return min(plan.experts.slots // len(self.units), self.spec.chosen)
 
     def wrap_modules(self, stack: ExitStack) -> None:
         if self._predictor is not None:

@@ -43,19 +43,19 @@ class ExpertPlacement:
             DiskFull, ReadError: as placing anything else does.
         """
         self._placement.spill([unit for unit in self._units if not self._located(unit)])
-        if plan.expert_staging_count and not self._device.shares_host_memory:
-            self._staged = self._placement.open_staging(plan.expert_slot_bytes, plan.expert_staging_count)
+        if plan.experts.staging_count and not self._device.shares_host_memory:
+            self._staged = self._placement.open_staging(plan.experts.slot_bytes, plan.experts.staging_count)
         from_files = [
             FileExperts(unit, self._pieces_of(unit), self._reader, self._staged, self._device) for unit in self._units
         ]
-        if self._device.shares_host_memory or not plan.experts_in_host_memory:
+        if self._device.shares_host_memory or not plan.experts.in_host_memory:
             return list(from_files)
-        counts = _share_out(plan.experts_in_host_memory, [unit.count for unit in self._units])
+        counts = _share_out(plan.experts.in_host_memory, [unit.count for unit in self._units])
         done, total = 0, sum(count * unit.nbytes for count, unit in zip(counts, self._units, strict=True))
         sources: list[ExpertSource] = []
         for unit, files, count in zip(self._units, from_files, counts, strict=True):
             self._progress("loading experts", done, total)
-            sources.append(self._to_host_memory(unit, files, count, plan.expert_slot_bytes))
+            sources.append(self._to_host_memory(unit, files, count, plan.experts.slot_bytes))
             done += count * unit.nbytes
         self._progress("loading experts", total, total)
         return sources

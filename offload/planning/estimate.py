@@ -20,5 +20,5 @@ def estimated_pass(spec: ModelSpec, phase: str, batch_size: int, tokens: int) ->
 
 def _work(blocks: list[PlacedBlock], rows: int) -> Work:
     layers = sum(block.role is BlockRole.LAYER for block in blocks)
-    flops = sum(2.0 * rows * block.streamed_bytes / 2 for block in blocks)
+    flops = sum(2.0 * rows * block.stored_bytes / 2 for block in blocks)
     return Work(_OPERATIONS * max(1, layers), ((rows, flops),))

@@ -86,7 +86,7 @@ def fit(
     whole: FittedPlan | list[BudgetTooSmall] = []
     if units and experts is ExpertGranularity.AUTO:
         whole = _fitting(model, budgets, [workload], slot_bytes, activations, candidates, ())
-        if isinstance(whole, FittedPlan) and not whole.plan.streamed:
+        if isinstance(whole, FittedPlan) and not whole.plan.weights.streamed:
             return whole
     found = _fitting(model, budgets, [workload], slot_bytes, activations, candidates, units)
     if isinstance(found, FittedPlan):
@@ -121,12 +121,12 @@ def fit(
 
 def _smaller(ways: Sequence[PagedKv], plan: Plan) -> tuple[PagedKv, ...]:
     """Those that are read as in the plan, and leave more memory to weights."""
-    return tuple(way for way in ways if way.segments == plan.kv_segments and way.memory_bytes < plan.kv_memory_bytes)
+    return tuple(way for way in ways if way.segments == plan.kv.segments and way.memory_bytes < plan.kv.memory_bytes)
 
 
 def _unshared(model: nn.Module, plan: Plan, kv: KvOptions) -> list[str]:
     """That what a batch begins with is not read once for all of it."""
-    if not kv.shared_tokens or plan.kv_segments:
+    if not kv.shared_tokens or plan.kv.segments:
         return []
     return [
         f"what all sequences begin with is computed and read for each of them: the attention of {type(model).__name__} is its "
@@ -137,13 +137,13 @@ def _unshared(model: nn.Module, plan: Plan, kv: KvOptions) -> list[str]:
 def _in_pieces(fitted: FittedPlan, workload: Workload, kv: KvOptions) -> list[str]:
     """That the memory that was asked for is too little for a layer in one piece, and what would do."""
     shape = fitted.spec.kv
-    if not fitted.plan.kv_segments or kv.is_lossy or shape is None:
+    if not fitted.plan.kv.segments or kv.is_lossy or shape is None:
         return []
     try:
-        cut(shape, workload.batch_size, workload.total_tokens, fitted.plan.kv_memory_bytes, False)
+        cut(shape, workload.batch_size, workload.total_tokens, fitted.plan.kv.memory_bytes, False)
     except BudgetTooSmall as error:
         return [
-            f"{gib(fitted.plan.kv_memory_bytes)} for the KV cache have no room for a layer in one piece: attention reads it "
+            f"{gib(fitted.plan.kv.memory_bytes)} for the KV cache have no room for a layer in one piece: attention reads it "
             f"piece by piece, exactness is rounding; from kv_memory={error.least_bytes} ({gib(error.least_bytes)}) on it is "
             "identical"
         ]
@@ -153,7 +153,7 @@ def _in_pieces(fitted: FittedPlan, workload: Workload, kv: KvOptions) -> list[st
 def _forced(plan: Plan) -> list[str]:
     """What was done because nothing else fits."""
     said = []
-    if plan.kv_memory_bytes:
+    if plan.kv.memory_bytes:
         said.append("the KV cache does not fit the budget: a part of it goes to lower tiers")
     if plan.rounds:
         said.append(f"nothing else fits the budget: {' and '.join(plan.rounds)}; exactness is rounding")
@@ -254,7 +254,7 @@ def _fitting(
 
 def _other_experts(model: nn.Module, fitted: FittedPlan, experts: ExpertGranularity) -> list[str]:
     """That experts are streamed with their layers, because they cannot be told apart."""
-    names = undecorated_experts(model) if fitted.plan.streamed and experts is not ExpertGranularity.PER_LAYER else []
+    names = undecorated_experts(model) if fitted.plan.weights.streamed and experts is not ExpertGranularity.PER_LAYER else []
     if not names:
         return []
     return [f"{' and '.join(names)} hold experts otherwise than transformers' interface for them: whole layers are streamed"]
@@ -273,8 +273,8 @@ def _said(structure: Structure, by_submodule: frozenset[BlockKey]) -> tuple[str,
     if by_submodule:
         largest = max(unit.block.nbytes for unit in structure.units)
         sentences.append(
-            f"{len(by_submodule)} blocks are larger than the budget has room for and are streamed by their sub-modules, of which the "
-            f"largest has {gib(largest)}"
+            f"{len(by_submodule)} blocks are larger than the budget has room for and are streamed by their "
+            f"sub-modules, of which the largest has {gib(largest)}"
         )
     return tuple(sentences)
 
@@ -303,7 +303,7 @@ def given_plan(plan: Plan, spec: ModelSpec, workload: Workload, budgets: Budgets
             f"by the plan {' and '.join(plan.rounds)}, whose results are rounded otherwise than the plain model's; "
             "give exactness='rounding' (--exactness rounding) to allow that"
         )
-    if (plan.computed_on_host or plan.in_host_memory) and budgets.host_bytes is None:
+    if (plan.weights.computed_on_host or plan.weights.in_host_memory) and budgets.host_bytes is None:
         raise PlanError("the plan places layers in CPU memory beside a device, and the device that computes is the CPU")
     if plan.device_bytes > budgets.device_bytes:
         raise BudgetTooSmall(

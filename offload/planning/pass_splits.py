@@ -35,14 +35,15 @@ def ways_to_split(model: nn.Module, workload: Workload) -> list[Workload]:
 
 def check_parts(model: nn.Module, plan: Plan) -> None:
     """Raise PlanError where the plan takes apart what cannot be."""
-    if plan.micro_batch and (plan.micro_batch < _LEAST_MICRO_BATCH or not _in_micro_batches(model)):
+    if plan.splits.micro_batch and (plan.splits.micro_batch < _LEAST_MICRO_BATCH or not _in_micro_batches(model)):
         raise PlanError(
-            f"micro_batch in the plan is {plan.micro_batch}, and the layers of {type(model).__name__} cannot be computed so; "
-            f"it is 0, or at least {_LEAST_MICRO_BATCH} where the model's code shows which dimension is the batch"
+            f"micro_batch in the plan is {plan.splits.micro_batch}, and the layers of {type(model).__name__} cannot be "
+            f"computed so; it is 0, or at least {_LEAST_MICRO_BATCH} where the model's code shows which dimension is the batch"
         )
-    if plan.prefill_chunk and not (_generates(model) and _in_chunks(model)):
+    if plan.splits.prefill_chunk and not (_generates(model) and _in_chunks(model)):
         raise PlanError(
-            f"prefill_chunk in the plan is {plan.prefill_chunk}, and {type(model).__name__} does not read a prompt in chunks"
+            f"prefill_chunk in the plan is {plan.splits.prefill_chunk}, and {type(model).__name__} does not read a "
+            "prompt in chunks"
         )
 
 

@@ -140,7 +140,7 @@ class Predictor:
         if spec.experts is None:
             return {}
         task = self._task(spec, order, self.cost)
-        expected = round(spec.experts.hit_rate(plan.expert_slots), 2)
+        expected = round(spec.experts.hit_rate(plan.experts.slots), 2)
         return {
             rate: predict(plan, spec, self.cost, task.prefill, task.decode, rate).seconds_per_token
             for rate in sorted({*_HIT_RATES, expected})
@@ -216,7 +216,7 @@ class Predictor:
         if decode is not None and decode.passes:
             context = max(1, decode.context_tokens // decode.passes)
         cost = self.cost if hardware is None else CostModel(hardware, self._dtype)
-        work = self.work(spec, prefill.batch_size, prefill.pass_tokens, context, plan.prefill_chunk)
+        work = self.work(spec, prefill.batch_size, prefill.pass_tokens, context, plan.splits.prefill_chunk)
         return predict(plan, spec, cost, *work)
 
     def _work(

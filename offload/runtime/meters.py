@@ -34,7 +34,7 @@ def predicted_peak_bytes(plan: Plan, shares_host_memory: bool) -> int:
     """
     if not shares_host_memory:
         return plan.device_bytes
-    return plan.device_bytes + _BESIDE_BYTES + int(_KEPT_SHARE * (plan.kv_bytes + plan.activation_bytes))
+    return plan.device_bytes + _BESIDE_BYTES + int(_KEPT_SHARE * (plan.kv.reserved_bytes + plan.activation_bytes))
 
 
 class Meters:

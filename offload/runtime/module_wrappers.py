@@ -225,8 +225,8 @@ class ModuleWrappers:
         warn: Callable[[str], None],
     ) -> None:
         self._wraps = [ForwardWrap(module, AroundParts(key, clock).wrap) for key, module in around.items()]
-        on_host = frozenset(plan.computed_on_host)
-        parts = MicroBatches(plan.micro_batch, plan.decode_micro_batch, warn) if plan.micro_batch else None
+        on_host = frozenset(plan.weights.computed_on_host)
+        parts = MicroBatches(plan.splits.micro_batch, plan.splits.decode_micro_batch, warn) if plan.splits.micro_batch else None
         for unit in units:
             wrappers = [module for module in unit.module.modules() if is_wrapper(module)]
             self._wraps += [ForwardWrap(wrapper, unwritten(wrapper)) for wrapper in wrappers]

@@ -110,45 +110,47 @@ class Placement:
         units = {unit.key: unit for unit in structure.units if unit.parameters}
         for name, parameter in structure.always_resident.items():
             self._hold_outside(name, parameter)
-        in_host = set(plan.in_host_memory)
+        in_host = set(plan.weights.in_host_memory)
         if not self._device.shares_host_memory:
-            for key in plan.in_host_memory:
-                self.streamed[key] = self._to_host_memory(units[key], plan.cpu_percent if key in plan.cpu_gpu_split else 0)
-            for key in plan.computed_on_host:
+            for key in plan.weights.in_host_memory:
+                self.streamed[key] = self._to_host_memory(
+                    units[key], plan.weights.cpu_percent if key in plan.weights.cpu_gpu_split else 0
+                )
+            for key in plan.weights.computed_on_host:
                 self.on_host[key] = self._to_cpu(units[key])
-        self.spill([units[key] for key in (*plan.streamed, *plan.row_fetched) if key not in in_host])
-        from_disk = [units[key] for key in plan.streamed if key not in in_host]
-        self._open_staging(from_disk, plan.staging_count)
+        self.spill([units[key] for key in (*plan.weights.streamed, *plan.weights.row_fetched) if key not in in_host])
+        from_disk = [units[key] for key in plan.weights.streamed if key not in in_host]
+        self._open_staging(from_disk, plan.weights.staging_count)
         for unit in from_disk:
             self.streamed[unit.key] = StreamedBlock(unit.key, self.homes_of(unit), self._disk_source(unit))
-        for key in (*plan.streamed, *plan.row_fetched):
+        for key in (*plan.weights.streamed, *plan.weights.row_fetched):
             if units[key].fetches_rows:
                 self.tables[key] = self._table(units[key])
         done = 0
-        for key in plan.resident:
-            self._progress("loading", done, plan.resident_bytes)
+        for key in plan.weights.resident:
+            self._progress("loading", done, plan.weights.resident_bytes)
             self.resident[key] = self._to_device(units[key])
             done += self.resident[key].nbytes
-        self.streamed = {key: self.streamed[key] for key in plan.streamed}
-        self._progress("loading", plan.resident_bytes, plan.resident_bytes)
+        self.streamed = {key: self.streamed[key] for key in plan.weights.streamed}
+        self._progress("loading", plan.weights.resident_bytes, plan.weights.resident_bytes)
 
     def give_up(self, plan: Plan, structure: Structure) -> None:
         """Turn the resident blocks that `plan` streams or gathers into such ones."""
         self._maps = FileMaps()
         units = {unit.key: unit for unit in structure.units if unit.parameters}
-        given_up = [units[key] for key in (*plan.streamed, *plan.row_fetched) if key in self.resident]
+        given_up = [units[key] for key in (*plan.weights.streamed, *plan.weights.row_fetched) if key in self.resident]
         for unit in given_up:
             block = self.resident.pop(unit.key)
             block.give_up()
             self._device_ledger.release("resident weights", block.nbytes)
         self.spill(given_up)
-        self._open_staging([unit for unit in given_up if unit.key in plan.streamed], max(1, plan.staging_count))
+        self._open_staging([unit for unit in given_up if unit.key in plan.weights.streamed], max(1, plan.weights.staging_count))
         for unit in given_up:
-            if unit.key in plan.streamed:
+            if unit.key in plan.weights.streamed:
                 self.streamed[unit.key] = StreamedBlock(unit.key, self.homes_of(unit), self._disk_source(unit))
             if unit.fetches_rows:
                 self.tables[unit.key] = self._table(unit)
-        self.streamed = {key: self.streamed[key] for key in plan.streamed}
+        self.streamed = {key: self.streamed[key] for key in plan.weights.streamed}
 
     def expect_changes(self) -> None:
         """From now on the homes of what is trained have the values: fused optimizers write without a trace."""
@@ -205,7 +207,7 @@ class Placement:
     def as_placed(self, plan: Plan) -> Plan:
         """The plan with what became of the blocks that were given up."""
         in_host = tuple(key for key, block in self.streamed.items() if isinstance(block.source, (HostSource, DividedSource)))
-        return replace(plan, in_host_memory=in_host)
+        return replace(plan, weights=replace(plan.weights, in_host_memory=in_host))
 
     def added_bytes(self, model: nn.Module) -> int:
         """Bytes of the parameters that `adopt` will hold on the device."""

@@ -155,7 +155,7 @@ class Planner:
             peak_bytes=dict(zip(tiers, (plan.device_bytes, _host_bytes(plan, fitted.spec)), strict=False)),
             budget_bytes=dict(zip(tiers, (budgets.device_bytes, budgets.host_bytes or 0), strict=False)),
             by_hit_rate=predictor.predict_by_hit_rate(plan, fitted.spec, order),
-            expected_hit_rate=None if fitted.spec.experts is None else fitted.spec.experts.hit_rate(plan.expert_slots),
+            expected_hit_rate=None if fitted.spec.experts is None else fitted.spec.experts.hit_rate(plan.experts.slots),
             what_if=tuple(predictor.what_if(fitted.spec, order, prediction, batch=True)),
             notes=tuple(notes),
         )
@@ -175,7 +175,7 @@ class Planner:
 def _host_bytes(plan: Plan, spec: ModelSpec) -> int:
     """CPU memory beside a device: weights that live there, and staging."""
     blocks = {block.key: block for block in spec.blocks}
-    held = sum(blocks[key].slot_bytes for key in (*plan.in_host_memory, *plan.computed_on_host))
-    largest = max((blocks[key].slot_bytes for key in plan.streamed), default=0)
-    experts = (plan.experts_in_host_memory + plan.expert_staging_count) * plan.expert_slot_bytes
-    return held + plan.staging_count * largest + experts + plan.kv_host_bytes
+    held = sum(blocks[key].slot_bytes for key in (*plan.weights.in_host_memory, *plan.weights.computed_on_host))
+    largest = max((blocks[key].slot_bytes for key in plan.weights.streamed), default=0)
+    experts = (plan.experts.in_host_memory + plan.experts.staging_count) * plan.experts.slot_bytes
+    return held + plan.weights.staging_count * largest + experts + plan.kv.host_bytes

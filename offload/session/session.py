@@ -161,7 +161,7 @@ class Session:
 
     def report(self) -> Report:
         """What was moved and how fast, so far, beside what was predicted for it. Measures the disk for a moment."""
-        if not hasattr(self, "_windows"):
+        if not hasattr(self, "_wrappers"):
             raise SessionError("there is nothing to report yet: enter the session first, `with offload(...) as session:`")
         lent = self._lent_for_measuring() if self._inside else None
         links = self._meters.link_uses(self._link, self._written, self._reader, lent)
@@ -173,23 +173,23 @@ class Session:
             parameters=self._parameters,
             weight_bytes=self._weight_bytes,
             blocks={
-                "resident": len(self.plan.resident),
-                "streamed_from_cpu_memory": len(self.plan.in_host_memory),
-                "streamed_from_disk": len(self.plan.streamed) - len(self.plan.in_host_memory),
-                "row_fetched": len(self.plan.row_fetched),
-                "computed_on_cpu": len(self.plan.computed_on_host),
-                "cpu_gpu_split": len(self.plan.cpu_gpu_split),
+                "resident": len(self.plan.weights.resident),
+                "streamed_from_cpu_memory": len(self.plan.weights.in_host_memory),
+                "streamed_from_disk": len(self.plan.weights.streamed) - len(self.plan.weights.in_host_memory),
+                "row_fetched": len(self.plan.weights.row_fetched),
+                "computed_on_cpu": len(self.plan.weights.computed_on_host),
+                "cpu_gpu_split": len(self.plan.weights.cpu_gpu_split),
             },
             parts={
-                "cpu_percent": self.plan.cpu_percent,
-                "micro_batch": self.plan.micro_batch,
-                "decode_micro_batch": self.plan.decode_micro_batch,
-                "prefill_chunk": self.plan.prefill_chunk,
+                "cpu_percent": self.plan.weights.cpu_percent,
+                "micro_batch": self.plan.splits.micro_batch,
+                "decode_micro_batch": self.plan.splits.decode_micro_batch,
+                "prefill_chunk": self.plan.splits.prefill_chunk,
             },
-            slots={"count": self.plan.slot_count, "bytes": self.plan.slot_bytes},
-            streamed_bytes_per_pass=self.plan.streamed_bytes,
+            slots={"count": self.plan.weights.slot_count, "bytes": self.plan.weights.slot_bytes},
+            streamed_bytes_per_pass=self.plan.weights.streamed_bytes,
             kv={
-                "reserved_bytes": self.plan.kv_bytes,
+                "reserved_bytes": self.plan.kv.reserved_bytes,
                 "peak_bytes": self._reserve.peak_bytes,
                 **({} if self._kv is None else self._kv.usage()),
                 "prefix_loaded_tokens": self._prefixes.loaded_tokens,
@@ -237,7 +237,7 @@ class Session:
     @property
     def shares_prefixes(self) -> bool:
         """What all sequences of a batch begin with is kept and read once."""
-        return self.plan.kv_segments and self._request.kv.shared_tokens > 0
+        return self.plan.kv.segments and self._request.kv.shared_tokens > 0
 
     @property
     def _level(self) -> str:
@@ -348,10 +348,10 @@ class Session:
         if fitted.experts:
             self._experts = self._expert_part(fitted, loaded)
             self._experts.place(self.plan, stack)
-        if self.plan.kv_memory_bytes:
+        if self.plan.kv.memory_bytes:
             self._kv = self._kv_part()
             self._kv.open(self.model, stack)
-        self._ledger.charge("KV cache", self.plan.kv_bytes)
+        self._ledger.charge("KV cache", self.plan.kv.reserved_bytes)
         self._ledger.charge("activations", self.plan.activation_bytes)
         self._ledger.charge(INPUTS, self._needs.reserved_bytes)
         stack.callback(self._release_slots)
@@ -480,11 +480,11 @@ class Session:
         if self._request.training is not None or self._request.experts.policy == IN_LAYERS:
             return ExpertGranularity.PER_LAYER
         if self._request.plan is not None:
-            return ExpertGranularity.PER_EXPERT if self._request.plan.expert_slots else ExpertGranularity.PER_LAYER
+            return ExpertGranularity.PER_EXPERT if self._request.plan.experts.slots else ExpertGranularity.PER_LAYER
         return ExpertGranularity.AUTO
 
     def _fit(self, experts: ExpertGranularity) -> FittedPlan:
-        if not hasattr(self, "_temporaries"):
+        if not hasattr(self, "_activations"):
             self._count_activations(self.model)
         return self._fitted(self.model, self._placement.slot_bytes, experts)
 
@@ -529,7 +529,7 @@ class Session:
         if self._request.plan is not None:
             self.plan = given_plan(self._request.plan, self._spec, workload, self._budgets, self._request.exactness)
             check_parts(self.model, self.plan)
-            if self._request.kv.asks_pages and not self.plan.kv_memory_bytes:
+            if self._request.kv.asks_pages and not self.plan.kv.memory_bytes:
                 raise ConfigError(
                     "the plan keeps all keys and values on the device (kv_memory_bytes is 0): leave the options of "
                     "the KV cache out, or make the plan with them"
@@ -557,7 +557,9 @@ class Session:
 
     def _take_slots(self) -> None:
         self._ledger.charge("slots", self.plan.arena_bytes)
-        self._executor.arrange(self.plan.slot_bytes, self.plan.slot_count, list(self._placement.streamed.values()))
+        self._executor.arrange(
+            self.plan.weights.slot_bytes, self.plan.weights.slot_count, list(self._placement.streamed.values())
+        )
         if self._experts is not None:
             self._experts.take_slots(self.plan)
         if self._meters.copy_speed is None and not self._device.shares_host_memory:
@@ -576,7 +578,7 @@ class Session:
     def _wrap_modules(self, stack: ExitStack) -> None:
         self._watch = RegistrationWatch(self.model)
         stack.callback(self._watch.close)
-        chunk = self.plan.prefill_chunk
+        chunk = self.plan.splits.prefill_chunk
         self._root = ModelPass(
             self._device,
             self._executor,
@@ -774,21 +776,22 @@ class Session:
                 "more memory is needed than was set aside when training began, and nothing is given up meanwhile; enter with "
                 "the batch_size and max_tokens that will be used"
             )
-        candidates = frozenset(self.plan.resident)
+        candidates = frozenset(self.plan.weights.resident)
         beside = self.plan.host_compute
         plan = make_plan(self._spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates, beside)
         with HeldInterrupts(), torch.inference_mode(False):
-            slots = min(plan.expert_slots, self.plan.expert_slots)
-            self._give_up_for(replace(plan, prefill_chunk=self.plan.prefill_chunk, expert_slots=slots))
+            slots = min(plan.experts.slots, self.plan.experts.slots)
+            splits = replace(plan.splits, prefill_chunk=self.plan.splits.prefill_chunk)
+            self._give_up_for(replace(plan, splits=splits, experts=replace(plan.experts, slots=slots)))
 
     def _give_up_for(self, plan: Plan) -> None:
         self._executor.free()
         if self._experts is not None:
             self._experts.free_slots()
         self._ledger.release("slots", self._ledger.held_bytes("slots"))
-        given_up = len(self.plan.resident) - len(plan.resident)
+        given_up = len(self.plan.weights.resident) - len(plan.weights.resident)
         self._placement.give_up(plan, self._structure)
-        self._ledger.set("KV cache", plan.kv_bytes)
+        self._ledger.set("KV cache", plan.kv.reserved_bytes)
         self._ledger.set("activations", plan.activation_bytes)
         self.plan = self._placement.as_placed(plan)
         self._take_slots()

@@ -57,10 +57,10 @@ def step_seconds(
     compute = sum(cost.module(module.work).compute_seconds for part in prefill for module in part.modules)
     forward = predict(plan, spec, cost, prefill, decode).prefill_seconds
     link = hardware.disk_read if hardware.h2d is None else hardware.h2d
-    streaming = plan.streamed_bytes / link.bytes_per_second
+    streaming = plan.weights.streamed_bytes / link.bytes_per_second
     rest = max(0.0, forward - max(streaming, compute))
     # A layer is computed again, and differentiated: by its inputs, and by its weights where they are trained.
-    back = 3 if training_state.trains_most_of(sum(block.streamed_bytes for block in spec.blocks)) else 2
+    back = 3 if training_state.trains_most_of(sum(block.stored_bytes for block in spec.blocks)) else 2
     passes, each = (1, micro_batches) if layer_major else (micro_batches, 1)
     running = passes * (max(streaming, each * compute) + max(streaming, back * each * compute) + 2 * rest)
     elements = sum(group.elements for group in training_state.layout.groups)

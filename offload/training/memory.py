@@ -68,9 +68,9 @@ class TrainingMemory:
         Raises:
             BudgetTooSmall: if they do not fit.
         """
-        elsewhere = (*plan.streamed, *plan.row_fetched)
+        elsewhere = (*plan.weights.streamed, *plan.weights.row_fetched)
         if budgets.host_bytes is not None:
-            elsewhere = tuple(key for key in plan.streamed if key not in plan.in_host_memory)
+            elsewhere = tuple(key for key in plan.weights.streamed if key not in plan.weights.in_host_memory)
         if training.full and training.state_tier == CPU and elsewhere:
             raise BudgetTooSmall(
                 f"with state_tier='cpu' all weights ({gib(weight_bytes)}) are in CPU memory, beside {gib(self.gradient_bytes)} "

@@ -1,7 +1,6 @@
 """On a CUDA card: exactness, overlap, slot safety under delayed copies, peak memory. Run: python -m pytest tests/gpu -m gpu"""
 
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from offload import StaleSlot, offload
 from offload.synth import synthesize
 from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
+from tests.plans import edited
 from tests.storage.test_devices import DeviceContract
 
 pytestmark = [
@@ -176,7 +176,7 @@ def test_copies_run_while_the_card_computes(large):
         torch.inference_mode(),
         offload(large, device="cuda", gpu_memory="2GiB", cpu_memory="16GiB", max_tokens=2048) as session,
     ):
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
         assert not [sentence for sentence in session.report().fallbacks if "page-locked" in sentence]
         ids = torch.randint(3, 1000, (1, 2040)).cuda()
         session.model(ids, logits_to_keep=1)
@@ -191,10 +191,10 @@ def test_copies_run_while_the_card_computes(large):
 
 
 PARTS = {
-    "micro-batches": {"micro_batch": 2},
-    "chunks": {"prefill_chunk": 4},
-    "divided": {"cpu_percent": 40},
-    "on the CPU": {},
+    "micro-batches": ("splits", {"micro_batch": 2}),
+    "chunks": ("splits", {"prefill_chunk": 4}),
+    "divided": ("weights", {"cpu_percent": 40}),
+    "on the CPU": ("weights", {}),
 }
 
 
@@ -209,17 +209,19 @@ def test_what_is_taken_apart_computes_the_same(name, what):
     with offload(model, device="cuda", gpu_memory=budget, cpu_memory="1GiB", **reserve) as session:
         plan = session.plan
         layers = {block.key for block in session._spec.layers}
-    streamed = tuple(key for key in plan.in_host_memory if key in layers)
-    changes = dict(PARTS[what])
+    streamed = tuple(key for key in plan.weights.in_host_memory if key in layers)
+    section, changes = PARTS[what]
+    changes = dict(changes)
     if what == "divided":
         changes["cpu_gpu_split"] = streamed
     if what == "on the CPU":
         taken = streamed[1::2]
         changes |= {
-            name: tuple(key for key in getattr(plan, name) if key not in taken) for name in ("streamed", "in_host_memory")
+            name: tuple(key for key in getattr(plan.weights, name) if key not in taken)
+            for name in ("streamed", "in_host_memory")
         }
         changes["computed_on_host"] = taken
-    plan = replace(plan, **changes)
+    plan = edited(plan, section, **changes)
     options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     ids = tokens(BATCH, 9).cuda()
     with offload(

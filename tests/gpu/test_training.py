@@ -49,7 +49,7 @@ def trained(layer_major, **options):
             session.step(1.0, overlap=True)
             losses += found
         session.finish()
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
     return losses, {name: value.clone() for name, value in model.state_dict().items()}
 
 
@@ -110,6 +110,6 @@ def test_a_forward_that_differentiates():
     budget = sum(value.nbytes for value in model.parameters()) // 2 + 65_536
     inputs = torch.randn(2, 16, device="cuda")
     with offload(model, training=True, device="cuda", gpu_memory=budget, cpu_memory="100MiB") as session:
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
         for _ in range(3):
             assert torch.equal(session.model(inputs), twin(inputs))

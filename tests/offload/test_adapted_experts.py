@@ -85,7 +85,7 @@ def test_it_trains_as_plain_peft_does(name, residency, tmp_path):
         adopt = session._adopt_changes
         session._adopt_changes = lambda: adoptions.append(adopt())
         found, adapters = trained(session, model)
-        assert bool(session.plan.streamed) == (residency == NONE)
+        assert bool(session.plan.weights.streamed) == (residency == NONE)
         # Found once: what a parametrisation registers is gone again when a pass is over.
         assert len(adoptions) <= 1
         # Nothing was written to: streamed weights still come from their files.

@@ -51,7 +51,7 @@ def test_identical_from_a_checkpoint(name, residency, host, saved, device, tmp_p
     budget = budget_for(spec, residency, BATCH, MAX_TOKENS) + 16_384
     options = {"batch_size": BATCH, "max_tokens": MAX_TOKENS, "disk_dir": tmp_path, "expert_policy": "layers"}
     with offload(folder, gpu_memory=budget, cpu_memory=host_budget(spec, host), **options) as session:
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
         _poison_what_is_not_the_source(session)
         inputs = BY_NAME[name].inputs()
         with torch.inference_mode():
@@ -71,7 +71,7 @@ def test_identical_from_a_checkpoint(name, residency, host, saved, device, tmp_p
 
 def _poison_what_is_not_the_source(session):
     """Homes in CPU memory are where blocks come from; those on disk must not be read."""
-    in_host = set(session.plan.in_host_memory)
+    in_host = set(session.plan.weights.in_host_memory)
     for key, block in session._placement.streamed.items():
         if key not in in_host:
             for home in block.homes:
@@ -101,10 +101,10 @@ def test_residents_are_given_up_for_the_kv_cache(device, saved):
     folder, twin, spec = saved("llama")
     budget = budget_for(spec, ALL, BATCH, MAX_TOKENS) - 8192
     with offload(folder, gpu_memory=budget, cpu_memory="1GiB", batch_size=BATCH, max_tokens=MAX_TOKENS) as session:
-        before = len(session.plan.resident)
+        before = len(session.plan.weights.resident)
         long = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False}
         assert torch.equal(session.model.generate(tokens(), **long), twin.generate(tokens(), **long))
-        assert len(session.plan.resident) < before
+        assert len(session.plan.weights.resident) < before
         assert session._ledger.peak_bytes <= budget
 
 

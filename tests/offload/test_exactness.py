@@ -127,7 +127,7 @@ def test_identical_in_every_mode(architecture, tied, dtype, residency, folders):
     with enter(folder, budget, batch_size=BATCH, max_tokens=MAX_TOKENS, expert_policy="layers") as session:
         poisoned = poison_homes(session)
         assert bool(poisoned) == (residency != ALL)
-        assert bool(session.plan.resident) or residency == NONE
+        assert bool(session.plan.weights.resident) or residency == NONE
         meter = DiskMeter(session)
         for mode in modes(architecture):
             assert_same(run(mode, architecture.name, session.model), wanted[mode], mode)
@@ -169,13 +169,13 @@ def test_the_disk_moves_exactly_what_is_streamed(name, folders):
     passes = 4
     with offload(folder, device="cpu", cpu_memory=budget, batch_size=2, max_tokens=16) as session:
         poison_homes(session)
-        assert session.plan.streamed
-        assert not session.plan.row_fetched
+        assert session.plan.weights.streamed
+        assert not session.plan.weights.row_fetched
         meter = DiskMeter(session)
         for _ in range(passes):
             session.model(**text_inputs())
         ahead = _loaded_ahead(session)
-        assert meter.nbytes == passes * session.plan.streamed_bytes + ahead
+        assert meter.nbytes == passes * session.plan.weights.streamed_bytes + ahead
         assert ahead <= session.plan.arena_bytes
 
 

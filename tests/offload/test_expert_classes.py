@@ -1,7 +1,6 @@
 """Every class of experts that transformers decorates, with few slots, some, and one for each expert: the plain model's bits."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from offload.planning.fit import ExpertGranularity, fit
 from offload.scheduler.model_spec import Workload
 from tests.architectures import oracle_of
 from tests.expert_models import decorated, make_model
+from tests.plans import edited
 from tests.poison import DiskMeter, poison_homes
 
 BATCH, TOKENS = 3, 24
@@ -26,7 +26,7 @@ def plan_for(model, slots):
     temporaries = count_activations(model, workload) if takes_tokens(model) else None
     budgets = Budgets(1 << 34, None)
     plan = fit(model, budgets, workload, estimated_slot_bytes, temporaries, experts=ExpertGranularity.PER_EXPERT).plan
-    return replace(plan, expert_slots=min(slots, plan.expert_slots))
+    return edited(plan, "experts", slots=min(slots, plan.experts.slots))
 
 
 def levels(model):
@@ -94,8 +94,8 @@ def test_the_bits_of_the_plain_model(experts, dtype, tmp_path):
                 for tally, unit in zip(tallies, find_experts(model), strict=True)
             )
             assert meter.nbytes == sum(tally.copied_bytes for tally in tallies)
-            assert session.plan.expert_slots == slots
-            assert session.plan.streamed == ()
+            assert session.plan.experts.slots == slots
+            assert session.plan.weights.streamed == ()
 
 
 def decode(model, twin, slots):

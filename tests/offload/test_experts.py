@@ -16,6 +16,7 @@ from offload.storage.errors import StaleSlot
 from tests.architectures import make, oracle_of, tokens
 from tests.delayed import DelayedDevice
 from tests.offload.test_expert_classes import plan_for
+from tests.plans import edited
 from tests.poison import DiskMeter, poison_homes
 
 OPTIONS = {"device": "cpu", "batch_size": 2, "max_tokens": 40}
@@ -215,11 +216,9 @@ def device(monkeypatch):
 
 
 def beside(model, slots, in_host):
-    from dataclasses import replace
-
     plan = plan_for(model, slots)
     staging = 0 if in_host == sum(unit.count for unit in find_experts(model)) else 3
-    return replace(plan, experts_in_host_memory=in_host, expert_staging_count=staging)
+    return edited(plan, "experts", in_host_memory=in_host, staging_count=staging)
 
 
 @pytest.mark.parametrize("in_host", [0, 7, 16])
@@ -286,7 +285,7 @@ def test_whole_layers_where_that_is_asked_for(saved):
     with pytest.raises(BudgetTooSmall) as refusal:
         offload(folder, cpu_memory=1, expert_policy="layers", **OPTIONS).__enter__()
     with offload(folder, cpu_memory=refusal.value.least_bytes, expert_policy="layers", **OPTIONS) as session:
-        assert session.plan.expert_slots == 0
+        assert session.plan.experts.slots == 0
         assert session.report().experts is None
         assert not session.routing().visits
 
@@ -322,7 +321,7 @@ def test_experts_of_another_kind_stream_in_their_layers_and_that_is_told(name, t
     with pytest.raises(BudgetTooSmall) as refusal:
         offload(model, cpu_memory=1, disk_dir=tmp_path, **OPTIONS).__enter__()
     with offload(model, cpu_memory=refusal.value.least_bytes, disk_dir=tmp_path, **OPTIONS) as session, torch.no_grad():
-        assert session.plan.streamed and not session.plan.expert_slots
+        assert session.plan.weights.streamed and not session.plan.experts.slots
         assert torch.equal(model(tokens()).logits, twin(tokens()).logits)
         assert any("whole layers" in sentence for sentence in session.report().fallbacks)
 

@@ -143,7 +143,7 @@ def test_two_slots_of_a_device(state_tier, tied, dtype, monkeypatch, tmp_path):
     steps = micro_batches(4, 2)
     training = Training(**FAST, state_tier=state_tier, state_dir=str(tmp_path), sub_group_elements=4096)
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=training, **RESERVE) as session:
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
         losses = train(session, steps)
     assert losses == oracle(twin, steps)
     assert_same_weights(model, twin)
@@ -174,7 +174,7 @@ def test_weights_and_states_on_nvme(name, dtype, residency, tmp_path):
         twin.config.output_router_logits = True
     budget = nvme_budget(model, str(checkpoint), training, residency)
     with offload(str(checkpoint), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
-        assert bool(session.plan.streamed) == (residency != ALL)
+        assert bool(session.plan.weights.streamed) == (residency != ALL)
         if name == "mixtral":
             session.model.config.output_router_logits = True
         losses = train(session, steps)
@@ -195,7 +195,7 @@ def test_adapters_with_dropout(residency, tmp_path):
     adapters = sum(value.numel() for value in lora(copy.deepcopy(twin)).parameters() if value.requires_grad)
     budget = budget_for(spec_of(str(tmp_path), **RESERVE), residency, BATCH, LENGTH) + 40 * adapters
     with offload(str(tmp_path), device="cpu", cpu_memory=budget, training=Training(**FAST), **RESERVE) as session:
-        assert bool(session.plan.streamed) == (residency == NONE)
+        assert bool(session.plan.weights.streamed) == (residency == NONE)
         adapted = lora(session.model)
         losses = train(session, steps)
         trained = {key: value.clone() for key, value in adapted.state_dict().items() if "lora_" in key}
@@ -441,11 +441,11 @@ def test_where_layers_inputs_wait(name, tier, major, monkeypatch, tmp_path):
     steps = micro_batches(3, 3)
     training = Training(**FAST, activation_tier=tier, state_dir=str(tmp_path), sub_group_elements=4096)
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=training, **RESERVE) as session:
-        assert not session.plan.streamed
+        assert not session.plan.weights.streamed
     budget = device_budget(model) + 65_536
     training = Training(full=True, **FAST, activation_tier=tier, state_dir=str(tmp_path), sub_group_elements=4096)
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=training, **RESERVE) as session:
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
         losses = (train if major == "batch" else train_layer_major)(session, steps)
         written = session._written.bytes_moved
     assert losses == oracle(twin, steps)
@@ -569,7 +569,7 @@ def test_a_loss_in_chunks_of_streamed_layers(tmp_path):
     training = Training(loss_chunk=7, activation_tier="nvme", state_dir=str(tmp_path))
     (batch,) = micro_batches(1, 1)[0]
     with offload(str(checkpoint), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
         session.model.requires_grad_(False)
         session.model.model.layers[0].mlp.up_proj.weight.requires_grad_()
         session.model(**batch, use_cache=False).loss.backward()
@@ -607,7 +607,7 @@ def test_a_loss_in_chunks_of_several_micro_batches(tied, device, monkeypatch, tm
                     on_a_device(patch)
                     budget = {"gpu_memory": device_budget(model), "cpu_memory": 1 << 26}
                 with offload(str(tmp_path / "model"), training=training, **budget, **RESERVE) as session:
-                    assert session.plan.streamed
+                    assert session.plan.weights.streamed
                     found.append((train if major == "batch" else train_layer_major)(session, micro_batches(3, 3)))
     assert found[0] == found[2]
     assert found[1] == found[3]
@@ -728,7 +728,7 @@ def test_thirty_steps(name, activations, states, major, stays, monkeypatch, tmp_
         budget["cpu_memory"] = "64MiB"
     steps = micro_batches(STEPS, 2)
     with offload(target, training=training, **budget, **RESERVE) as session:
-        assert bool(session.plan.streamed) == (stays != ALL)
+        assert bool(session.plan.weights.streamed) == (stays != ALL)
         session.model.config.output_router_logits = name == "mixtral"
         losses = (train if major == "batch" else train_layer_major)(session, steps)
         ours = {key: value.clone() for key, value in session.model.state_dict().items()}

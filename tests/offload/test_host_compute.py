@@ -1,7 +1,5 @@
 """Layers that the CPU computes beside a device with memory of its own, and plans that are given."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ from offload.scheduler.plan import Plan
 from tests.architectures import BY_NAME, make, oracle_of, tokens
 from tests.budgets import NONE, budget_for, spec_of
 from tests.delayed import DelayedDevice
+from tests.plans import edited
 
 OPTIONS = {"batch_size": 2, "max_tokens": 20, "cpu_memory": 1 << 26}
 
@@ -29,11 +28,11 @@ def plan_with(target, on_host):
     with offload(target, gpu_memory=budget, **OPTIONS) as session:
         plan = session.plan
     moved = {
-        "streamed": tuple(key for key in plan.streamed if key not in on_host),
-        "in_host_memory": tuple(key for key in plan.in_host_memory if key not in on_host),
+        "streamed": tuple(key for key in plan.weights.streamed if key not in on_host),
+        "in_host_memory": tuple(key for key in plan.weights.in_host_memory if key not in on_host),
         "computed_on_host": tuple(on_host),
     }
-    return dataclasses.replace(plan, **moved), budget
+    return edited(plan, "weights", **moved), budget
 
 
 @pytest.mark.parametrize("held", [True, False], ids=["held model", "checkpoint"])
@@ -57,8 +56,8 @@ def test_layers_on_the_cpu_compute_the_same(name, held, tmp_path):
         assert report.blocks["computed_on_cpu"] == len(layers[1::2])
         assert set(layers[1::2]) == {span.name for span in session.trace().on("cpu")}
         moved = {span.name for span in session.trace().on("h2d")}
-        assert set(plan.streamed) <= moved
-        assert moved.isdisjoint(plan.computed_on_host)
+        assert set(plan.weights.streamed) <= moved
+        assert moved.isdisjoint(plan.weights.computed_on_host)
     if held:
         assert torch.equal(model(**BY_NAME[name].inputs())[0], twin(**BY_NAME[name].inputs())[0])
 
@@ -73,11 +72,15 @@ def test_a_plan_goes_through_a_file(tmp_path):
 
 
 BROKEN = {
-    "unknown block": (lambda plan: {"streamed": (*plan.streamed, "model.layers.99")}, PlanError, "model.layers.99"),
-    "missing block": (lambda plan: {"streamed": plan.streamed[1:]}, PlanError, "does not place"),
-    "placed twice": (lambda plan: {"resident": (*plan.resident, plan.streamed[0])}, PlanError, "twice"),
+    "unknown block": (lambda plan: {"streamed": (*plan.weights.streamed, "model.layers.99")}, PlanError, "model.layers.99"),
+    "missing block": (lambda plan: {"streamed": plan.weights.streamed[1:]}, PlanError, "does not place"),
+    "placed twice": (lambda plan: {"resident": (*plan.weights.resident, plan.weights.streamed[0])}, PlanError, "twice"),
     "no slots": (lambda plan: {"slot_count": 0}, PlanError, "0 slots"),
-    "host and not streamed": (lambda plan: {"in_host_memory": (plan.row_fetched[0],)}, PlanError, "not among the streamed"),
+    "host and not streamed": (
+        lambda plan: {"in_host_memory": (plan.weights.row_fetched[0],)},
+        PlanError,
+        "not among the streamed",
+    ),
     "too large": (lambda plan: {"slot_count": 10_000}, BudgetTooSmall, "larger budget"),
 }
 
@@ -88,7 +91,7 @@ def test_a_plan_that_does_not_match_is_refused(what):
     change, error, sentence = BROKEN[what]
     plan, budget = plan_with(model, [])
     with pytest.raises(error, match=sentence):
-        offload(model, gpu_memory=budget, plan=dataclasses.replace(plan, **change(plan)), **OPTIONS).__enter__()
+        offload(model, gpu_memory=budget, plan=edited(plan, "weights", **change(plan)), **OPTIONS).__enter__()
 
 
 def test_computing_on_the_cpu_must_be_asked_for():
@@ -100,7 +103,7 @@ def test_computing_on_the_cpu_must_be_asked_for():
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("{", "not JSON"), ("[]", "its form"), ('{"colour": 1}', "colour"), ("{}", "lacks"), (None, "cannot be read")],
+    [("{", "not JSON"), ("[]", "JSON object"), ('{"colour": 1}', "colour"), ("{}", "lacks"), (None, "cannot be read")],
 )
 def test_a_broken_plan_file_is_refused(text, sentence, tmp_path):
     path = tmp_path / "plan.json"
@@ -113,7 +116,7 @@ def test_a_broken_plan_file_is_refused(text, sentence, tmp_path):
 def test_values_in_a_plan_are_checked():
     plan, _ = plan_with(make("llama"), [])
     for old, new in (('"slot_count": 2', '"slot_count": -1'), ('"row_fetched": [', '"row_fetched": [1, ')):
-        text = dataclasses.replace(plan, slot_count=2).to_json()
+        text = edited(plan, "weights", slot_count=2).to_json()
         assert old in text
         with pytest.raises(PlanError):
             Plan.from_json(text.replace(old, new))

@@ -57,8 +57,8 @@ def paged(model: Any, placement: str, segments: bool = False, **options: Any):
     if segments:
         options["exactness"] = "rounding"
     with offload(model, cpu_memory=PLENTY, batch_size=BATCH, max_tokens=MAX_TOKENS, kv_memory=memory, **options) as session:
-        assert session.plan.kv_memory_bytes == memory
-        assert bool(session.plan.kv_segments) == segments
+        assert session.plan.kv.memory_bytes == memory
+        assert bool(session.plan.kv.segments) == segments
         yield session
 
 
@@ -447,7 +447,7 @@ def test_the_state_of_other_layers_goes_down_too(name, monkeypatch):
         inputs = [{"input_ids": ids[:count], "attention_mask": mask[:count], "max_new_tokens": 14} for count in rows]
         expected = [model.generate(**given, **way) for given, way in zip(inputs, ways, strict=True)]
         with paged(model, BELOW, device="cpu") as session:
-            assert session.plan.kv_state_offload
+            assert session.plan.kv.state_offload
             for given, way, theirs in zip(inputs, ways, expected, strict=True):
                 assert torch.equal(session.model.generate(**given, **way), theirs)
             cache = session.kv_cache()

@@ -224,7 +224,7 @@ def test_the_least_memory_that_the_refusal_names_works():
     with pytest.raises(BudgetTooSmall) as refused, offload(make("llama"), kv_memory=5000, **options):
         pass
     with offload(make("llama"), kv_memory=refused.value.least_bytes, **options) as session:
-        assert session.plan.kv_memory_bytes == refused.value.least_bytes
+        assert session.plan.kv.memory_bytes == refused.value.least_bytes
     with pytest.raises(BudgetTooSmall), offload(make("llama"), kv_memory=refused.value.least_bytes - 1, **options):
         pass
 

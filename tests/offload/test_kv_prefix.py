@@ -219,7 +219,7 @@ def test_a_batch_that_begins_alike(lengths):
 def test_what_cannot_be_shared_is_told(name):
     options = {"device": "cpu", "cpu_memory": PLENTY, "batch_size": 4, "max_tokens": 100, "exactness": "rounding"}
     with offload(make(name), shared_prefix=70, **options) as session:
-        assert not session.plan.kv_memory_bytes and not session.shares_prefixes
+        assert not session.plan.kv.memory_bytes and not session.shares_prefixes
         assert any("is computed and read for each" in sentence for sentence in session.report().fallbacks)
 
 
@@ -229,5 +229,5 @@ def test_prompts_in_chunks_equal_a_plain_run_in_chunks():
     with torch.inference_mode():
         expected = model.generate(input_ids=ids, **options)
         with offload(model, device="cpu", cpu_memory=PLENTY, batch_size=2, max_tokens=76, kv_memory=45056) as session:
-            assert session.plan.kv_memory_bytes and not session.plan.kv_segments
+            assert session.plan.kv.memory_bytes and not session.plan.kv.segments
             assert torch.equal(session.model.generate(input_ids=ids, **options), expected)

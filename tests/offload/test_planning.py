@@ -46,7 +46,7 @@ def test_a_plan_tells_where_how_fast_and_what_would_help(capsys):
 def test_a_plan_for_a_machine_that_one_does_not_have(capsys, card):
     options = ["--hardware", card, "--gpu-memory", "6MiB", "--cpu-memory", "1GiB", "--prompt-tokens", "64", "--json"]
     planned = json.loads(run(capsys, "plan", "demo", *options)[1])
-    assert planned["plan"]["in_host_memory"] == planned["plan"]["streamed"]
+    assert planned["plan"]["weights"]["in_host_memory"] == planned["plan"]["weights"]["streamed"]
     assert planned["peak_bytes"]["gpu"] <= 6 << 20
     assert planned["prediction"]["hardware_id"] == "described"
     assert any("bus" in item["change"] for item in planned["what_if"])
@@ -67,16 +67,16 @@ def test_generate_runs_a_plan_from_a_file(capsys, tmp_path):
     assert run(capsys, "plan", "demo", *SMALL, "--prompt-tokens", "8", "--new-tokens", "8", "--output", path)[0] == 0
     plan = json.loads(Path(path).read_text())
     # An edit: one more layer is streamed.
-    moved = next(key for key in plan["resident"] if ".layers." in key)
-    plan["resident"].remove(moved)
-    plan["streamed"].append(moved)
+    moved = next(key for key in plan["weights"]["resident"] if ".layers." in key)
+    plan["weights"]["resident"].remove(moved)
+    plan["weights"]["streamed"].append(moved)
     Path(path).write_text(json.dumps(plan))
     generate = ["generate", "demo", *SMALL, "--prompt", "In the", "--max-new-tokens", "4"]
     status, edited, _ = run(capsys, *generate, "--plan", path, "--report", report)
     assert status == 0
     assert edited == run(capsys, *generate)[1]
     blocks = json.loads(Path(report).read_text())["blocks"]
-    assert blocks["streamed_from_disk"] == len(plan["streamed"])
+    assert blocks["streamed_from_disk"] == len(plan["weights"]["streamed"])
 
 
 def test_a_plan_for_another_model_is_refused(tmp_path):
@@ -292,9 +292,9 @@ def test_rounding_takes_a_batch_apart_where_more_stays_so():
     slow = replace(HardwareProfile.load(PROFILE), disk_read=LinkRate(1e6))
     budget = budget_for(spec, SOME, 32, 100)
     with offload(model, device="cpu", cpu_memory=budget, hardware=slow, exactness="rounding", **reserve) as session:
-        assert session.plan.micro_batch or session.plan.prefill_chunk
-        rounding = len(session.plan.resident)
+        assert session.plan.splits.micro_batch or session.plan.splits.prefill_chunk
+        rounding = len(session.plan.weights.resident)
         assert session.report().exactness == "rounding"
     with offload(model, device="cpu", cpu_memory=budget, hardware=slow, **reserve) as session:
         assert not session.plan.rounds
-        assert len(session.plan.resident) < rounding
+        assert len(session.plan.weights.resident) < rounding

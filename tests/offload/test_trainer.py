@@ -171,7 +171,7 @@ def test_peft_and_trainer_inside_of_a_session(accumulation, tmp_path):
     reserve = {"batch_size": 2, "max_tokens": 16}
     budget = budget_for(spec_of(model, **reserve), NONE, 2, 16) + (1 << 16)
     with offload(model, device="cpu", cpu_memory=budget, training=True, **reserve) as session:
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
         found = trained(adapted(session.model, lora_dropout=0.1), "offloaded")
     assert found[0] == wanted[0]
     assert found[1].keys() == wanted[1].keys()

@@ -65,7 +65,7 @@ def test_what_an_optimizer_writes_without_a_trace_is_seen(where, monkeypatch, tm
         options = {"gpu_memory": options["cpu_memory"] + 16_384, "cpu_memory": 1 << 26}
         monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice())
     with offload(target, training=True, **options, **RESERVE) as session:
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
         losses = train(session.model, fused=True)
         trained = session.model
     assert losses == train(twin, fused=True)
@@ -80,7 +80,7 @@ def test_a_table_alone_is_trained_alike(tmp_path):
     spec = spec_of(str(tmp_path), **RESERVE)
     budget = budget_for(spec, ALL, BATCH, LENGTH) - 4096
     with offload(str(tmp_path), device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
-        assert session.plan.row_fetched == ("model.embed_tokens",)
+        assert session.plan.weights.row_fetched == ("model.embed_tokens",)
         plan = session.plan
         losses = train(session.model, fused=True)
         trained = session.model
@@ -145,12 +145,12 @@ def test_weights_are_brought_for_each_direction_and_homes_are_not_computed_with(
         loss.backward()
         session._link.wait_idle()
         moved = session.report().links["disk"].bytes
-        layers = [block for block in session._spec.layers if block.key in session.plan.streamed]
+        layers = [block for block in session._spec.layers if block.key in session.plan.weights.streamed]
     wanted = {"inputs_embeds": embedded.clone().requires_grad_(), "labels": batch["labels"]}
     twin.requires_grad_(False)(**wanted).loss.backward()
     assert torch.equal(inputs["inputs_embeds"].grad, wanted["inputs_embeds"].grad)
     # Twice, but for those that were still in their slots when backward began.
-    assert moved >= (2 * len(layers) - 3) * layers[0].streamed_bytes
+    assert moved >= (2 * len(layers) - 3) * layers[0].stored_bytes
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -160,7 +160,7 @@ def test_late_copies_are_waited_for(name, monkeypatch):
     twin = oracle_of(model)
     budget = budget_for(spec_of_device(model), NONE, BATCH, LENGTH) + 16_384
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=True, **RESERVE) as session:
-        assert session.plan.in_host_memory
+        assert session.plan.weights.in_host_memory
         losses = train(session.model, steps=2)
     assert losses == train(twin, steps=2)
     assert_trained_alike(model, twin)

@@ -347,10 +347,10 @@ def test_the_kv_cache_takes_from_residents_and_then_stops():
     model = make("llama", False)
     twin = oracle_of(model)
     with opened(model, SOME) as session:
-        resident = len(session.plan.resident)
+        resident = len(session.plan.weights.resident)
         long = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False}
         assert torch.equal(model.generate(tokens(), **long), twin.generate(tokens(), **long))
-        assert len(session.plan.resident) < resident
+        assert len(session.plan.weights.resident) < resident
         assert any("given up" in sentence for sentence in session.report().fallbacks)
         assert session._ledger.peak_bytes <= session._ledger.budget_bytes
         with pytest.raises(BudgetExceeded, match=r"KV cache needs .* would do"):
@@ -364,7 +364,7 @@ def test_a_model_without_repeated_blocks_is_streamed_by_leaves():
     twin = copy.deepcopy(model)
     inputs = torch.randn(4, 1, 64)
     with offload(model, device="cpu", cpu_memory=45_000, max_tokens=1) as session:
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
         poison_homes(session)
         assert torch.equal(model(inputs), twin(inputs))
         assert any("single modules" in sentence for sentence in session.report().fallbacks)
@@ -377,7 +377,7 @@ def test_parameters_read_without_their_module_being_called():
     twin = copy.deepcopy(model)
     inputs = torch.randn(2, 5, 32)
     with torch.no_grad(), opened(model, NONE) as session:
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
         poison_homes(session)
         assert torch.equal(model(inputs), twin(inputs))
 

@@ -46,7 +46,7 @@ def stack(layers: int, layer_bytes: int) -> ModelSpec:
 def work(model: ModelSpec, phase: str, rows: int, batch_size: int = 1) -> PassWork:
     """Two FLOPs a bf16 weight and row, and nothing else."""
     modules = tuple(
-        ModuleWork(block.key, (block.key,), Work(1, ((rows, float(rows * block.streamed_bytes)),)), result_bytes=rows * 8192)
+        ModuleWork(block.key, (block.key,), Work(1, ((rows, float(rows * block.stored_bytes)),)), result_bytes=rows * 8192)
         for block in model.blocks
     )
     return PassWork(phase, batch_size, rows // batch_size, modules, Work())

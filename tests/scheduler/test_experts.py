@@ -20,6 +20,7 @@ from offload.scheduler.prediction import predict
 from offload.scheduler.routing import DECODE, PREFILL, Routing, Visit
 from offload.scheduler.work import ModuleWork, PassWork, Work
 from offload.storage.errors import BudgetTooSmall, ConfigError, PlanError
+from tests.plans import edited
 from tests.scheduler.machines import LAPTOP
 
 
@@ -221,12 +222,12 @@ def made_model(**fields):
 def test_what_every_token_needs_stays_and_experts_get_the_rest():
     model, workload = made_model(), Workload(1, 1, 1)
     plan = make_plan(model, 1_000_000, workload)
-    assert len(plan.resident) == 4 and not plan.streamed
-    assert plan.expert_slots == 10 and plan.device_bytes == 1_000_000
-    assert make_plan(model, 10_000_000, workload).expert_slots == 32
+    assert len(plan.weights.resident) == 4 and not plan.weights.streamed
+    assert plan.experts.slots == 10 and plan.device_bytes == 1_000_000
+    assert make_plan(model, 10_000_000, workload).experts.slots == 32
     assert Plan.from_json(plan.to_json()) == plan
     small = make_plan(model, least_budget_bytes(model, workload), workload)
-    assert small.streamed and small.expert_slots == 2
+    assert small.weights.streamed and small.experts.slots == 2
     with pytest.raises(BudgetTooSmall) as refusal:
         make_plan(model, least_budget_bytes(model, workload) - 1, workload)
     assert refusal.value.least_bytes == least_budget_bytes(model, workload)
@@ -235,10 +236,10 @@ def test_what_every_token_needs_stays_and_experts_get_the_rest():
 def test_cpu_memory_takes_the_experts_that_fit_and_staging_brings_the_others():
     model, workload = made_model(), Workload(1, 1, 1)
     plan = make_plan(model, 1_000_000, workload, host_bytes=1_000_000)
-    held = (plan.experts_in_host_memory + plan.expert_staging_count) * plan.expert_slot_bytes
-    assert 0 < plan.experts_in_host_memory < 32 and plan.expert_staging_count and held <= 1_000_000
+    held = (plan.experts.in_host_memory + plan.experts.staging_count) * plan.experts.slot_bytes
+    assert 0 < plan.experts.in_host_memory < 32 and plan.experts.staging_count and held <= 1_000_000
     roomy = make_plan(model, 1_000_000, workload, host_bytes=10_000_000)
-    assert roomy.experts_in_host_memory == 32 and not roomy.expert_staging_count
+    assert roomy.experts.in_host_memory == 32 and not roomy.experts.staging_count
 
 
 def test_a_plan_with_experts_is_checked():
@@ -246,7 +247,7 @@ def test_a_plan_with_experts_is_checked():
     plan = make_plan(model, 1_000_000, Workload(1, 1, 1))
     plan.check(model)
     with pytest.raises(PlanError, match="at least 1"):
-        replace(plan, expert_slots=0).check(model)
+        edited(plan, "experts", slots=0).check(model)
     with pytest.raises(PlanError, match="not brought one by one"):
         plan.check(replace(model, experts=None))
 

@@ -104,10 +104,10 @@ def test_prediction_knows_what_pages_cost_the_bus():
     whole = 16 * 4096 * 32_768
     plain, with_all = _predicted(0)
     paged, with_half = _predicted(whole // 2)
-    assert plain.kv_memory_bytes == 0 and paged.kv_memory_bytes == whole // 2
+    assert plain.kv.memory_bytes == 0 and paged.kv.memory_bytes == whole // 2
     # Pages that come and go, and those that are filled, keep none of the device's half: all that does not stay has room.
-    assert paged.kv_host_bytes >= whole - paged.kv_resident_bytes
-    below = 30_000 * 16 * 4096 - paged.kv_resident_bytes
+    assert paged.kv.host_bytes >= whole - paged.kv.resident_bytes
+    below = 30_000 * 16 * 4096 - paged.kv.resident_bytes
     assert with_half.seconds_per_token >= below / RTX_4090.h2d.bytes_per_second
     assert with_half.seconds_per_token <= with_all.seconds_per_token + 1.1 * below / RTX_4090.h2d.bytes_per_second
     assert with_half.bound == "h2d"

@@ -42,14 +42,14 @@ def test_a_plan_fits_and_places_every_block_once(model, budget_mib, host_mib):
         assert too_small_for_device or (host_mib is not None and error.least_bytes > host_mib * MIB)
         return
     assert plan.device_bytes <= budget
-    placed = (*plan.resident, *plan.streamed, *plan.row_fetched)
+    placed = (*plan.weights.resident, *plan.weights.streamed, *plan.weights.row_fetched)
     assert sorted(placed) == sorted(item.key for item in model.blocks)
     sizes = {item.key: item for item in model.blocks}
-    for key in plan.streamed:
+    for key in plan.weights.streamed:
         assert sizes[key].slot_bytes <= plan.arena_bytes
-    assert set(plan.in_host_memory) <= set(plan.streamed)
+    assert set(plan.weights.in_host_memory) <= set(plan.weights.streamed)
     if host_mib is not None:
-        assert sum(sizes[key].slot_bytes for key in plan.in_host_memory) <= host_mib * MIB
+        assert sum(sizes[key].slot_bytes for key in plan.weights.in_host_memory) <= host_mib * MIB
     assert Plan.from_json(json.dumps(json.loads(plan.to_json()))) == plan
 
 
@@ -66,14 +66,14 @@ def test_layers_that_are_divided_or_on_the_cpu_fit_too(model, percent, budget_mi
         return
     plan.check(model)
     assert plan.device_bytes <= budget_mib * MIB
-    assert set(plan.cpu_gpu_split) == divided <= set(plan.in_host_memory)
-    assert set(plan.computed_on_host) == whole
+    assert set(plan.weights.cpu_gpu_split) == divided <= set(plan.weights.in_host_memory)
+    assert set(plan.weights.computed_on_host) == whole
     sizes = {item.key: item for item in model.blocks}
-    held = sum(sizes[key].slot_bytes for key in (*plan.in_host_memory, *plan.computed_on_host))
+    held = sum(sizes[key].slot_bytes for key in (*plan.weights.in_host_memory, *plan.weights.computed_on_host))
     assert held <= host_bytes
-    moved = sum(sizes[key].streamed_bytes for key in plan.streamed)
-    assert plan.streamed_bytes <= moved
-    assert plan.completed(model, WORK).streamed_bytes == plan.streamed_bytes
+    moved = sum(sizes[key].streamed_bytes for key in plan.weights.streamed)
+    assert plan.weights.streamed_bytes <= moved
+    assert plan.completed(model, WORK).weights.streamed_bytes == plan.weights.streamed_bytes
     assert Plan.from_json(plan.to_json()) == plan
 
 
@@ -103,10 +103,10 @@ def test_a_smaller_plan_takes_no_new_residents(model, first_mib, second_mib):
     large, small = least + max(first_mib, second_mib) * MIB, least + min(first_mib, second_mib) * MIB
     before = make_plan(model, large, WORK)
     try:
-        after = make_plan(model, small, WORK, candidates=frozenset(before.resident))
+        after = make_plan(model, small, WORK, candidates=frozenset(before.weights.resident))
     except BudgetTooSmall:
         return
-    assert set(after.resident) <= set(before.resident)
+    assert set(after.weights.resident) <= set(before.weights.resident)
     assert after.device_bytes <= small
 
 
@@ -123,7 +123,7 @@ def test_residents_lie_evenly(count, taken):
 def test_more_budget_makes_more_resident():
     layers = [block(f"layer.{index}", BlockRole.LAYER, 10 * MIB) for index in range(16)]
     model = ModelSpec(tuple(layers), tuple((item.key,) for item in layers))
-    counts = [len(make_plan(model, budget * MIB, WORK).resident) for budget in range(30, 200, 10)]
+    counts = [len(make_plan(model, budget * MIB, WORK).weights.resident) for budget in range(30, 200, 10)]
     assert counts == sorted(counts)
     assert counts[-1] == 16
 
@@ -133,5 +133,5 @@ def test_a_huge_head_is_streamed_through_several_slots():
     head = block("head", BlockRole.OTHER, 5 * MIB)
     model = ModelSpec((*layers, head), tuple((item.key,) for item in (*layers, head)))
     plan = make_plan(model, least_budget_bytes(model, WORK), WORK)
-    assert "head" in plan.streamed
-    assert plan.slot_count >= 5
+    assert "head" in plan.weights.streamed
+    assert plan.weights.slot_count >= 5

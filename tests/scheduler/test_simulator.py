@@ -12,6 +12,7 @@ from offload.scheduler.prediction import predict
 from offload.scheduler.simulator import simulate
 from offload.scheduler.trace import COMPUTE, OWN, PASS, WAIT
 from offload.scheduler.work import Work
+from tests.plans import edited
 from tests.scheduler.machines import GIB, LAPTOP, MIB, RTX_3060, RTX_4090, machine, stack, work
 
 ONE = Workload(1, 1, 1)
@@ -27,8 +28,8 @@ def decode_seconds(plan, hardware, model=MODEL):
 @pytest.mark.parametrize("hardware", MACHINES)
 def test_from_cpu_memory_the_bus_is_the_bound(hardware):
     plan = make_plan(MODEL, hardware.device.memory_bytes * 9 // 10, ONE, 64 * GIB)
-    assert set(plan.in_host_memory) == set(plan.streamed)
-    by_hand = plan.streamed_bytes / hardware.h2d.bytes_per_second
+    assert set(plan.weights.in_host_memory) == set(plan.weights.streamed)
+    by_hand = plan.weights.streamed_bytes / hardware.h2d.bytes_per_second
     prediction = decode_seconds(plan, hardware)
     assert 0.999 * by_hand <= prediction.seconds_per_token <= 1.05 * by_hand
     assert prediction.bound == "h2d"
@@ -37,7 +38,7 @@ def test_from_cpu_memory_the_bus_is_the_bound(hardware):
 @pytest.mark.parametrize("hardware", MACHINES)
 def test_from_disk_the_disk_is_the_bound(hardware):
     plan = make_plan(MODEL, hardware.device.memory_bytes * 9 // 10, ONE, 2 * GIB)
-    from_disk = sum(400 * MIB for key in plan.streamed if key not in plan.in_host_memory)
+    from_disk = sum(400 * MIB for key in plan.weights.streamed if key not in plan.weights.in_host_memory)
     by_hand = from_disk / hardware.disk_read.bytes_per_second
     prediction = decode_seconds(plan, hardware)
     assert 0.999 * by_hand <= prediction.seconds_per_token <= 1.1 * by_hand
@@ -48,7 +49,7 @@ def test_from_disk_the_disk_is_the_bound(hardware):
 def test_what_fits_is_bound_by_the_card(hardware):
     small = stack(8, 400 * MIB)
     plan = make_plan(small, hardware.device.memory_bytes * 9 // 10, ONE, 64 * GIB)
-    assert not plan.streamed
+    assert not plan.weights.streamed
     by_hand = 8 * 400 * MIB / hardware.device.memory_bytes_per_second
     prediction = decode_seconds(plan, hardware, small)
     assert prediction.seconds_per_token == pytest.approx(by_hand, rel=0.02)
@@ -93,7 +94,7 @@ def test_the_computing_cpu_reads_from_the_disk_itself():
     alone = replace(LAPTOP, device=None, h2d=None, d2h=None, h2d_pageable=None)
     plan = make_plan(MODEL, 4 * GIB, ONE)
     prediction = decode_seconds(plan, alone)
-    by_hand = plan.streamed_bytes / alone.disk_read.bytes_per_second
+    by_hand = plan.weights.streamed_bytes / alone.disk_read.bytes_per_second
     assert 0.999 * by_hand <= prediction.seconds_per_token <= 1.1 * by_hand
 
 
@@ -114,7 +115,7 @@ def test_a_divided_layer_takes_the_longer_of_its_halves(percent):
     hardware = machine(8 * GIB, 1000e9, 165e12, 1e9, 1e9)
     keys = frozenset(block.key for block in model.blocks)
     plan = make_plan(model, 8 * GIB, ONE, 40 * GIB, host_compute=HostCompute(shared=keys, percent=percent))
-    assert set(plan.cpu_gpu_split) == keys
+    assert set(plan.weights.cpu_gpu_split) == keys
     seconds = decode_seconds(plan, hardware, model).seconds_per_token
     on_bus = 40 * 400 * MIB * (1 - percent / 100) / 1e9
     on_cpu = 40 * 400 * MIB * percent / 100 / 60e9
@@ -141,7 +142,7 @@ def test_micro_batches_read_the_weights_again_in_each_part():
     cost = CostModel(RTX_4090, "bfloat16")
     decode = work(MODEL, "decode", 32, batch_size=32)
     whole = simulate(plan, MODEL, cost, [decode]).end_seconds
-    parts = simulate(replace(plan, decode_micro_batch=8), MODEL, cost, [decode]).end_seconds
+    parts = simulate(edited(plan, "splits", decode_micro_batch=8), MODEL, cost, [decode]).end_seconds
     assert parts == pytest.approx(4 * whole, rel=0.05)
 
 
@@ -152,6 +153,6 @@ def test_the_runtime_takes_time_for_each_streamed_window():
     without = simulate(plan, MODEL, CostModel(slow, "bfloat16"), [decode])
     with_it = simulate(plan, MODEL, CostModel(replace(slow, module_seconds=1.0), "bfloat16"), [decode])
     spent = with_it.attribution()[OWN]
-    assert spent == pytest.approx(len(plan.streamed))
+    assert spent == pytest.approx(len(plan.weights.streamed))
     assert with_it.end_seconds >= without.end_seconds
     assert OWN not in without.attribution()

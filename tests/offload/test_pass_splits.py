@@ -1,6 +1,5 @@
 """Passes taken apart: micro-batches inside of a layer, chunks of a prompt, products that device and CPU share."""
 
-import dataclasses
 import time
 
 import pytest
@@ -16,6 +15,7 @@ from offload.scheduler.model_spec import Workload
 from tests.architectures import BY_NAME, VOCAB, make, oracle_of
 from tests.budgets import NONE, budget_for, spec_of
 from tests.delayed import DelayedDevice
+from tests.plans import edited
 
 BATCH, MAX_TOKENS = 6, 40
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -67,7 +67,7 @@ def test_micro_batches_compute_the_same(name, size):
     model = make(name)
     twin = oracle_of(model)
     inputs = padded()
-    plan = dataclasses.replace(plan_of(model, batch_size=BATCH, max_tokens=MAX_TOKENS), micro_batch=size)
+    plan = edited(plan_of(model, batch_size=BATCH, max_tokens=MAX_TOKENS), "splits", micro_batch=size)
     calls: list[tuple[int, int]] = []
     with offload(
         model, device="cpu", cpu_memory="1GiB", plan=plan, exactness="rounding", batch_size=BATCH, max_tokens=MAX_TOKENS
@@ -79,10 +79,10 @@ def test_micro_batches_compute_the_same(name, size):
         inner.remove()
     assert report.exactness == "rounding"
     assert report.parts["micro_batch"] == size
-    assert report.parts["decode_micro_batch"] == session.plan.decode_micro_batch
+    assert report.parts["decode_micro_batch"] == session.plan.splits.decode_micro_batch
     assert not any("as a whole" in sentence for sentence in report.fallbacks)
     assert max(rows for rows, tokens in calls if tokens > 1) <= size
-    assert max(rows for rows, tokens in calls if tokens == 1) <= (session.plan.decode_micro_batch or 2 * BATCH)
+    assert max(rows for rows, tokens in calls if tokens == 1) <= (session.plan.splits.decode_micro_batch or 2 * BATCH)
 
 
 def _last_layer(session, calls):
@@ -103,7 +103,7 @@ def test_a_cache_is_put_together_again(kind):
 
     model = make("gemma3")
     twin = oracle_of(model)
-    plan = dataclasses.replace(plan_of(model, batch_size=BATCH, max_tokens=MAX_TOKENS), micro_batch=4)
+    plan = edited(plan_of(model, batch_size=BATCH, max_tokens=MAX_TOKENS), "splits", micro_batch=4)
     inputs = padded()
     with (
         torch.inference_mode(),
@@ -129,7 +129,7 @@ def test_what_is_computed_as_a_whole_is_told_once():
     """As many sequences as tokens: masks of padded prompts do not show their batch then, in any layer."""
     model = make("llama")
     reserve = {"batch_size": 9, "max_tokens": MAX_TOKENS}
-    plan = dataclasses.replace(plan_of(model, **reserve), micro_batch=2)
+    plan = edited(plan_of(model, **reserve), "splits", micro_batch=2)
     inputs = padded(9, 9)
     wanted = oracle_of(model)(**inputs).logits
     with offload(model, device="cpu", cpu_memory="1GiB", plan=plan, exactness="rounding", **reserve) as session:
@@ -195,7 +195,7 @@ def test_chunks_of_a_prompt_compute_the_same(name, size):
     twin = oracle_of(model)
     inputs = padded(3, 18)
     reserve = {"batch_size": 3, "max_tokens": MAX_TOKENS}
-    plan = dataclasses.replace(plan_of(model, **reserve), prefill_chunk=size)
+    plan = edited(plan_of(model, **reserve), "splits", prefill_chunk=size)
     before = model.generation_config.prefill_chunk_size
     with offload(model, device="cpu", cpu_memory="1GiB", plan=plan, exactness="rounding", **reserve) as session:
         assert_same(answers(model, inputs), answers(twin, inputs))
@@ -216,7 +216,7 @@ def test_a_pass_is_taken_apart_where_nothing_else_fits():
     smaller = budget - whole.activation_bytes(spec) // 3
     with offload(model, device="cpu", cpu_memory=smaller, **reserve) as session:
         report = session.report()
-        assert session.plan.micro_batch or session.plan.prefill_chunk
+        assert session.plan.splits.micro_batch or session.plan.splits.prefill_chunk
         ids = torch.randint(3, VOCAB, (8, 100), generator=torch.Generator().manual_seed(1))
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         assert output.shape[0] == 8
@@ -242,13 +242,13 @@ def test_a_plan_that_rounds_must_be_asked_for():
     plan = plan_of(model)
     for change in ({"micro_batch": 2}, {"prefill_chunk": 64}):
         with pytest.raises(PlanError, match="rounding"):
-            offload(model, device="cpu", cpu_memory="1GiB", plan=dataclasses.replace(plan, **change)).__enter__()
+            offload(model, device="cpu", cpu_memory="1GiB", plan=edited(plan, "splits", **change)).__enter__()
 
 
 @pytest.mark.parametrize(("name", "change"), [("bloom", "micro_batch"), ("t5", "micro_batch"), ("bert", "prefill_chunk")])
 def test_a_plan_that_takes_apart_what_cannot_be_is_refused(name, change):
     model = make(name)
-    plan = dataclasses.replace(plan_of(model), **{change: 2})
+    plan = edited(plan_of(model), "splits", **{change: 2})
     with pytest.raises(PlanError, match=change):
         offload(model, device="cpu", cpu_memory="1GiB", plan=plan, exactness="rounding").__enter__()
 
@@ -258,8 +258,8 @@ def divided_plan(model, percent, **reserve):
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, **reserve) as session:
         plan, spec = session.plan, session._spec
     names = {block.key for block in spec.layers if block.divisible}
-    divided = tuple(key for key in plan.in_host_memory if key in names)
-    return dataclasses.replace(plan, cpu_gpu_split=divided, cpu_percent=percent), budget
+    divided = tuple(key for key in plan.weights.in_host_memory if key in names)
+    return edited(plan, "weights", cpu_gpu_split=divided, cpu_percent=percent), budget
 
 
 @pytest.mark.parametrize("held", [True, False], ids=["held model", "checkpoint"])
@@ -270,7 +270,7 @@ def test_divided_layers_compute_the_same(name, held, tmp_path, monkeypatch):
     twin = oracle_of(model)
     reserve = {"batch_size": 2, "max_tokens": 20}
     plan, budget = divided_plan(model, 40, **reserve)
-    assert len(plan.cpu_gpu_split) >= 3
+    assert len(plan.weights.cpu_gpu_split) >= 3
     if not held:
         model.save_pretrained(tmp_path)
     target = model if held else str(tmp_path)
@@ -280,14 +280,14 @@ def test_divided_layers_compute_the_same(name, held, tmp_path, monkeypatch):
             torch.testing.assert_close(session.model(**inputs)[0], twin(**inputs)[0], **CLOSE)
         names = dict(session.model.state_dict())
         assert all(torch.equal(value, names[key]) for key, value in twin.state_dict().items())
-        block = next(block for block in session._spec.blocks if block.key == plan.cpu_gpu_split[0])
+        block = next(block for block in session._spec.blocks if block.key == plan.weights.cpu_gpu_split[0])
         report = session.report()
     assert report.exactness == "rounding"
-    assert report.blocks["cpu_gpu_split"] == len(plan.cpu_gpu_split)
+    assert report.blocks["cpu_gpu_split"] == len(plan.weights.cpu_gpu_split)
     # The device's rows cross the link and no others.
-    moved = sum(span.nbytes for span in session.trace().on("h2d") if span.name == plan.cpu_gpu_split[0])
-    assert moved and moved % block.device_part(40).streamed_bytes == 0
-    assert block.device_part(40).streamed_bytes < block.streamed_bytes
+    moved = sum(span.nbytes for span in session.trace().on("h2d") if span.name == plan.weights.cpu_gpu_split[0])
+    assert moved and moved % block.device_part(40).stored_bytes == 0
+    assert block.device_part(40).stored_bytes < block.stored_bytes
     if held:
         assert torch.equal(model(**inputs)[0], twin(**inputs)[0])
 
@@ -310,7 +310,7 @@ def test_a_forward_with_gradients_while_copies_arrive(name, monkeypatch):
     budget = budget_for(spec_of(model, **reserve), NONE, 2, 20) + 65_536
     inputs = BY_NAME[name].inputs()
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, **reserve) as session:
-        assert session.plan.streamed
+        assert session.plan.weights.streamed
         assert torch.equal(session.model(**inputs)[0], twin(**inputs)[0])
         assert session._device.most_in_flight > 0
 
@@ -351,7 +351,7 @@ def test_a_plan_that_divides_wrongly_is_refused(what, monkeypatch):
             model,
             gpu_memory=budget,
             cpu_memory=1 << 26,
-            plan=dataclasses.replace(plan, **change),
+            plan=edited(plan, "weights", **change),
             exactness="rounding",
             **reserve,
         ).__enter__()

@@ -52,10 +52,10 @@ def test_as_good_as_every_set_of_layers_tried(hardware, host, workload):
 def test_the_cpu_computes_where_the_bus_is_slow_and_not_where_it_is_fast():
     model = stack(40, 400 * MIB)
     slow = task(model, machine(8 * GIB, 256e9, 30e12, 4e9, 2e9), 6 * GIB, 64 * GIB, *WORKLOADS["chat"])
-    assert len(choose_plan([slow], allow_cpu=True).plan.computed_on_host) > 10
-    assert not choose_plan([slow], allow_cpu=False).plan.computed_on_host
+    assert len(choose_plan([slow], allow_cpu=True).plan.weights.computed_on_host) > 10
+    assert not choose_plan([slow], allow_cpu=False).plan.weights.computed_on_host
     long = task(model, RTX_4090, 6 * GIB, 64 * GIB, *WORKLOADS["long prompt"])
-    assert not choose_plan([long], allow_cpu=True).plan.computed_on_host
+    assert not choose_plan([long], allow_cpu=True).plan.weights.computed_on_host
 
 
 def test_the_program_keeps_within_the_budgets():
@@ -67,7 +67,7 @@ def test_the_program_keeps_within_the_budgets():
     assert (counts[LayerPlacement.HOST] + counts[LayerPlacement.CPU]) * 400 * MIB <= 20 * GIB
     plan = choose_plan([asked], allow_cpu=True).plan
     assert plan.device_bytes <= 10 * GIB
-    assert (len(plan.in_host_memory) + len(plan.computed_on_host)) * 400 * MIB <= 20 * GIB
+    assert (len(plan.weights.in_host_memory) + len(plan.weights.computed_on_host)) * 400 * MIB <= 20 * GIB
     plan.check(model)
 
 
@@ -78,8 +78,8 @@ def test_a_pass_is_taken_apart_where_what_stays_is_worth_more():
     whole = replace(whole, workload=Workload(64, 32, 32))
     tasks = [whole, *(replace(whole, workload=Workload(64, 32, 32, micro_batch=size)) for size in (32, 16, 8))]
     choice = choose_plan(tasks, allow_cpu=False)
-    assert choice.plan.micro_batch in (32, 16, 8)
-    assert len(choice.plan.resident) > len(evaluate(whole).plan.resident)
+    assert choice.plan.splits.micro_batch in (32, 16, 8)
+    assert len(choice.plan.weights.resident) > len(evaluate(whole).plan.weights.resident)
     assert choice.seconds(whole) < evaluate(whole).seconds(whole)
     # Where there is room for all, nothing is.
     roomy = [replace(item, device_bytes=40 * GIB) for item in tasks]
