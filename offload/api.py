@@ -3,20 +3,21 @@
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from offload.config import EXACTNESS, IDENTICAL, Progress, parse_bytes, resolve_device
+from offload.config import EXACTNESS, IDENTICAL, Progress, resolve_device
 from offload.kv.options import NONE, PLAIN, KvOptions
-from offload.kv.policies.budget import KvBudget
 from offload.model.from_pretrained import TAKEN, LoadingOptions, unknown
-from offload.moe.component import AUTO, CPU, ExpertOptions
-from offload.planning.fit import load_plan
+from offload.moe.options import AUTO, CPU, ExpertOptions
+from offload.planning.plan_file import load_plan
+from offload.runtime.machine import Machine
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.plan import Plan
-from offload.session.session import Request, Session
+from offload.session.request import Request
+from offload.session.session import Session
 from offload.storage.errors import ConfigError
 from offload.training.options import Training
 
@@ -35,6 +36,9 @@ def offload(
     hardware: HardwareProfile | str | Path | None = None,
     plan: Plan | str | Path | None = None,
     training: bool | Training = False,
+    machine: Machine | None = None,
+    experts: ExpertOptions | None = None,
+    kv: KvOptions | None = None,
     expert_policy: str = AUTO,
     expert_misses: str = AUTO,
     expert_prefetch: str = AUTO,
@@ -63,6 +67,9 @@ def offload(
         plan: what lives where, or the file of `offload plan --output`; by default it is planned.
         training: backward works: each layer is computed again, with its weights brought again. `Training(...)` says how
             the session's own optimizer works.
+        machine: what to run on, shared with other sessions (`open_machine`): its budgets are those of all of them, `device` is
+            its own, and one forward at a time computes.
+        experts, kv: the options of the next lines as objects, in their place.
         expert_policy: which experts of a mixture-of-experts model stay in device memory: `lru`, `lfu` (uses that fade),
             `admission` (the same, and copied only where it pays), `auto`; `layers` streams whole layers instead.
         expert_misses: what becomes of an expert that is not there: `load`, `cpu` (computed from CPU memory beside a GPU, of
@@ -87,21 +94,17 @@ def offload(
     """
     if exactness not in EXACTNESS:
         raise ConfigError(f"exactness={exactness!r} is not known; give one of {', '.join(EXACTNESS)}")
-    experts = ExpertOptions(expert_policy, expert_misses, expert_prefetch)
-    kv = KvOptions(
-        parse_bytes(kv_memory, "kv_memory"),
-        kv_policy,
-        None if kv_budget is None else KvBudget.parse(kv_budget),
-        shared_prefix,
-        None if prefix_cache is None else str(prefix_cache),
-    )
-    if shared_prefix < 0 or (shared_prefix and exactness == IDENTICAL):
+    experts = _either("experts", experts, ExpertOptions(expert_policy, expert_misses, expert_prefetch), ExpertOptions())
+    kv = _either("kv", kv, KvOptions.parse(kv_memory, kv_policy, kv_budget, shared_prefix, prefix_cache), PLAIN)
+    if kv.shared_tokens < 0 or (kv.shared_tokens and exactness == IDENTICAL):
         raise ConfigError(
-            f"shared_prefix={shared_prefix} is read once for all sequences, which rounds otherwise than the plain model; give "
-            "exactness='rounding' with it"
+            f"shared_prefix={kv.shared_tokens} is read once for all sequences, which rounds otherwise than the plain model; "
+            "give exactness='rounding' with it"
         )
-    chosen = resolve_device(device)
-    if expert_misses == CPU and chosen.shares_host_memory:
+    if machine is not None and device != "auto":
+        raise ConfigError(f"device={device!r} was given beside a machine, which has its own; leave one of them out")
+    chosen = resolve_device(device) if machine is None else machine.device
+    if experts.misses == CPU and chosen.shares_host_memory:
         raise ConfigError("expert_misses='cpu' computes experts beside a GPU, and the CPU is what computes here: leave it out")
     if batch_size < 1 or any(count is not None and count < 1 for count in (max_tokens, new_tokens)):
         raise ConfigError(f"batch_size={batch_size}, max_tokens={max_tokens} and new_tokens={new_tokens} must be at least 1")
@@ -138,6 +141,7 @@ def offload(
             plan=load_plan(plan) if isinstance(plan, (str, Path)) else plan,
             training=Training() if training is True else training or None,
             uses_session_optimizer=isinstance(training, Training),
+            machine=machine,
             experts=experts,
             kv=kv,
             progress=progress or (lambda what, done, total: None),
@@ -147,6 +151,18 @@ def offload(
 
 
 _OPTIONS = frozenset(inspect.signature(offload).parameters) - {"model_or_path", "loading"}
+
+
+Options = TypeVar("Options")
+
+
+def _either(name: str, given: Options | None, flat: Options, plain: Options) -> Options:
+    """The options object, or the flat keywords; not both."""
+    if given is None:
+        return flat
+    if flat != plain:
+        raise ConfigError(f"{name}= was given beside keywords that it holds ({flat}); give all of them in {name}=")
+    return given
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -19,18 +19,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from offload.config import Progress
 from offload.model.homes import ParameterHome
 from offload.planning.dry_run import DryRun
+from offload.runtime.block_sources import SlotRegion, packed_offsets
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.recorder import Recorder
-from offload.runtime.weights import SlotRegion, StreamedBlock, Waits, packed_offsets
+from offload.runtime.weights import StreamedBlock
 from offload.scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
 from offload.scheduler.work import total
-from offload.storage.devices.base import Device, Event
+from offload.storage.arrival import Waits
+from offload.storage.devices.base import Device, Event, copy_bytes_per_second
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import ProfileError
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.io_engines.posix import PosixEngine
-from offload.storage.probe import copy_bytes_per_second
 from offload.storage.reader import DiskReader
 from offload.storage.state_file import StateFile
 from offload.storage.transfer import Link

@@ -71,6 +71,19 @@ class PagedKv:
 
 
 @dataclass(frozen=True, slots=True)
+class KvDemand:
+    """What is asked of a plan for keys and values.
+
+    Attributes:
+        ways: to keep them in pages, the best first; none where all of them stay on the device.
+        required: the first way is to be taken even where all of them would fit.
+    """
+
+    ways: tuple[PagedKv, ...] = ()
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class KvPages:
     """How the device's part of a KV cache is used.
 

@@ -15,12 +15,18 @@ class MemoryLedger:
         tier: the tier that is counted.
         budget_bytes: what may be held at most; None for a tier without a limit.
         on_change: told (tier, category, bytes held now) of every change.
+        parent: the ledger of all who share the tier, which is charged for the same bytes.
     """
 
     def __init__(
-        self, tier: Tier, budget_bytes: int | None, on_change: Callable[[str, str, int], None] = lambda *change: None
+        self,
+        tier: Tier,
+        budget_bytes: int | None,
+        on_change: Callable[[str, str, int], None] = lambda *change: None,
+        parent: "MemoryLedger | None" = None,
     ) -> None:
         self.tier = tier
+        self._parent = parent
         self.budget_bytes = budget_bytes
         self.peak_bytes = 0
         self._on_change = on_change
@@ -34,8 +40,11 @@ class MemoryLedger:
 
     @property
     def free_bytes(self) -> int | None:
-        """Bytes left under the budget; None without one."""
-        return None if self.budget_bytes is None else self.budget_bytes - self.used_bytes
+        """Bytes left under the budget, the parent's too; None without one."""
+        left = [] if self.budget_bytes is None else [self.budget_bytes - self.used_bytes]
+        if self._parent is not None and self._parent.free_bytes is not None:
+            left.append(self._parent.free_bytes)
+        return min(left, default=None)
 
     def held_bytes(self, category: str) -> int:
         return self._held.get(category, 0)
@@ -52,6 +61,8 @@ class MemoryLedger:
         with self._lock:
             if self.budget_bytes is not None and self.used_bytes + nbytes > self.budget_bytes:
                 raise BudgetExceeded(self._refusal(category, nbytes))
+            if self._parent is not None:
+                self._parent.charge(category, nbytes)
             self._held[category] += nbytes
             self._on_change(self.tier.value, category, self._held[category])
             if self.used_bytes > self.peak_bytes:
@@ -63,6 +74,8 @@ class MemoryLedger:
             if nbytes > self._held[category]:
                 raise AssertionError(f"{category} gives back {nbytes} bytes and holds {self._held[category]}")
             self._held[category] -= nbytes
+            if self._parent is not None:
+                self._parent.release(category, nbytes)
             self._on_change(self.tier.value, category, self._held[category])
 
     def set(self, category: str, nbytes: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from offload.storage.arrival import Waits
 from offload.storage.blocks import FileRange
 from offload.storage.devices.base import Device, Event
 from offload.storage.host_buffer import HostBuffer
@@ -19,8 +20,15 @@ class StagedTransfer:
     """A block on its way from disk to the device: read into a staging buffer, then copied from there."""
 
     def __init__(
-        self, name: str, ranges: Sequence[FileRange], read_plan: ReadPlan, target: torch.Tensor, after: Event | None
+        self,
+        reader: "StagedReader",
+        name: str,
+        ranges: Sequence[FileRange],
+        read_plan: ReadPlan,
+        target: torch.Tensor,
+        after: Event | None,
     ) -> None:
+        self._reader = reader
         self.name = name
         self.ranges = ranges
         self.read_plan = read_plan
@@ -32,13 +40,16 @@ class StagedTransfer:
         self.issued = threading.Event()
         """Set once the copy is in the device's queue, or never will be."""
 
-    def wait_issued(self) -> float:
-        """Block until the copy is in the device's queue; seconds spent. Raises what the read raised."""
+    def wait(self) -> Waits:
+        """Block until the copy is in the device's queue, and have the device wait for it. Raises what the read raised."""
         begun = time.perf_counter()
         self.issued.wait()
+        waited = time.perf_counter() - begun
         if self.error is not None:
             raise self.error
-        return time.perf_counter() - begun
+        assert self.copied is not None
+        self._reader.device.wait(self.copied)
+        return {self._reader.reader.link.name: waited}
 
     def cancel(self) -> None:
         """Wait until nothing writes to the target any more."""
@@ -61,7 +72,7 @@ class StagedReader:
 
     def __init__(self, reader: DiskReader, device: Device, buffers: Sequence[HostBuffer]) -> None:
         self.reader = reader
-        self._device = device
+        self.device = device
         self._free: queue.Queue[tuple[HostBuffer, Event | None]] = queue.Queue()
         for buffer in buffers:
             self._free.put((buffer, None))
@@ -73,7 +84,7 @@ class StagedReader:
         self, name: str, ranges: Sequence[FileRange], read_plan: ReadPlan, target: torch.Tensor, after: Event | None
     ) -> StagedTransfer:
         """Queue a block; `target` is uint8 [at least the end of its last tensor] on the device."""
-        transfer = StagedTransfer(name, ranges, read_plan, target, after)
+        transfer = StagedTransfer(self, name, ranges, read_plan, target, after)
         self._requested.put(transfer)
         return transfer
 
@@ -96,7 +107,7 @@ class StagedReader:
         def copy() -> None:
             if not transfer.cancelled:
                 size = transfer.target.numel()
-                transfer.copied = self._device.copy_in(transfer.target, buffer.tensor[:size], transfer.after, transfer.name)
+                transfer.copied = self.device.copy_in(transfer.target, buffer.tensor[:size], transfer.after, transfer.name)
 
         memory = buffer.memory[: transfer.read_plan.slot_bytes]
         read = self.reader.read(transfer.ranges, transfer.read_plan, memory, copy, transfer.name)

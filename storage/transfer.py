@@ -5,6 +5,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from offload.storage.arrival import Waits
+
 Part = Callable[[], None]
 
 
@@ -32,11 +34,11 @@ class Transfer:
         """True once nothing of it runs any more, whether it succeeded or not."""
         return self._over.is_set()
 
-    def wait(self) -> float:
+    def wait(self) -> Waits:
         """Block until the bytes are there.
 
         Returns:
-            Seconds spent waiting.
+            Seconds spent waiting, for the link.
 
         Raises:
             Whatever a part or the finish raised.
@@ -48,7 +50,7 @@ class Transfer:
             waited = time.perf_counter() - begun
         if self.error is not None:
             raise self.error
-        return waited
+        return {self.link.name: waited}
 
     def cancel(self) -> None:
         """Skip the parts that have not begun and wait for those that have: the target may be reused afterwards."""

@@ -11,14 +11,13 @@ from transformers.utils import logging as transformers_logging
 
 from offload.adapters.peft import load_adapters
 from offload.api import offload
-from offload.cli.kv import add_kv_arguments
+from offload.cli.shared_options import add_expert_arguments, add_kv_arguments, expert_options, kv_options
 from offload.cli.terminal import check_writable, live_console, progress_bar, say
 from offload.config import EXACTNESS, ROUNDING, Progress, resolve_device
 from offload.generation.text import LEAST_SHARED_TOKENS, Completion, Prompts, Sampling, complete, load_tokenizer
 from offload.json_lines import decoded, json_lines
 from offload.model.from_pretrained import LoadingOptions
 from offload.model.loading import find_folder
-from offload.moe.component import AUTO, MISSES, POLICIES, PREFETCH
 from offload.probe import hardware_profile, kept_profile
 from offload.report.live import LiveView
 from offload.report.perfetto import as_perfetto
@@ -69,30 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=EXACTNESS,
         help="rounding allows other orders of computing (default: identical)",
     )
-    add(
-        "--expert-policy",
-        default=AUTO,
-        choices=POLICIES,
-        help="which experts stay in device memory; `layers` streams whole layers instead (default: auto)",
-    )
-    add(
-        "--expert-misses",
-        default=AUTO,
-        choices=MISSES,
-        help="bring experts that are not there, or compute them on the CPU beside a GPU (default: auto)",
-    )
-    add(
-        "--expert-prefetch",
-        default=AUTO,
-        choices=PREFETCH,
-        help="bring experts before they are asked for: in long prompts (auto), in decode too (on)",
-    )
+    add_expert_arguments(add)
     add("--expert-trace", metavar="FILE.csv", help="write which experts each token chose, for `offload experts replay`")
     add_kv_arguments(add)
     add(
         "--prefix-cache",
         metavar="DIR",
-        help="keep beginnings of prompts there for other runs; level rounding (made if need be)",
+        help="cache the KV of prompt prefixes in DIR, across runs (created if missing); exactness becomes `rounding`",
     )
     add("--plan", metavar="FILE.json", help="what lives where, from `offload plan --output` (default: planned here)")
     add("--report", metavar="FILE", help="write the report there: .html for a page, else JSON that `offload report` reads")
@@ -188,14 +170,8 @@ def _session(
         new_tokens=sampling.max_new_tokens,
         exactness=request.exactness,
         plan=request.plan,
-        expert_policy=request.expert_policy,
-        expert_misses=request.expert_misses,
-        expert_prefetch=request.expert_prefetch,
-        kv_memory=request.kv_memory,
-        kv_policy=request.kv_policy,
-        kv_budget=request.kv_budget,
-        prefix_cache=request.prefix_cache,
-        shared_prefix=shared if shared >= LEAST_SHARED_TOKENS else 0,
+        experts=expert_options(request),
+        kv=kv_options(request, shared if shared >= LEAST_SHARED_TOKENS else 0, request.prefix_cache),
         progress=show,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,

@@ -7,10 +7,9 @@ from pathlib import Path
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from offload.cli.kv import add_kv_arguments, kv_options
+from offload.cli.shared_options import add_expert_policy, add_kv_arguments, expert_options, kv_options
 from offload.cli.terminal import check_writable, print_table, progress_bar, say
 from offload.config import EXACTNESS
-from offload.moe.component import AUTO, POLICIES
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.plan import Plan
 from offload.session.preview import Planner, PlanRequest, PlanResult
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=EXACTNESS,
         help="rounding allows other orders of computing (default: identical)",
     )
-    add("--expert-policy", default=AUTO, choices=POLICIES, help="as for generate; `layers` streams whole layers")
+    add_expert_policy(add)
     add_kv_arguments(add)
     add("--hardware", metavar="FILE.json", help="plan for the machine that this profile describes (default: this one)")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
@@ -54,7 +53,7 @@ def run(request: argparse.Namespace) -> None:
         request.gpu_memory,
         request.cpu_memory,
         request.exactness,
-        request.expert_policy,
+        expert_options(request),
         kv_options(request),
     )
     hardware = None if request.hardware is None else HardwareProfile.load(request.hardware)

@@ -1,205 +1,132 @@
-"""The paged KV cache, as the session holds it: its pages, which caches get them, what became of them."""
+"""The KV cache of a session: what is reserved for it, its pages where it has some, and the prefixes that are kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache
 
-from offload.kv.attention_backend import PagedAttention
+from offload.config import IDENTICAL, ROUNDING
 from offload.kv.options import KvOptions
-from offload.kv.state_offload import StateOffloader
-from offload.kv.store import KvStore
-from offload.kv.transformers_cache import PagedLayers
-from offload.runtime.clock import PassClock
-from offload.scheduler.hardware import HardwareProfile
-from offload.scheduler.kv_pages import KvPages, KvShape, cpu_reads_pages, cut, streamed_bytes
-from offload.scheduler.model_spec import Workload
+from offload.kv.paged_cache import CATEGORY, PagedCache
+from offload.kv.prefix_cache import PrefixCache
+from offload.kv.prefix_store import BLOCK_TOKENS
+from offload.kv.reservation import KvReservation
+from offload.model.caches import new_cache
+from offload.planning.predictor import Predictor
+from offload.runtime.call import Call
+from offload.runtime.component import Component
+from offload.runtime.machine import Machine
+from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.scheduler.plan import Plan
-from offload.storage.blocks import Tier
-from offload.storage.devices.base import Device
-from offload.storage.errors import BudgetExceeded, gib
-from offload.storage.ledger import MemoryLedger
-from offload.storage.pages.file import PageFile
-from offload.storage.pages.pool import STAGING_PAGES, PagePool
-from offload.storage.transfer import Link
-
-CATEGORY = "KV cache"
-_PAGES = "pages of the KV cache"
-
-_SEALED_SHARE = 3
-"""Where full pages are coded, the others have this part of the memory at most."""
+from offload.scheduler.prediction import predict
 
 
-def new_cache(model: nn.Module) -> Any:
-    """An empty cache of transformers' own, as `generate` makes it."""
-    config: Any = model.config
-    cache = DynamicCache(config=config)
-    return EncoderDecoderCache(cache, DynamicCache(config=config)) if config.is_encoder_decoder else cache
-
-
-class KvComponent:
-    """Pages for the caches of one session.
+class KvComponent(Component):
+    """Keys and values of one session.
 
     Args:
-        shape: of the model's cache.
-        workload: what the pages are cut for.
-        reads, writes: the disk's queues.
-        disk_dir: where pages go; None for the folder of temporary files.
-        tell: told a sentence of what is otherwise than planned.
-        hardware: tells whether the CPU reads pages in its memory sooner than the device gets them.
+        plan: what they have of each tier.
+        workload: what that is reserved for.
+        grow: makes a new plan for a larger workload; raises BudgetTooSmall if there is none.
+        predictor: weighs loading a prefix against computing it; None where the machine was not measured.
+        source_key: stands for the checkpoint; None for a model that no file is known of.
     """
+
+    name = "kv"
 
     def __init__(
         self,
+        machine: Machine,
         options: KvOptions,
         plan: Plan,
-        shape: KvShape,
+        spec: ModelSpec,
         workload: Workload,
-        device: Device,
-        clock: PassClock,
-        reads: Link,
-        writes: Link,
-        disk_dir: str | None,
-        host_ledger: MemoryLedger,
-        disk_ledger: MemoryLedger,
-        warn: Callable[[str], None],
-        hardware: HardwareProfile | None,
+        grow: Callable[[Workload], None],
+        predictor: Predictor | None,
+        source_key: str | None,
     ) -> None:
         self.options = options
-        self.shape = shape
+        self.reservation = KvReservation(spec, workload, grow, machine.ledger.budget_bytes or 0)
+        self.paged: PagedCache | None = None
+        self.prefixes: PrefixCache | None = None
+        self._machine = machine
         self._plan = plan
-        self._workload = workload
-        self._device = device
-        self._clock = clock
-        self._links = reads, writes
-        self._disk_dir = disk_dir
-        self._ledgers = host_ledger, disk_ledger
-        self._warn = warn
-        self.pages = self._cut(plan.kv.memory_bytes)
-        pages, codec = self.pages, options.method.codec
-        self._raw_pages = pages.device_pages
-        if codec is not None:
-            # The open ones, and a few that no code is good enough for, which go to disk.
-            self._raw_pages = shape.layers + max(2, (pages.device_pages - shape.layers) // _SEALED_SHARE)
-        self.store = KvStore(
-            self._pool(pages.page_bytes, self._raw_pages, plan.kv.host_bytes if codec is None else 0),
-            pages.ring_pages if codec is None else 1,
-            pages.resident_pages(shape.layers) if codec is None else 1,
-            codec,
-            self._coded_pool,
-            cpu_attends=plan.kv.segments and not device.shares_host_memory and cpu_reads_pages(hardware),
-            warn=warn,
-            page_tokens=options.tokens_a_page(workload.total_tokens),
-        )
-        state_offloader = StateOffloader(self.store) if plan.kv.state_offload else None
-        self._layers = PagedLayers(self.store, options.layer_policy(), plan.kv.segments, state_offloader)
+        self._spec = spec
+        self._predictor = predictor
+        self._source_key = source_key
+        self._adopted = False
+        if plan.kv.memory_bytes:
+            assert spec.kv is not None
+            hardware = None if predictor is None else predictor.hardware
+            self.paged = PagedCache(machine, options, plan.kv, spec.kv, workload, hardware)
 
     def open(self, model: nn.Module, stack: ExitStack) -> None:
-        """Take memory, and the place of the model's attention where that is needed; all undone by `stack`."""
-        host, disk = self._ledgers
-        if self._plan.kv.host_bytes:
-            host.charge(_PAGES, self._plan.kv.host_bytes)
-            stack.callback(lambda: host.set(_PAGES, 0))
-        stack.callback(lambda: disk.set(CATEGORY, 0))
-        stack.callback(self.store.close)
-        if self._plan.kv.segments:
-            stack.callback(PagedAttention(model).undo)
+        if self.paged is not None:
+            self.paged.open(model, stack)
 
-    def adopt(self, cache: Any) -> bool:
-        """Give a new cache paged layers; whether it has them."""
-        return cache is not None and self._layers.adopt(cache)
+    def take_slots(self, plan: Plan) -> None:
+        self._plan = plan
+        self._machine.ledger.set(CATEGORY, plan.kv.reserved_bytes)
+
+    def free_slots(self) -> None:
+        self._machine.ledger.set(CATEGORY, 0)
+
+    def attach(self, model: nn.Module, stack: ExitStack) -> None:
+        self.prefixes = PrefixCache(
+            model, self._machine, self.options, self._plan.rounds, self._source_key, self._loading_beats_computing
+        )
+
+    def before_pass(self, call: Call) -> None:
+        if not call.rows:
+            return
+        self._adopted = self.paged is not None and self.paged.adopt(call.cache)
+        if self.paged is not None and self._adopted:
+            self.paged.check(call.batch_size, call.cached_tokens + call.tokens)
+        self.reservation.reserve_for(call.cache, call.batch_size, call.tokens, call.cached_tokens, self._adopted)
+
+    def after_pass(self, call: Call) -> None:
+        if self.paged is not None and self._adopted:
+            self.paged.observe()
+        self.reservation.update(call.cache, call.cache_bytes, call.tokens)
 
     def new_cache(self, model: nn.Module) -> Any:
-        """An empty cache with paged layers."""
-        cache = new_cache(model)
-        self.adopt(cache)
-        return cache
+        """Return an empty cache, kept as the session was asked to: transformers' own where all of it stays."""
+        return new_cache(model) if self.paged is None else self.paged.new_cache(model)
 
-    def check(self, batch_size: int, context_tokens: int) -> None:
-        """Raise BudgetExceeded if a layer could not be put together after a pass with so many tokens."""
-        if self._plan.kv.segments:
-            return
-        needed = batch_size * context_tokens * self.shape.token_bytes
-        if needed > self.pages.assembled_bytes:
-            raise BudgetExceeded(
-                f"{batch_size} x {context_tokens} tokens of one layer take {gib(needed)} in one piece, and the KV cache was "
-                f"laid out for {self._workload.batch_size} x {self._workload.total_tokens}; enter with the batch_size and "
-                "max_tokens that will be used"
-            )
-
-    def observe(self) -> None:
-        """A pass is over."""
-        _, disk = self._ledgers
-        disk.set(CATEGORY, sum(pool.disk_bytes for pool in self.store.pools))
-        if any(pool.unlocked_bytes for pool in self.store.pools) and not self._device.shares_host_memory:
-            self._warn("the KV cache's pages in CPU memory could not be page-locked: copies from them are slower")
+    def prefill(self, cache: Any, prefix: Sequence[int], batch_size: int, announce: Callable[[int], None]) -> Any:
+        """Put a prefix of token ids into an empty cache; see `PrefixCache.prefill`."""
+        assert self.prefixes is not None
+        return self.prefixes.prefill(cache, prefix, batch_size, announce)
 
     @property
-    def onloaded_bytes(self) -> int:
-        """Of pages, from lower tiers, since the session began."""
-        return sum(pool.onloaded_bytes for pool in self.store.pools)
+    def shares_prefixes(self) -> bool:
+        """The prefix that all sequences of a batch have in common is kept and read once."""
+        return self._plan.kv.segments and self.options.shared_tokens > 0
 
     @property
-    def written_bytes(self) -> int:
-        """Of pages, to lower tiers."""
-        return sum(pool.written_bytes for pool in self.store.pools)
+    def exactness(self) -> str:
+        if self.options.is_lossy:
+            return self.options.level
+        return ROUNDING if self._prefix_tokens() != (0, 0) else IDENTICAL
 
     def usage(self) -> dict[str, int | str]:
-        """For the report."""
-        peaks = {f"peak_{tier.value}_bytes": self.store.peak_bytes[tier] for tier in Tier}
+        loaded, computed = self._prefix_tokens()
         return {
-            "policy": self.options.policy,
-            "budget": self.options.seen,
-            "memory_bytes": self._plan.kv.memory_bytes,
-            "page_bytes": self.pages.page_bytes,
-            **peaks,
-            "onloaded_bytes": self.onloaded_bytes,
-            "written_bytes": self.written_bytes,
-            "planned_bytes_per_pass": self._planned_bytes(),
-            "full_pages": self.store.sealed,
-            "unquantized_pages": self.store.kept_raw,
+            "reserved_bytes": self._plan.kv.reserved_bytes,
+            "peak_bytes": self.reservation.peak_bytes,
+            **({} if self.paged is None else self.paged.usage()),
+            "prefix_loaded_tokens": loaded,
+            "prefix_computed_tokens": computed,
         }
 
-    def _planned_bytes(self) -> int:
-        """What a pass at the end reads where everything is read as it is: what does not stay, once."""
-        if self.options.is_lossy:
-            return 0
-        return streamed_bytes(self.shape, self.pages, self._workload.batch_size, self._workload.total_tokens)
+    def _prefix_tokens(self) -> tuple[int, int]:
+        return (0, 0) if self.prefixes is None else (self.prefixes.loaded_tokens, self.prefixes.computed_tokens)
 
-    def _cut(self, memory_bytes: int) -> KvPages:
-        workload, options, percent = self._workload, self.options, self._plan.kv.stored_percent
-        sizes = workload.batch_size, workload.total_tokens, memory_bytes
-        page_tokens = options.tokens_a_page(workload.total_tokens)
-        return cut(
-            self.shape,
-            *sizes,
-            self._plan.kv.segments,
-            page_tokens,
-            options.index_share,
-            percent,
-        )
-
-    def _pool(self, page_bytes: int, device_pages: int, host_bytes: int) -> PagePool:
-        # What passes between disk and device is part of it.
-        (reads, writes), host_pages = self._links, max(0, host_bytes // page_bytes - STAGING_PAGES)
-        return PagePool(
-            self._device, page_bytes, device_pages, host_pages, self._open_file, reads, writes, self._clock.charge_wait
-        )
-
-    def _coded_pool(self, page_bytes: int) -> tuple[PagePool, int, int]:
-        """For full pages, in what the others leave of the memory."""
-        pages = self.pages
-        room = pages.page_bytes * (pages.device_pages - self._raw_pages)
-        count = max(3, room // page_bytes)
-        ring = max(2, min(pages.ring_pages, count // 3))
-        return self._pool(page_bytes, count, self._plan.kv.host_bytes), ring, count - ring - 1
-
-    def _open_file(self, page_bytes: int) -> PageFile:
-        file = PageFile(self._disk_dir, page_bytes)
-        if not file.direct:
-            self._warn(
-                "the disk folder refuses O_DIRECT: pages of the KV cache go through the page cache and are dropped from it"
-            )
-        return file
+    def _loading_beats_computing(self, nbytes: int) -> bool:
+        """Whether loading a prefix block of `nbytes` from disk is expected to beat recomputing it."""
+        if self._predictor is None:
+            return True
+        prefill, decode = self._predictor.work(self._spec, 1, BLOCK_TOKENS, BLOCK_TOKENS)
+        computed = predict(self._plan, self._spec, self._predictor.cost, prefill, decode).prefill_seconds
+        return self._predictor.hardware.disk_read.seconds(nbytes) < computed

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from offload.config import parse_bytes
 from offload.kv.policies.base import FullAttention, LayerPolicy
 from offload.kv.policies.budget import KvBudget
 from offload.kv.policies.retrieve import INDEX_SHARE, Retrieve, page_tokens
@@ -64,6 +66,24 @@ class KvOptions:
     budget: KvBudget | None = None
     shared_tokens: int = 0
     prefix_dir: str | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        memory: str | int | None = None,
+        policy: str = NONE,
+        budget: str | float | None = None,
+        shared_tokens: int = 0,
+        prefix_dir: str | Path | None = None,
+    ) -> "KvOptions":
+        """Read sizes as users write them: `memory="2GiB"`, `budget="25%"`. Raises ConfigError for what cannot be read."""
+        return cls(
+            parse_bytes(memory, "kv_memory"),
+            policy,
+            None if budget is None else KvBudget.parse(budget),
+            shared_tokens,
+            None if prefix_dir is None else str(prefix_dir),
+        )
 
     def __post_init__(self) -> None:
         if self.policy not in METHODS:

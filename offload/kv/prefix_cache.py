@@ -12,11 +12,8 @@ from transformers import EncoderDecoderCache
 
 from offload.kv.options import KvOptions
 from offload.kv.prefix_store import BLOCK_TOKENS, PrefixStore, add_block, block_of
-from offload.runtime.passes import ModelPass
-from offload.scheduler.plan import Plan
-from offload.storage.devices.base import Device
+from offload.runtime.machine import Machine
 from offload.storage.errors import ConfigError
-from offload.storage.transfer import Link
 
 _NAME = "beginning of a prompt"
 
@@ -25,43 +22,36 @@ class PrefixCache:
     """Fills empty caches.
 
     Args:
-        root: the model's passes.
+        rounds: what is computed otherwise than the plain model does.
         source_key: stands for the checkpoint; None for a model that no file is known of.
         worth: whether loading so many bytes is expected to be faster than computing a block.
-        tell: told a sentence of what is otherwise than one would expect.
-        reads, writes: what the disk moved is counted there.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        device: Device,
-        root: ModelPass,
+        machine: Machine,
         options: KvOptions,
-        plan: Plan,
+        rounds: tuple[str, ...],
         source_key: str | None,
         worth: Callable[[int], bool],
-        warn: Callable[[str], None],
-        reads: Link,
-        writes: Link,
     ) -> None:
-        self._reads, self._writes = reads, writes
+        self._reads, self._writes = machine.host.reads, machine.host.writes
         self.loaded_tokens = 0
         self.computed_tokens = 0
         self._model = model
-        self._device = device
-        self._root = root
+        self._device = machine.device
         self._options = options
         self._source_key = source_key
         self._worth = worth
-        self._warn = warn
+        self._warn = machine.notes.warn
         self._computed_by = {
             "source": source_key,
             "torch": torch.__version__,
-            "device": device.hardware_name,
+            "device": machine.device.hardware_name,
             "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", "")),
             "kept": options.level,
-            "rounds": plan.rounds,
+            "rounds": rounds,
         }
         self._versions = {id(value): value._version for value in model.parameters()}
 
@@ -79,13 +69,14 @@ class PrefixCache:
                 return None
         return PrefixStore(self._options.prefix_dir, self._computed_by | {"added": added}, self._warn)
 
-    def prefill(self, cache: Any, tokens: Sequence[int], batch_size: int) -> Any:
+    def prefill(self, cache: Any, tokens: Sequence[int], batch_size: int, announce: Callable[[int], None]) -> Any:
         """Put a beginning into an empty cache.
 
         With a store these are whole blocks of it only.
 
         Args:
             batch_size: sequences that continue it.
+            announce: called before a pass with the number of passes of the same prompt that follow it.
 
         Returns:
             The cache.
@@ -98,15 +89,16 @@ class PrefixCache:
         with torch.inference_mode():
             store = self._store()
             if store is not None:
-                self._by_blocks(cache, tokens, store)
+                self._by_blocks(cache, tokens, store, announce)
             elif self._options.prefix_dir is None:
-                self._compute(cache, tokens, 1)
+                announce(1)
+                self._compute(cache, tokens)
                 self.computed_tokens += len(tokens)
             if batch_size > 1 and cache.get_seq_length():
                 cache.batch_repeat_interleave(batch_size)
         return cache
 
-    def _by_blocks(self, cache: Any, tokens: Sequence[int], store: PrefixStore) -> None:
+    def _by_blocks(self, cache: Any, tokens: Sequence[int], store: PrefixStore, announce: Callable[[int], None]) -> None:
         keys = store.keys(tokens)
         for index, key in enumerate(keys):
             start, end = index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS
@@ -118,18 +110,17 @@ class PrefixCache:
                 add_block(cache, parts, self._device.torch_device)
                 self.loaded_tokens += BLOCK_TOKENS
                 continue
-            self._compute(cache, tokens[start:end], len(keys) - index)
+            announce(len(keys) - index)
+            self._compute(cache, tokens[start:end])
             self.computed_tokens += BLOCK_TOKENS
             if store.nbytes(key) is None:
                 begun = time.perf_counter()
                 store.save(key, block_of(cache, start, end))
                 self._writes.count(_NAME, begun, time.perf_counter(), store.nbytes(key) or 0)
 
-    def _compute(self, cache: Any, tokens: Sequence[int], passes_left: int) -> None:
-        """One pass. Args: passes_left: of the same prompt, this one included, before the one that ends it."""
+    def _compute(self, cache: Any, tokens: Sequence[int]) -> None:
         inputs = torch.tensor([list(tokens)], device=self._device.torch_device)
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
             options["logits_to_keep"] = 1
-        self._root.prompt_goes_on(passes_left)
         self._model(input_ids=inputs, **options)

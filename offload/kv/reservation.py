@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
+from offload.model.caches import cache_bytes, fixed_length
 from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.storage.errors import BudgetExceeded, BudgetTooSmall, gib
 
@@ -79,40 +78,10 @@ class KvReservation:
             self.workload = least
 
     def _expected_bytes(self, cache: Any, batch_size: int, tokens: int) -> int:
-        held, fixed = cache_bytes(cache), _fixed_length(cache)
+        held, fixed = cache_bytes(cache), fixed_length(cache)
         if not held:
             return Workload(batch_size, max(tokens, fixed), tokens).kv_bytes(self._spec)
         if fixed:
             return held
         learned = self._bytes_per_token
         return held + int(tokens * (batch_size * self._spec.kv_bytes_per_token if learned is None else learned))
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors of a transformers cache, of any kind."""
-    if isinstance(cache, torch.Tensor):
-        return cache.nbytes
-    if isinstance(cache, (list, tuple)):
-        return sum(cache_bytes(item) for item in cache)
-    if isinstance(cache, dict):
-        return sum(cache_bytes(item) for item in cache.values())
-    layers = getattr(cache, "layers", None)
-    if layers is not None:
-        return sum(cache_bytes(vars(layer)) for layer in layers)
-    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
-    return sum(cache_bytes(part) for part in parts if part is not None)
-
-
-def cached_tokens(cache: Any) -> int | None:
-    """Positions of one sequence that a transformers cache holds; None if it does not tell (a state-space model's)."""
-    length = getattr(cache, "get_seq_length", None)
-    try:
-        return int(length()) if callable(length) else None
-    except ValueError:
-        return None
-
-
-def _fixed_length(cache: Any) -> int:
-    layers = getattr(cache, "layers", None) or getattr(getattr(cache, "self_attention_cache", None), "layers", None)
-    lengths = [getattr(layer, "max_cache_len", 0) for layer in layers or ()]
-    return max((length for length in lengths if isinstance(length, int)), default=0)

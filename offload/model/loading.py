@@ -161,6 +161,11 @@ class CheckpointLoader:
         self._method = None if quantization is None else _method_of(quantization)
         self.dtype = self._resolve_dtype(options.dtype)
 
+    @property
+    def sources(self) -> frozenset[str]:
+        """The files that the weights are in."""
+        return frozenset(item.range.path for item in self.stored.values())
+
     def outline(self) -> nn.Module | None:
         """The model without values, on torch's meta device: for planning; None for a quantised one, known late."""
         if self._method is not None:

@@ -31,7 +31,6 @@ class ExpertForward:
         rows: how many tokens chose each of them.
         wait: waits for slots, and charges the time.
         rule: which of them the CPU computes instead.
-        asynchronous: the device waits for copies by itself.
     """
 
     def __init__(
@@ -44,9 +43,9 @@ class ExpertForward:
         rows: Mapping[int, int],
         wait: Callable[[Sequence[int]], None],
         rule: MissRule,
-        asynchronous: bool,
     ) -> None:
-        self.asynchronous = asynchronous
+        self.asynchronous = store.asynchronous
+        """The device waits for copies by itself."""
         self._layer, self._unit, self._cache, self._store, self._wait = layer, unit, cache, store, wait
         self._tensors = {tensor.name: index for index, tensor in enumerate(unit.layout.tensors)}
         self._slots: dict[int, int] = {}

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from offload.config import Progress
 from offload.model.experts import ExpertPieces, ExpertsUnit, sliced
 from offload.moe.slots import ExpertSource, FileExperts, HostExperts
+from offload.runtime.machine import Machine
 from offload.runtime.placement import Placement
 from offload.scheduler.plan import Plan
-from offload.storage.devices.base import Device
-from offload.storage.reader import DiskReader
 from offload.storage.staging import StagedReader
 
 EXPERTS = "experts"
@@ -25,15 +23,13 @@ class ExpertPlacement:
 
     def __init__(
         self,
+        machine: Machine,
         placement: Placement,
         units: Sequence[ExpertsUnit],
         pieces: Mapping[str, ExpertPieces],
-        reader: DiskReader,
-        device: Device,
-        progress: Progress,
     ) -> None:
         self._placement, self._units, self._pieces = placement, units, pieces
-        self._reader, self._device, self._progress = reader, device, progress
+        self._reader, self._device, self._progress = machine.host.reader, machine.device, machine.host.progress
         self._staged: StagedReader | None = None
 
     def apply(self, plan: Plan) -> list[ExpertSource]:

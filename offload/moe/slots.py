@@ -8,7 +8,8 @@ import torch
 from offload.model.experts import ExpertLayout, ExpertPieces, ExpertsUnit
 from offload.model.homes import ParameterHome
 from offload.model.lazy_experts import paths_of
-from offload.runtime.weights import Arrival, CopyArrival, DirectSource, SlotRegion, StagedSource, Waits
+from offload.runtime.block_sources import DirectSource, SlotRegion, StagedSource
+from offload.storage.arrival import Arrival, CopyArrival, Waits
 from offload.storage.blocks import FileRange
 from offload.storage.devices.base import Device, Event
 from offload.storage.host_buffer import HostBuffer
@@ -56,7 +57,7 @@ class FileExperts:
         ranges, read_plan = self.read_plan(expert, tensors)
         if self._staged is None:
             return DirectSource(key, self._reader, ranges, read_plan).start(region, after)
-        return StagedSource(key, self._staged, self._device, ranges, read_plan).start(region, after)
+        return StagedSource(key, self._staged, ranges, read_plan).start(region, after)
 
     def read_plan(self, expert: int, tensors: Sequence[int]) -> tuple[list[FileRange], ReadPlan]:
         """The expert's pieces, and the recipe that brings them to their places."""
@@ -124,6 +125,7 @@ class ExpertSlots:
     ) -> None:
         self.sources = list(sources)
         self.copied_bytes = 0
+        self.asynchronous = not device.shares_host_memory
         self._device = device
         self._units = list(units)
         self._slot_bytes = slot_bytes

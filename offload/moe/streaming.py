@@ -13,11 +13,10 @@ from offload.moe.forward import ExpertForward
 from offload.moe.router_prediction import Accuracy, RouterPrediction, RouterPredictor
 from offload.moe.slot_tensor import SlottedModule, SlotTensor
 from offload.moe.slots import ExpertSlots, HomeExperts
-from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
+from offload.runtime.machine import Machine
 from offload.scheduler.expert_cache import ExpertCache
 from offload.scheduler.expert_cost import MissRule, ahead_of_a_prompt
-from offload.storage.devices.base import Device
 from offload.storage.errors import SessionError
 
 
@@ -76,47 +75,71 @@ class RoutedRows:
     resident: frozenset[int] = field(default_factory=frozenset)
 
 
+@dataclass(frozen=True, slots=True)
+class StreamedLayer:
+    """The experts of one layer, and the homes of their parameters in the order of the layout."""
+
+    unit: ExpertsUnit
+    homes: Sequence[ParameterHome]
+
+
+@dataclass(frozen=True, slots=True)
+class Observers:
+    """What is told of every pass through a layer.
+
+    Attributes:
+        tally: added to.
+        note: called with what was routed.
+    """
+
+    tally: ExpertTally
+    note: Callable[[RoutedRows], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetching:
+    """What is loaded before it is asked for.
+
+    Attributes:
+        predictor: of what the next layer will ask for in decode; None to load nothing ahead.
+        prompts: load experts of the next layer while a long prompt is computed.
+    """
+
+    predictor: RouterPredictor | None
+    prompts: bool
+
+
 class ExpertStreaming:
     """The experts of a model, whatever layer they are in.
 
     Args:
         cache: decides.
         store: does.
-        homes: of each layer's parameters, in the order of its layout.
-        tally: added to.
-        observer: told of every visit.
         rule: which experts the CPU computes.
-        predictor: of what the next layer will ask for in decode; None to bring nothing ahead.
-        prompts_ahead: bring experts of the next layer while a long prompt is computed.
     """
 
     def __init__(
         self,
-        device: Device,
+        machine: Machine,
         executor: LayerExecutor,
-        clock: PassClock,
-        units: Sequence[ExpertsUnit],
-        homes: Sequence[Sequence[ParameterHome]],
+        layers: Sequence[StreamedLayer],
         cache: ExpertCache,
         store: ExpertSlots,
-        tally: ExpertTally,
         rule: MissRule,
-        observer: Callable[[RoutedRows], None],
-        predictor: RouterPredictor | None,
-        prompts_ahead: bool,
+        observers: Observers,
+        prefetching: Prefetching,
     ) -> None:
         self.cache = cache
         self.store = store
-        self._tally = tally
-        self._device = device
+        self._tally, self._note = observers.tally, observers.note
+        self._device = machine.device
         self._executor = executor
-        self._clock = clock
-        self._units = list(units)
-        self._homes = [list(items) for items in homes]
+        self._clock = machine.clock
+        self._units = [layer.unit for layer in layers]
+        self._homes = [list(layer.homes) for layer in layers]
         self._rule = rule
-        self._observer = observer
-        self._predictor = predictor
-        self._prompts_ahead = prompts_ahead
+        self._predictor = prefetching.predictor
+        self._prompts_ahead = prefetching.prompts
         self._predicted: RouterPrediction | None = None
         self._ahead: dict[int, int] = {}
         """Slots of experts that were brought because they were predicted, by expert."""
@@ -147,12 +170,11 @@ class ExpertStreaming:
         unit = self._units[layer]
         self._check_prediction(layer, needed)
         rows = dict(zip(uniques.tolist(), counts.tolist(), strict=True))
-        asynchronous = not self._device.shares_host_memory
-        call = ExpertForward(layer, unit, self.cache, self.store, needed, rows, self._wait, self._rule, asynchronous)
+        call = ExpertForward(layer, unit, self.cache, self.store, needed, rows, self._wait, self._rule)
         try:
             call.begin()
             self._tally.add(layer, len(needed), len(call.hits), len(call.computed_elsewhere), unit.nbytes)
-            self._observer(RoutedRows(layer, self._clock.phase, choices, shares, call.hits))
+            self._note(RoutedRows(layer, self._clock.phase, choices, shares, call.hits))
             self._look_ahead(layer, *choices.shape)
             # The model's own code, on weights that lie in slots.
             output: torch.Tensor = type(unit.module).forward(self._slotted(unit, call, hidden.device), hidden, index, weights)

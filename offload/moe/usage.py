@@ -1,27 +1,37 @@
 """What became of the experts of a session, for its report."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from offload.moe.component import ExpertComponent
+from offload.model.experts import ExpertsUnit
+from offload.moe.routing_log import RoutingLog
+from offload.moe.streaming import ExpertTally
 from offload.report.experts import ExpertUse, LayerExperts
-from offload.scheduler.plan import Plan
+from offload.scheduler.plan_sections import ExpertsPlan
 
 
-def expert_use(experts: ExpertComponent, plan: Plan) -> ExpertUse:
-    """Sum up how experts were cached, loaded and predicted so far."""
-    tally, accuracy = experts.tally, experts.tally.accuracy
+def expert_use(
+    plan: ExpertsPlan, units: Sequence[ExpertsUnit], tally: ExpertTally, log: RoutingLog, minimum: int, method: tuple[str, str]
+) -> ExpertUse:
+    """Sum up how experts were cached, loaded and predicted so far.
+
+    Args:
+        minimum: slots that a layer is sure of.
+        method: what decides which experts stay, and what becomes of a miss.
+    """
+    accuracy = tally.accuracy
     layers = [
         LayerExperts(unit.key, layer.choices, layer.hits, layer.copies, layer.copied_bytes, layer.computed_on_cpu)
-        for unit, layer in zip(experts.units, tally.layers, strict=True)
+        for unit, layer in zip(units, tally.layers, strict=True)
     ]
     return ExpertUse(
-        policy=experts.policy,
-        misses=experts.misses,
-        slots=plan.experts.slots,
-        slot_bytes=plan.experts.slot_bytes,
-        experts=experts.spec.total,
+        policy=method[0],
+        misses=method[1],
+        slots=plan.slots,
+        slot_bytes=plan.slot_bytes,
+        experts=sum(unit.count for unit in units),
         layers=layers,
-        belady=asdict(experts.log.bound(plan.experts.slots, experts.minimum(plan))),
+        belady=asdict(log.bound(plan.slots, minimum)),
         prefetches=tally.prefetches,
         prefetches_used=tally.prefetches_used,
         recall=accuracy.found / accuracy.asked if accuracy.asked else None,

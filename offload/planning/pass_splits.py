@@ -5,7 +5,6 @@ Both are of level *rounding*: products of other shapes are rounded otherwise.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -45,22 +44,6 @@ def check_parts(model: nn.Module, plan: Plan) -> None:
             f"prefill_chunk in the plan is {plan.splits.prefill_chunk}, and {type(model).__name__} does not read a "
             "prompt in chunks"
         )
-
-
-class PrefillChunks:
-    """Has `generate` compute prompts in chunks, until undone: transformers' own way, which masks and positions follow.
-
-    Args:
-        size: tokens.
-    """
-
-    def __init__(self, model: nn.Module, size: int) -> None:
-        self._config: Any = model.generation_config
-        self._before = self._config.prefill_chunk_size
-        self._config.prefill_chunk_size = size
-
-    def undo(self) -> None:
-        self._config.prefill_chunk_size = self._before
 
 
 def _halves(count: int, least: int) -> Iterator[int]:

@@ -1,5 +1,6 @@
 """Embeddings that are looked up in rows: the table itself is never loaded."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,68 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from offload.runtime.weights import EmbeddingTable
-from offload.storage.blocks import BlockKey
+from offload.model.homes import ParameterHome
+from offload.storage.blocks import BlockKey, FileRange
 from offload.storage.errors import StaleSlot
+from offload.storage.reader import DiskReader
+
+
+class EmbeddingTable:
+    """An embedding whose rows are fetched as they are looked up; the table itself is never loaded.
+
+    Args:
+        home: its weight, [rows, width].
+        source: where the rows lie on disk; None to take them from the home in CPU memory.
+    """
+
+    def __init__(self, key: BlockKey, home: ParameterHome, reader: DiskReader | None, source: FileRange | None) -> None:
+        self.key = key
+        self.homes = [home]
+        self.was_read_whole = False
+        self.waited_seconds = 0.0
+        """For rows from disk, since this was last set to 0."""
+        self._reader, self._source = reader, source
+
+    @property
+    def on_disk(self) -> bool:
+        """Its rows come from a file, but for those that somebody wrote."""
+        return self._source is not None
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """The looked-up rows, [*indices.shape, width], on the device of `indices`."""
+        home = self.homes[0]
+        home.notice_changes()
+        unique, places = torch.unique(indices, return_inverse=True)
+        if len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < len(home.tensor):
+            raise IndexError(
+                f"{home.name} has {len(home.tensor)} rows, and row {int(unique[-1])} or {int(unique[0])} was looked up"
+            )
+        if self._reader is None or self._source is None or home.modified:
+            rows = home.tensor[unique.cpu()]
+        else:
+            rows = self._read(unique.cpu(), home.tensor)
+        return rows.to(indices.device)[places]
+
+    def whole(self, device: torch.device) -> torch.Tensor:
+        """The whole table, for a forward that does otherwise than look rows up."""
+        home = self.homes[0]
+        home.notice_changes()
+        self.was_read_whole = True
+        if self._reader is None or self._source is None or home.modified:
+            return home.tensor.to(device)
+        table = torch.empty(home.tensor.shape, dtype=home.tensor.dtype)
+        self._reader.read_rows(self._source, [0], table.nbytes, table)
+        return table.to(device)
+
+    def _read(self, unique: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        assert self._reader is not None
+        assert self._source is not None
+        rows = torch.empty((len(unique), table.shape[1]), dtype=table.dtype)
+        width = table.shape[1] * table.element_size()
+        begun = time.perf_counter()
+        self._reader.read_rows(self._source, unique.tolist(), width, rows, self.key)
+        self.waited_seconds += time.perf_counter() - begun
+        return rows
 
 
 class RowwiseEmbedding(TorchFunctionMode):

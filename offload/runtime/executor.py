@@ -1,49 +1,20 @@
 """The one loop: wait for the slot, compute, release, prefetch."""
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from offload.runtime.block_sources import SlotRegion
 from offload.runtime.clock import PassClock
-from offload.runtime.weights import Arrival, SlotRegion, StreamedBlock, Waits
+from offload.runtime.shared_lock import SharedLock
+from offload.runtime.weights import StreamedBlock
 from offload.scheduler.slot_schedule import Evict, Instruction, Lease, Load, SlotSchedule
 from offload.scheduler.trace import OWN
+from offload.storage.arrival import Arrival, JointArrival, Waits
 from offload.storage.blocks import BlockKey
 from offload.storage.devices.base import Device, DeviceBuffer, Event
 from offload.storage.errors import SessionError
-
-
-class SharedLock:
-    """A re-entrant lock that whoever holds it may share with threads that run in its place, one at a time.
-
-    While it is held, what the holder differentiates stays in the holder's thread: on a card autograd has a thread of its own,
-    which would wait for this lock for ever.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._admitted: frozenset[str] = frozenset()
-        self._one_threaded: list[torch.autograd.set_multithreading_enabled] = []
-        """What the holder's thread goes back to, each time that it took the lock."""
-
-    def admit(self, names: Iterable[str]) -> None:
-        """Threads of these names hold it as long as the holder does."""
-        self._admitted = frozenset(names)
-
-    def dismiss(self) -> None:
-        self._admitted = frozenset()
-
-    def __enter__(self) -> None:
-        if threading.current_thread().name not in self._admitted:
-            self._lock.acquire()
-            self._one_threaded.append(torch.autograd.set_multithreading_enabled(False))
-
-    def __exit__(self, *error: object) -> None:
-        if threading.current_thread().name not in self._admitted:
-            self._one_threaded.pop().__exit__(None, None, None)
-            self._lock.release()
 
 
 class LayerExecutor:
@@ -54,18 +25,21 @@ class LayerExecutor:
 
     Args:
         device: what computes.
-        clock: told what was waited for.
+        clock: charged with what was waited for.
+        lock: of whatever computes on the device; None for a lock of its own.
     """
 
-    def __init__(self, device: Device, clock: PassClock) -> None:
-        self.lock = SharedLock()
+    def __init__(self, device: Device, clock: PassClock, lock: SharedLock | None = None) -> None:
+        self.lock = lock or SharedLock()
         self.turns: Callable[[Sequence[BlockKey]], None] | None = None
         """Told which blocks are about to be opened; returns when it is the caller's turn."""
         self.blocks: dict[BlockKey, StreamedBlock] = {}
         self.slot_bytes = 0
         self.slot_count = 0
         self.before_load: Callable[[Sequence[BlockKey]], None] | None = None
-        """Told which blocks are about to be brought."""
+        """Called with the blocks that are about to be loaded."""
+        self.extras: Callable[[BlockKey], Sequence[Arrival]] | None = None
+        """Starts to bring what must be there with a block."""
         self._device = device
         self._clock = clock
         self._schedule = SlotSchedule(0, {})
@@ -224,8 +198,11 @@ class LayerExecutor:
     def _start(self, lease: Lease) -> Arrival:
         if self.before_load is not None:
             self.before_load((lease.key,))
-        arrival = self.blocks[lease.key].source.start(self._region(lease), self._after(lease))
+        arrival: Arrival = self.blocks[lease.key].source.start(self._region(lease), self._after(lease))
         self._arrivals[lease.generation] = arrival
+        extras = () if self.extras is None else self.extras(lease.key)
+        if extras:
+            arrival = self._arrivals[lease.generation] = JointArrival((arrival, *extras))
         return arrival
 
     def _enter(self, key: BlockKey) -> None:

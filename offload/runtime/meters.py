@@ -37,26 +37,41 @@ def predicted_peak_bytes(plan: Plan, shares_host_memory: bool) -> int:
     return plan.device_bytes + _BESIDE_BYTES + int(_KEPT_SHARE * (plan.kv.reserved_bytes + plan.activation_bytes))
 
 
+class CopyMeter:
+    """Adds up the copies of one device, whoever asked for them."""
+
+    def __init__(self, device: Device, recorder: Recorder) -> None:
+        self.copied_bytes = 0
+        self.copy_seconds = 0.0
+        self._device = device
+        self._recorder = recorder
+
+    def collect(self) -> None:
+        """Note the copies that have ended."""
+        for copy in self._device.ended_copies():
+            self.copied_bytes += copy.nbytes
+            self.copy_seconds += copy.end_seconds - copy.begin_seconds
+            self._recorder.span(self._device.copy_link, copy.name, copy.begin_seconds, copy.end_seconds, copy.nbytes)
+
+
 class Meters:
-    """Reads the instruments.
+    """Reads the instruments of a session.
 
     Args:
-        device_bytes, host_bytes: the budgets; no `host_bytes` where the device's memory is the host's.
+        copies: of the device.
+        ledger, host_ledger, disk_ledger: of its tiers; the first two are one where the device's memory is the host's.
     """
 
-    def __init__(self, device: Device, recorder: Recorder, device_bytes: int, host_bytes: int | None) -> None:
-        self.recorder = recorder
+    def __init__(
+        self, device: Device, copies: CopyMeter, ledger: MemoryLedger, host_ledger: MemoryLedger, disk_ledger: MemoryLedger
+    ) -> None:
         self.copy_speed: float | None = None
         """Bytes a second from host to device, measured when the slots were taken."""
         self._device = device
-        tier = Tier.CPU if device.shares_host_memory else Tier.DEVICE
-        self.ledger = MemoryLedger(tier, device_bytes, recorder.memory)
-        self.host_ledger = self.ledger if host_bytes is None else MemoryLedger(Tier.CPU, host_bytes, recorder.memory)
-        self.disk_ledger = MemoryLedger(Tier.DISK, None, recorder.memory)
+        self._copies = copies
+        self._ledger, self._host_ledger, self._disk_ledger = ledger, host_ledger, disk_ledger
         self._process_peak_bytes = 0
         self._on_card_before = device.peak_bytes() or 0
-        self._copied_bytes = 0
-        self._copy_seconds = 0.0
 
     def sample_peak(self) -> None:
         """After a pass: what the allocator took for it, it mostly keeps. A card tells of its own peak."""
@@ -77,26 +92,19 @@ class Meters:
             measured = self._process_peak_bytes - before_bytes if self._process_peak_bytes else None
         return Peak(predicted_peak_bytes(plan, shares_host_memory) + extra_bytes, measured)
 
-    def collect(self) -> None:
-        """Note the copies that have ended."""
-        for copy in self._device.ended_copies():
-            self._copied_bytes += copy.nbytes
-            self._copy_seconds += copy.end_seconds - copy.begin_seconds
-            self.recorder.span(self._device.copy_link, copy.name, copy.begin_seconds, copy.end_seconds, copy.nbytes)
-
     def tier_uses(self, before_bytes: int) -> dict[str, TierUse]:
         """By name.
 
         Args:
             before_bytes: what the process held before the session.
         """
-        ledgers = {Tier.DEVICE: self.ledger, Tier.CPU: self.host_ledger, Tier.DISK: self.disk_ledger}
+        ledgers = {Tier.DEVICE: self._ledger, Tier.CPU: self._host_ledger, Tier.DISK: self._disk_ledger}
         if self._device.shares_host_memory:
             ledgers[Tier.DEVICE] = MemoryLedger(Tier.DEVICE, 0)
-        unaccounted = {Tier.CPU: max(0, process_bytes() - before_bytes - self._held(self.host_ledger))}
+        unaccounted = {Tier.CPU: max(0, process_bytes() - before_bytes - self._held(self._host_ledger))}
         on_card = self._device.peak_bytes()
         if on_card is not None:
-            unaccounted[Tier.DEVICE] = max(0, on_card - self.ledger.peak_bytes)
+            unaccounted[Tier.DEVICE] = max(0, on_card - self._ledger.peak_bytes)
         return {tier.value: TierUse.of(ledger, unaccounted.get(tier)) for tier, ledger in ledgers.items()}
 
     def _held(self, ledger: MemoryLedger) -> int:
@@ -111,7 +119,7 @@ class Meters:
         """
         # What was prefetched would compete with the measurement.
         link.wait_idle()
-        self.collect()
+        self._copies.collect()
         speed = None
         if lent is not None:
             speed = reader.measure(min(_PROBE_BYTES, int(link.bytes_moved * _PROBE_SHARE)), memory=lent)
@@ -127,5 +135,5 @@ class Meters:
         if writes.bytes_moved:
             uses["disk writes"] = LinkUse.of(writes.bytes_moved, writes.busy_seconds)
         if not self._device.shares_host_memory:
-            uses[self._device.copy_link] = LinkUse.of(self._copied_bytes, self._copy_seconds)
+            uses[self._device.copy_link] = LinkUse.of(self._copies.copied_bytes, self._copies.copy_seconds)
         return uses

@@ -17,10 +17,9 @@ from offload.model.micro_batch import MicroBatches
 from offload.model.pytree import to_device
 from offload.runtime.adapted_parameters import is_wrapper, unwritten
 from offload.runtime.clock import PassClock
-from offload.runtime.embedding_rows import RowwiseEmbedding
+from offload.runtime.embedding_rows import EmbeddingTable, RowwiseEmbedding
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.hybrid_linear import HybridLinear
-from offload.runtime.weights import EmbeddingTable
 from offload.scheduler.model_spec import BlockRole
 from offload.scheduler.plan import Plan
 from offload.scheduler.trace import COMPUTE, HOST_COMPUTE

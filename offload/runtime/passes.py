@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from offload.kv.component import KvComponent
-from offload.kv.reservation import KvReservation, cache_bytes, cached_tokens
+from offload.model.caches import cache_bytes, cached_tokens
 from offload.model.pytree import to_device
-from offload.runtime.clock import PassClock
-from offload.runtime.executor import LayerExecutor
+from offload.runtime.call import Call, CallKind, Row
+from offload.runtime.machine import Machine
 from offload.runtime.module_wrappers import Forward
-from offload.scheduler.phases import DECODE, PREFILL
-from offload.storage.devices.base import Device
+from offload.scheduler.phases import PREFILL
 
 _CACHES = ("past_key_values", "cache_params")
 _INPUTS = ("decoder_input_ids", "input_ids", "decoder_inputs_embeds", "inputs_embeds")
@@ -23,31 +22,27 @@ class ModelPass:
     """Wraps the model's own forward.
 
     Args:
-        before: run first; sees to what changed since the last pass.
-        after: run last.
+        before: called with each call of the model before it runs; what it raises ends it.
+        after: called with each call that succeeded.
+        over: called after each call, whatever came of it.
         prefill_chunk: tokens of a prompt that one pass computes; 0 for all.
-        kv: keeps keys and values in pages; None where they stay on the device.
     """
 
     def __init__(
         self,
-        device: Device,
-        executor: LayerExecutor,
-        clock: PassClock,
-        reserve: KvReservation,
-        before: Callable[[], None],
-        after: Callable[[], None],
+        machine: Machine,
+        before: Callable[[Call], None],
+        after: Callable[[Call], None],
+        over: Callable[[], None],
         prefill_chunk: int,
-        kv: KvComponent | None = None,
     ) -> None:
-        self._device = device
-        self._executor = executor
-        self._clock = clock
-        self._reserve = reserve
+        self._device = machine.device
+        self._lock = machine.lock
+        self._clock = machine.clock
         self._before = before
         self._after = after
+        self._over = over
         self._prefill_chunk = prefill_chunk
-        self._kv = kv
         self._last_tokens = 0
         """Of the prompt's last chunk; 0 once it is decoding."""
         self._prompt_passes_left = 0
@@ -61,7 +56,7 @@ class ModelPass:
     @contextmanager
     def as_one(self) -> Iterator[None]:
         """Several calls of the model count as one pass."""
-        self._before()
+        self._before(Call(CallKind.PREFILL))
         self._clock.begin_pass(PREFILL, 0, 0, 0)
         self._together = True
         try:
@@ -69,12 +64,12 @@ class ModelPass:
         finally:
             self._together = False
             self._clock.end_pass()
-            self._after()
+            self._over()
 
     def wrap(self, forward: Forward) -> Forward:
         def passed(*args: Any, **kwargs: Any) -> Any:
             # A second thread waits here until the first one's pass is over.
-            with self._executor.lock:
+            with self._lock:
                 if self._together:
                     sequences, tokens = _shape_of(args, kwargs)
                     self._clock.phases[PREFILL].tokens += sequences * tokens
@@ -90,24 +85,13 @@ class ModelPass:
         return passed
 
     def _run(self, forward: Forward, args: Any, kwargs: Any) -> Any:
-        self._before()
         # Inputs are accepted from either device.
         args, kwargs = to_device(args, self._device.torch_device), to_device(kwargs, self._device.torch_device)
-        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
-        batch_size, tokens = _shape_of(args, kwargs)
-        held, length = cache_bytes(cache), cached_tokens(cache)
-        paged = self._kv is not None and self._kv.adopt(cache)
-        if self._kv is not None and paged:
-            self._kv.check(batch_size, (length or 0) + tokens)
-        self._reserve.reserve_for(cache, batch_size, tokens, length or 0, paged)
-        # A cache that was made in advance holds bytes and no tokens.
-        cached = bool(length) if length is not None else bool(held)
-        # A chunk of a prompt follows a whole one; what checks guessed tokens follows anything.
-        announced = self._prompt_passes_left > 0
-        self._prompt_passes_left -= int(announced and cached)
-        continues = cached and tokens > 1 and (announced or self._last_tokens == self._prefill_chunk)
-        self._last_tokens = tokens if continues or not cached else 0
-        self._clock.begin_pass(DECODE if cached and not continues else PREFILL, tokens, batch_size, length or 0, continues)
+        call = self._call_of(args, kwargs)
+        self._before(call)
+        self._prompt_passes_left -= int(self._prompt_passes_left > 0 and (call.continues or call.kind is CallKind.DECODE))
+        self._last_tokens = call.tokens if call.kind is CallKind.PREFILL else 0
+        self._clock.begin_pass(call.kind.phase, call.tokens, call.batch_size, call.cached_tokens, call.continues)
         try:
             output = forward(*args, **kwargs)
             if not self._device.shares_host_memory:
@@ -117,11 +101,22 @@ class ModelPass:
             for begin, end in self._device.ended_stalls():
                 self._clock.charge_wait(self._device.copy_link, begin, end)
             self._clock.end_pass()
-            self._after()
-        if self._kv is not None and paged:
-            self._kv.observe()
-        self._reserve.update(cache if cache is not None else _cache_in(output), held, tokens)
+            self._over()
+        self._after(replace(call, cache=call.cache if call.cache is not None else _cache_in(output)))
         return output
+
+    def _call_of(self, args: Any, kwargs: Any) -> Call:
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        batch_size, tokens = _shape_of(args, kwargs)
+        held, length = cache_bytes(cache), cached_tokens(cache)
+        # A cache that was made in advance holds bytes and no tokens.
+        cached = bool(length) if length is not None else bool(held)
+        # A chunk of a prompt follows a whole one; what checks guessed tokens follows anything.
+        announced = self._prompt_passes_left > 0
+        continues = cached and tokens > 1 and (announced or self._last_tokens == self._prefill_chunk)
+        kind = CallKind.DECODE if cached and not continues else CallKind.PREFILL
+        rows = tuple(Row(index, length or 0, tokens) for index in range(batch_size))
+        return Call(kind, rows, cache, held, continues)
 
 
 def _shape_of(args: Any, kwargs: Any) -> tuple[int, int]:

@@ -8,33 +8,30 @@ import psutil
 import torch
 from torch import nn
 
-from offload.config import Progress
 from offload.model.blocks import Structure, Unit, divisible_modules, estimated_slot_bytes
 from offload.model.homes import FileMaps, ParameterHome
-from offload.runtime.hybrid_linear import HybridLinear
-from offload.runtime.spilling import spill
-from offload.runtime.weights import (
+from offload.runtime.block_sources import (
     BlockSource,
     DirectSource,
     DividedSource,
-    EmbeddingTable,
     HostSource,
-    ResidentBlock,
     StagedSource,
-    StreamedBlock,
     packed_offsets,
     views_of,
 )
+from offload.runtime.embedding_rows import EmbeddingTable
+from offload.runtime.hybrid_linear import HybridLinear
+from offload.runtime.machine import Machine
+from offload.runtime.spilling import spill
+from offload.runtime.weights import ResidentBlock, StreamedBlock
 from offload.scheduler.model_spec import DivisibleWeight
 from offload.scheduler.plan import Plan
 from offload.storage.block_file import BlockFile, spill_folder
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
-from offload.storage.devices.base import Device
+from offload.storage.devices.base import copy_bytes_per_second
 from offload.storage.errors import gib
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.ledger import MemoryLedger
-from offload.storage.probe import copy_bytes_per_second
-from offload.storage.reader import DiskReader
 from offload.storage.staging import StagedReader
 
 
@@ -42,24 +39,10 @@ class Placement:
     """The parameters of one model, on their tiers.
 
     Args:
-        device: what computes.
-        reader: the disk.
-        device_ledger, host_ledger: charged for what is held; the same ledger where the device's memory is the host's.
         known: where tensors lie that no file mapping tells of, by name.
-        disk_dir: where tensors are spilled that lie in no file; None for the system's temporary folder.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        reader: DiskReader,
-        device_ledger: MemoryLedger,
-        host_ledger: MemoryLedger,
-        disk_ledger: MemoryLedger,
-        known: dict[str, FileRange],
-        disk_dir: str | None,
-        progress: Progress,
-    ) -> None:
+    def __init__(self, machine: Machine, known: Mapping[str, FileRange]) -> None:
         self.resident: dict[BlockKey, ResidentBlock] = {}
         self.streamed: dict[BlockKey, StreamedBlock] = {}
         self.tables: dict[BlockKey, EmbeddingTable] = {}
@@ -70,14 +53,14 @@ class Placement:
         self.outside: list[ParameterHome] = []
         """Parameters that no block holds; on the device throughout."""
         self.fallbacks: list[str] = []
-        self._device = device
-        self._reader = reader
-        self._device_ledger = device_ledger
-        self.host_ledger = host_ledger
-        self._disk_ledger = disk_ledger
+        self._device = machine.device
+        self._reader = machine.host.reader
+        self._device_ledger = machine.ledger
+        self.host_ledger = machine.host.ledger
+        self._disk_ledger = machine.host.disk_ledger
         self._known = dict(known)
-        self._disk_dir = disk_dir
-        self._progress = progress
+        self._disk_dir = machine.host.disk_dir
+        self._progress = machine.host.progress
         self._maps = FileMaps()
         self._spills: list[BlockFile] = []
         self._host_buffers: list[HostBuffer] = []
@@ -400,7 +383,7 @@ class Placement:
         read_plan = self._reader.plan(ranges)
         if self._staged is None:
             return DirectSource(unit.key, self._reader, ranges, read_plan)
-        return StagedSource(unit.key, self._staged, self._device, ranges, read_plan)
+        return StagedSource(unit.key, self._staged, ranges, read_plan)
 
     def _table(self, unit: Unit) -> EmbeddingTable:
         home = self.homes_of(unit)[0]

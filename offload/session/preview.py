@@ -1,24 +1,23 @@
 """A plan without loading: from a model's config and headers, for this machine or for one that is described."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
-from offload.config import HOST_MARGIN_BYTES, ROUNDING, Budgets, parse_bytes, resolve_budgets, resolve_device
+from offload.config import HOST_MARGIN_BYTES, Budgets, parse_bytes, resolve_budgets, resolve_device
 from offload.kv.options import PLAIN, KvOptions
 from offload.model.loading import CheckpointLoader, find_outline
-from offload.moe.component import AUTO, IN_LAYERS
+from offload.moe.options import ExpertOptions
 from offload.planning.describe import count_activations
-from offload.planning.fit import ExpertGranularity, fit
-from offload.planning.predictor import PlanGoal, Predictor, WhatIf
 from offload.probe import hardware_profile
 from offload.runtime.meters import predicted_peak_bytes
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.scheduler.plan import Plan
-from offload.scheduler.prediction import Prediction
+from offload.scheduler.prediction import Prediction, WhatIf
+from offload.session.prepare import PlanInput, prepare
 from offload.storage.errors import ConfigError, gib
 
 
@@ -29,7 +28,7 @@ class PlanRequest:
     Attributes:
         gpu_memory, cpu_memory: budgets, as a user writes them; None for what there is.
         exactness: `identical` or `rounding`.
-        expert_policy: `layers` to stream whole layers, anything else to bring experts one by one.
+        experts: how experts are cached.
         kv: how keys and values are kept.
     """
 
@@ -39,7 +38,7 @@ class PlanRequest:
     gpu_memory: str | int | None = None
     cpu_memory: str | int | None = None
     exactness: str = "identical"
-    expert_policy: str = AUTO
+    experts: ExpertOptions = field(default_factory=ExpertOptions)
     kv: KvOptions = PLAIN
 
     def __post_init__(self) -> None:
@@ -117,27 +116,14 @@ class Planner:
             BudgetTooSmall: if none fits; its `least_bytes` would do.
         """
         budgets = self._budgets(asked)
-        total = asked.prompt_tokens + asked.new_tokens
-        workload = Workload(asked.batch_size, total, asked.prompt_tokens)
+        workload = Workload(asked.batch_size, asked.prompt_tokens + asked.new_tokens, asked.prompt_tokens)
+        given = PlanInput(budgets, workload, asked.new_tokens, asked.exactness, asked.experts, asked.kv, hardware=self.hardware)
         activations = count_activations(self._model, workload)
-        experts = ExpertGranularity.PER_LAYER if asked.expert_policy == IN_LAYERS else ExpertGranularity.AUTO
-        fitted = fit(
-            self._model,
-            budgets,
-            workload,
-            self._loader.slot_bytes,
-            activations,
-            experts=experts,
-            kv=asked.kv,
-            exactness=asked.exactness,
-        )
-        # What had to be taken apart is; where rounding is allowed, all ways are weighed.
-        kept = fitted.plan.kept_as if asked.exactness == ROUNDING else fitted.plan.asked
-        dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
-        predictor = Predictor(self._model, fitted.by_submodule, self.hardware, dtype)
-        order = PlanGoal(kept(workload), asked.prompt_tokens, asked.new_tokens, budgets, asked.exactness)
-        plan, prediction = predictor.best(fitted.spec, order, paged=fitted.paged)
-        notes = [*fitted.fallbacks]
+        prepared = prepare(self._model, given, self._loader.slot_bytes, activations, always_search=True)
+        fitted, plan, predictor, prediction = prepared.fitted, prepared.plan, prepared.predictor, prepared.prediction
+        assert predictor is not None
+        assert prediction is not None
+        notes = [*prepared.notes]
         if predictor.failure is not None:
             notes.append(f"the model's code does not run without values: its work is estimated ({predictor.failure})")
         if plan.rounds:
@@ -154,9 +140,9 @@ class Planner:
             prediction=prediction,
             peak_bytes=dict(zip(tiers, (plan.device_bytes, _host_bytes(plan, fitted.spec)), strict=False)),
             budget_bytes=dict(zip(tiers, (budgets.device_bytes, budgets.host_bytes or 0), strict=False)),
-            by_hit_rate=predictor.predict_by_hit_rate(plan, fitted.spec, order),
+            by_hit_rate=predictor.predict_by_hit_rate(plan, fitted.spec, prepared.goal),
             expected_hit_rate=None if fitted.spec.experts is None else fitted.spec.experts.hit_rate(plan.experts.slots),
-            what_if=tuple(predictor.what_if(fitted.spec, order, prediction, batch=True)),
+            what_if=tuple(predictor.what_if(fitted.spec, prepared.goal, prediction, batch=True)),
             notes=tuple(notes),
         )
 

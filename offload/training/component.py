@@ -1,8 +1,7 @@
-"""What a session does to train, beside what it does anyway."""
+"""Training in a session: backward through streamed blocks, the session's optimizer, checkpoints."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,29 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.config import Budgets
-from offload.model.blocks import Structure, Unit, estimated_slot_bytes
-from offload.planning.fit import FittedPlan, fit
-from offload.runtime.clock import PassClock
+from offload.config import IDENTICAL, ROUNDING
+from offload.model.blocks import Unit
+from offload.runtime.call import Call
+from offload.runtime.component import Component, LivePlan
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.layer_major import LayerMajorRunner
-from offload.runtime.meters import Meters
+from offload.runtime.machine import Machine
+from offload.runtime.module_wrappers import OnloadedModule
 from offload.runtime.passes import ModelPass
-from offload.runtime.placement import Placement
-from offload.scheduler.model_spec import ActivationSizes, Workload
-from offload.storage.block_file import spill_folder
 from offload.storage.blocks import BlockKey
-from offload.storage.devices.base import Device
-from offload.storage.reader import DiskReader
-from offload.storage.transfer import Link
+from offload.storage.errors import BudgetExceeded
 from offload.training.backward.activation_offload import ActivationStore, CpuActivations, NvmeActivations
 from offload.training.backward.chunked_loss import ChunkedLoss
 from offload.training.backward.gradients import HostGradients, TiedUse, tied_uses
 from offload.training.backward.module_wrapper import TrainedModule
 from offload.training.backward.recompute import Backward
-from offload.training.memory import TrainingMemory, training_memory
+from offload.training.memory import TrainingMemory
 from offload.training.optimizer.checkpoint import Checkpoints, identity_of
-from offload.training.optimizer.streamed_optimizer import StreamedTraining
+from offload.training.optimizer.streamed_optimizer import StreamedTraining, folder_of
 from offload.training.options import CPU, NVME, Training
 
 INPUTS = "layers' inputs"
@@ -41,113 +36,72 @@ INPUTS = "layers' inputs"
 Loss = Callable[[], torch.Tensor]
 
 
-def fit_training(
-    model: nn.Module,
-    training: Training,
-    budgets: Budgets,
-    workload: Workload,
-    slot_bytes: Callable[[Unit], int],
-    activations: ActivationSizes | None,
-) -> tuple[FittedPlan, TrainingMemory]:
-    """Plan the model beside what training holds.
-
-    Raises:
-        BudgetTooSmall: if they do not fit together.
-    """
-    token_bytes = 0 if activations is None else activations.token_bytes
-    memory = training_memory(model, training, workload.batch_size * workload.total_tokens, token_bytes)
-    discrete = budgets.host_bytes is not None
-    if training.activation_tier == CPU and discrete:
-        # They wait in CPU memory, which is charged as they come.
-        memory = replace(memory, activation_bytes=0, reserved_bytes=0)
-    in_files = training.full and training.state_tier == NVME
-    fitted = fit(
-        model,
-        memory.left_of(training, budgets),
-        workload,
-        (lambda unit: max(slot_bytes(unit), estimated_slot_bytes(unit))) if in_files else slot_bytes,
-        activations,
-        allow_splits=False,
-        # Nothing that is trained stays on a device whose memory the states do not share.
-        candidates=frozenset[str]() if training.full and discrete else None,
-    )
-    memory.check(fitted.plan, training, budgets, sum(value.nbytes for value in model.parameters()))
-    if discrete:
-        return fitted, memory
-    pinned_bytes = fitted.spec.always_resident_bytes + memory.host_bytes + memory.activation_bytes
-    return replace(fitted, spec=replace(fitted.spec, always_resident_bytes=pinned_bytes)), memory
-
-
-class TrainingComponent:
+class TrainingComponent(Component):
     """Backward through streamed blocks, gradients, the session's optimizer and its checkpoints.
 
     Args:
         training: what was asked.
+        memory: what was reserved for it.
         at_once: the session's optimizer is used from the first pass on; else when it is asked for.
-        writes: the link to the disk.
-        state_folder: where states are written, where `training` does not say.
-        adopt: has the session see what was added to the model.
-        make_room: has it give up resident blocks, for so many bytes.
     """
+
+    name = "training"
 
     def __init__(
         self,
         training: Training,
         at_once: bool,
-        device: Device,
+        machine: Machine,
         executor: LayerExecutor,
-        clock: PassClock,
-        placement: Placement,
-        reader: DiskReader,
-        writes: Link,
-        meters: Meters,
-        state_folder: str | None,
-        adopt: Callable[[], None],
-        make_room: Callable[[int], None],
+        live: LivePlan,
+        memory: TrainingMemory,
     ) -> None:
         self.training = training
         self.streamed_training: StreamedTraining | None = None
-        self.backward = Backward(executor, clock, self._begin_gradients, self._end_gradients)
+        self.backward = Backward(executor, machine.clock, self._begin_gradients, self._end_gradients)
         self._at_once = at_once
-        self._device = device
-        self._executor, self._clock = executor, clock
-        self._placement, self._reader, self._writes = placement, reader, writes
-        self._meters = meters
-        self._state_folder = state_folder
-        self._adopt, self._make_room = adopt, make_room
-        self._gradients = HostGradients(discrete=not device.shares_host_memory)
+        self._machine = machine
+        self._memory = memory
+        self._executor, self._live = executor, live
+        self._gradients = HostGradients(discrete=machine.discrete)
         self._ties: list[TiedUse] = []
         self._inputs: ActivationStore | None = None
         self._checkpoints: Checkpoints | None = None
 
-    def install(self, model: nn.Module, structure: Structure, stack: ExitStack) -> list[str]:
-        """Take hold of the model, inside of all windows; the stack lets go of it.
+    def open(self, model: nn.Module, stack: ExitStack) -> None:
+        self._machine.ledger.charge(INPUTS, self._memory.reserved_bytes)
+        stack.callback(self._machine.ledger.release, INPUTS, self._memory.reserved_bytes)
 
-        Returns:
-            What is to be told.
-        """
-        self._model, self._structure = model, structure
-        notes = []
+    def free_slots(self) -> None:
+        self.backward.end()
+
+    def check_growth(self) -> None:
+        if self.streamed_training is not None:
+            raise BudgetExceeded(
+                "more memory is needed than was set aside when training began, and nothing is given up meanwhile; enter with "
+                "the batch_size and max_tokens that will be used"
+            )
+
+    def attach(self, model: nn.Module, stack: ExitStack) -> None:
+        self._model, warn = model, self._machine.notes.warn
         stack.callback(self._stop)
         if self.training.loss_chunk:
             stack.callback(ChunkedLoss(model, self.training.loss_chunk, self.backward.begin_within).undo)
-            notes.append("loss_chunk: sums of the loss are in another order; exactness is rounding")
-        if self.training.activation_tier == CPU and self._device.shares_host_memory:
-            notes.append("activation_tier='cpu' is what 'recompute' does where the CPU computes")
+            warn("loss_chunk: sums of the loss are in another order; exactness is rounding")
+        if self.training.activation_tier == CPU and not self._machine.discrete:
+            warn("activation_tier='cpu' is what 'recompute' does where the CPU computes")
         self._ties = tied_uses(model)
         self._inputs = self._open_inputs()
-        return notes
 
-    def wrapper(self, unit: Unit) -> TrainedModule:
-        tier, tables = self.training.activation_tier, self._placement.tables
-        return TrainedModule(unit, self._executor, self._clock, tables, self.backward, tier, self._inputs, self._ensure)
+    def wrapper(self, unit: Unit) -> OnloadedModule:
+        tier, tables, clock = self.training.activation_tier, self._live.placement.tables, self._machine.clock
+        return TrainedModule(unit, self._executor, clock, tables, self.backward, tier, self._inputs, self._ensure)
 
-    def before_pass(self) -> None:
-        """A forward pass is about to begin."""
+    def before_pass(self, call: Call) -> None:
         if torch.is_grad_enabled():
             if self._at_once and any(value.requires_grad for value in self._model.parameters()):
                 self.optimize()
-            if self.streamed_training is None and not self._device.shares_host_memory:
+            if self.streamed_training is None and self._machine.discrete:
                 self._gather_streamed()
         # A backward pass that failed half way still holds a block.
         self.backward.end()
@@ -156,22 +110,17 @@ class TrainingComponent:
         """The session's optimizer, made when it is first asked for."""
         if self.streamed_training is None:
             with self._executor.lock:
-                self._adopt()
+                self._live.adopt_if_changed()
                 self._gradients.close()
                 self.streamed_training = StreamedTraining(
                     self._model,
                     self.training,
-                    self._structure,
+                    self._live.structure,
                     self._ties,
-                    self._placement,
+                    self._live.placement,
                     self._executor,
-                    self._reader,
-                    self._writes,
-                    self._meters.host_ledger,
-                    self._meters.disk_ledger,
-                    not self._device.shares_host_memory,
-                    self._folder,
-                    self._make_room,
+                    self._machine,
+                    self._live.make_room,
                 )
                 self._gradients = self.streamed_training.gradients
                 self._executor.before_load = self.streamed_training.ensure
@@ -183,7 +132,7 @@ class TrainingComponent:
             # Without the lock: on a card, backward runs in a thread of torch's, which takes it for each block.
             return [_loss_and_backward(compute) for compute in losses]
         with self._executor.lock:
-            rounds = LayerMajorRunner(self._executor, self._clock)
+            rounds = LayerMajorRunner(self._executor, self._machine.clock)
             with torch.enable_grad():
                 with model_pass.as_one():
                     values = rounds.run(losses)
@@ -202,8 +151,11 @@ class TrainingComponent:
         return self._checkpoints_in(folder, sources).resume()
 
     @property
-    def fallbacks(self) -> list[str]:
-        """What is slower than it could be, and why."""
+    def exactness(self) -> str:
+        return ROUNDING if self.training.loss_chunk else IDENTICAL
+
+    @property
+    def notes(self) -> Sequence[str]:
         said = []
         if self.streamed_training is not None and self.streamed_training.buffered:
             said.append(f"{self._folder}: the filesystem refuses O_DIRECT, so states are written through the page cache")
@@ -217,13 +169,13 @@ class TrainingComponent:
         return said
 
     @property
-    def host_bytes(self) -> int:
-        """That gradients and states hold at most."""
-        return 0 if self.streamed_training is None else self.streamed_training.peak_bytes
+    def held_bytes(self) -> int:
+        states = 0 if self.streamed_training is None else self.streamed_training.peak_bytes
+        return self._memory.activation_bytes + states
 
     @property
     def _folder(self) -> str:
-        return self.training.state_dir or self._state_folder or spill_folder()
+        return folder_of(self.training, self._machine)
 
     def _checkpoints_in(self, folder: str | Path, sources: Iterable[str]) -> Checkpoints:
         managed = self.optimize()
@@ -238,13 +190,15 @@ class TrainingComponent:
         """Where what layers were given waits for backward; None for the device itself."""
 
         def charge(nbytes: int) -> None:
-            ledger = self._meters.host_ledger
+            ledger = self._machine.host.ledger
             ledger.charge(INPUTS, nbytes) if nbytes >= 0 else ledger.release(INPUTS, -nbytes)
 
         if self.training.activation_tier == NVME:
-            return NvmeActivations(self._device, self._folder, self._reader.link, self._writes, charge)
-        if self.training.activation_tier == CPU and not self._device.shares_host_memory:
-            return CpuActivations(self._device, charge)
+            return NvmeActivations(
+                self._machine.device, self._folder, self._machine.host.reads, self._machine.host.writes, charge
+            )
+        if self.training.activation_tier == CPU and self._machine.discrete:
+            return CpuActivations(self._machine.device, charge)
         return None
 
     def _ensure(self, keys: Sequence[BlockKey]) -> None:
@@ -256,7 +210,7 @@ class TrainingComponent:
         self._gradients.add(
             {
                 key: [(home.name, home.parameter) for home in block.homes if home.parameter.requires_grad]
-                for key, block in self._placement.streamed.items()
+                for key, block in self._live.placement.streamed.items()
             }
         )
 
@@ -268,7 +222,7 @@ class TrainingComponent:
 
     def _end_gradients(self) -> None:
         self._gradients.end()
-        self._placement.expect_changes()
+        self._live.placement.expect_changes()
 
     def _backward_in_turn(self, loss: torch.Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -288,7 +242,7 @@ class TrainingComponent:
         if self.streamed_training is None:
             self._gradients.close()
             return
-        ledger = self._meters.host_ledger
+        ledger = self._machine.host.ledger
         with ExitStack() as stack:
             for category in ("gradients", "optimizer states"):
                 stack.callback(ledger.release, category, ledger.held_bytes(category))

@@ -1,5 +1,6 @@
 """What the runtime asks of the device that computes."""
 
+import time
 from typing import NamedTuple, Protocol
 
 import torch
@@ -103,3 +104,16 @@ def unversioned(tensor: torch.Tensor) -> torch.Tensor:
     a tensor of another slot, which autograd takes for a change of that tensor. What a slot holds is told by its generation.
     """
     return tensor.data
+
+
+_ROUNDS = 3
+
+
+def copy_bytes_per_second(device: Device, target: torch.Tensor, source: torch.Tensor) -> float:
+    """The best of a few copies of `source` (uint8, host) to `target` (uint8, device) of the same size."""
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        begun = time.perf_counter()
+        device.copy_in(target, source, None, "measurement").synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return source.nbytes / best

@@ -71,7 +71,7 @@ def test_layers_that_are_divided_or_on_the_cpu_fit_too(model, percent, budget_mi
     sizes = {item.key: item for item in model.blocks}
     held = sum(sizes[key].slot_bytes for key in (*plan.weights.in_host_memory, *plan.weights.computed_on_host))
     assert held <= host_bytes
-    moved = sum(sizes[key].streamed_bytes for key in plan.weights.streamed)
+    moved = sum(sizes[key].stored_bytes for key in plan.weights.streamed)
     assert plan.weights.streamed_bytes <= moved
     assert plan.completed(model, WORK).weights.streamed_bytes == plan.weights.streamed_bytes
     assert Plan.from_json(plan.to_json()) == plan

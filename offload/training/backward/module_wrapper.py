@@ -7,9 +7,9 @@ import torch
 
 from offload.model.blocks import Unit
 from offload.runtime.clock import PassClock
+from offload.runtime.embedding_rows import EmbeddingTable
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.module_wrappers import Forward, OnloadedModule
-from offload.runtime.weights import EmbeddingTable
 from offload.scheduler.model_spec import BlockRole
 from offload.storage.blocks import BlockKey
 from offload.training.backward.activation_offload import ActivationStore

@@ -16,13 +16,12 @@ from torch import nn
 from offload.model.blocks import Structure
 from offload.model.homes import ParameterHome
 from offload.runtime.executor import LayerExecutor
+from offload.runtime.machine import Machine
 from offload.runtime.placement import Placement
 from offload.scheduler.sub_groups import SubGroup
-from offload.storage.block_file import check_folder
+from offload.storage.block_file import check_folder, spill_folder
 from offload.storage.blocks import BlockKey
 from offload.storage.errors import DiskFull, SessionError, TrainingError, gib
-from offload.storage.ledger import MemoryLedger
-from offload.storage.reader import DiskReader
 from offload.storage.state_file import StateFile
 from offload.storage.transfer import Link
 from offload.training.backward.gradients import HostGradients, TiedUse, gradient_bytes, gradient_dtype
@@ -70,15 +69,17 @@ class StreamedOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
 
+def folder_of(training: Training, machine: Machine) -> str:
+    """Where files of states are made."""
+    return training.state_dir or machine.host.disk_dir or spill_folder()
+
+
 class StreamedTraining:
     """Everything that a session trains by itself.
 
     Args:
         structure: of the model; says which block a parameter belongs to.
         ties: places where a parameter is used once more.
-        host_ledger, disk_ledger: charged for what is held.
-        apart: the device has memory of its own.
-        folder: where files of states are made.
         make_room: told how much CPU memory will be held, before it is.
     """
 
@@ -90,12 +91,7 @@ class StreamedTraining:
         ties: Iterable[TiedUse],
         placement: Placement,
         executor: LayerExecutor,
-        reader: DiskReader,
-        writes: Link,
-        host_ledger: MemoryLedger,
-        disk_ledger: MemoryLedger,
-        discrete: bool,
-        folder: str,
+        machine: Machine,
         make_room: Callable[[int], None],
     ) -> None:
         self.parameters = [value for value in model.parameters() if value.requires_grad]
@@ -109,9 +105,9 @@ class StreamedTraining:
         self.training = training
         self._model = model
         self._executor = executor
-        self._host_ledger, self._disk_ledger = host_ledger, disk_ledger
-        self._folder = folder
-        self._engine = reader.engine
+        self._host_ledger, self._disk_ledger = machine.host.ledger, machine.host.disk_ledger
+        self._folder = folder_of(training, machine)
+        self._engine = machine.host.engine
         self.buffered = False
         """The filesystem refuses O_DIRECT for files of states."""
         self._rule: UpdateRule = rule_of(training)
@@ -126,7 +122,7 @@ class StreamedTraining:
         self._clears = False
         """Gradients are forgotten as soon as they are used."""
         self._overlaps = False
-        self.weights = TrainedWeights(model, self.parameters, structure, placement, executor, reader)
+        self.weights = TrainedWeights(model, self.parameters, structure, placement, executor, machine.host.reader)
         blocks = self.weights.blocks
         self.layout = layout_of(
             [(key, [trained(home.name, home.parameter) for home in homes]) for key, homes in blocks.items()], training
@@ -138,8 +134,8 @@ class StreamedTraining:
         self._look_at_the_disk()
         if training.state_tier == CPU:
             self.weights.leave_files()
-        self.gradients = self._take_gradients(blocks, ties, discrete)
-        self.states: States = self._take_states(reader.link, writes)
+        self.gradients = self._take_gradients(blocks, ties, machine.discrete)
+        self.states: States = self._take_states(machine.host.reads, machine.host.writes)
         self.weights.take_over()
 
     def step(self, max_grad_norm: float | None = None, overlap: bool = False) -> float:
@@ -311,7 +307,7 @@ class StreamedTraining:
         return states + self.gradient_bytes
 
     def _take_gradients(
-        self, blocks: dict[BlockKey, list[ParameterHome]], ties: Iterable[TiedUse], apart: bool
+        self, blocks: dict[BlockKey, list[ParameterHome]], ties: Iterable[TiedUse], discrete: bool
     ) -> HostGradients:
         on_host = {
             key: [(home.name, home.parameter) for home in homes if home.parameter.data.device.type == "cpu"]
@@ -321,7 +317,7 @@ class StreamedTraining:
             # Those on the device stay there, and are added up in the same dtype.
             parameter.grad_dtype = gradient_dtype(parameter, self.training.masters)
         self._host_ledger.charge("gradients", self.gradient_bytes)
-        gradients = HostGradients(apart, self.training.masters)
+        gradients = HostGradients(discrete, self.training.masters)
         gradients.add(on_host, ties)
         return gradients
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from offload.model.blocks import Structure, Unit
 from offload.model.homes import ParameterHome
+from offload.runtime.block_sources import HostSource
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.placement import Placement
-from offload.runtime.weights import HostSource
 from offload.scheduler.sub_groups import StateLayout, SubGroup
 from offload.storage.blocks import BlockKey, FileRange
 from offload.storage.host_buffer import HostBuffer

@@ -1,0 +1,45 @@
+"""What a transformers cache holds, of whatever kind it is."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache
+
+
+def new_cache(model: nn.Module) -> Any:
+    """An empty cache of transformers' own, as `generate` makes it."""
+    config: Any = model.config
+    cache = DynamicCache(config=config)
+    return EncoderDecoderCache(cache, DynamicCache(config=config)) if config.is_encoder_decoder else cache
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the tensors of a transformers cache, of any kind."""
+    if isinstance(cache, torch.Tensor):
+        return cache.nbytes
+    if isinstance(cache, (list, tuple)):
+        return sum(cache_bytes(item) for item in cache)
+    if isinstance(cache, dict):
+        return sum(cache_bytes(item) for item in cache.values())
+    layers = getattr(cache, "layers", None)
+    if layers is not None:
+        return sum(cache_bytes(vars(layer)) for layer in layers)
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    return sum(cache_bytes(part) for part in parts if part is not None)
+
+
+def cached_tokens(cache: Any) -> int | None:
+    """Positions of one sequence that a transformers cache holds; None if it does not tell (a state-space model's)."""
+    length = getattr(cache, "get_seq_length", None)
+    try:
+        return int(length()) if callable(length) else None
+    except ValueError:
+        return None
+
+
+def fixed_length(cache: Any) -> int:
+    """Positions of a cache that was made in advance; 0 for one that grows."""
+    layers = getattr(cache, "layers", None) or getattr(getattr(cache, "self_attention_cache", None), "layers", None)
+    lengths = [getattr(layer, "max_cache_len", 0) for layer in layers or ()]
+    return max((length for length in lengths if isinstance(length, int)), default=0)

@@ -1,0 +1,122 @@
+"""How the bytes of a block get into a slot: from disk, from CPU memory, or in part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from offload.model.homes import ParameterHome
+from offload.storage.arrival import Arrival, CopyArrival
+from offload.storage.blocks import BlockKey, FileRange, align_up
+from offload.storage.devices.base import Device, Event
+from offload.storage.host_buffer import HostBuffer
+from offload.storage.read_plan import ReadPlan
+from offload.storage.reader import DiskReader
+from offload.storage.staging import StagedReader
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRegion:
+    """The bytes of some neighbouring slots.
+
+    Attributes:
+        tensor: uint8 on the device.
+        memory: the same bytes, where the device's memory is the host's.
+    """
+
+    tensor: torch.Tensor
+    memory: memoryview | None
+
+
+class BlockSource(Protocol):
+    """How the bytes of one block get into a slot.
+
+    Attributes:
+        offsets: where each tensor of the block lies in the slot afterwards.
+        payload_bytes: bytes of the tensors, the figure that the link counts.
+        slot_bytes: what the block takes in the slots.
+    """
+
+    offsets: Sequence[int]
+    payload_bytes: int
+    slot_bytes: int
+
+    def start(self, region: SlotRegion, after: Event | None) -> Arrival:
+        """Begin; nothing is written before `after` is passed."""
+
+
+class DirectSource:
+    """Disk straight into the slot, on a device whose memory is the host's."""
+
+    def __init__(self, key: BlockKey, reader: DiskReader, ranges: Sequence[FileRange], read_plan: ReadPlan) -> None:
+        self._key, self._reader, self._ranges, self._read_plan = key, reader, ranges, read_plan
+        self.offsets = read_plan.offsets
+        self.payload_bytes = read_plan.payload_bytes
+        self.slot_bytes = read_plan.slot_bytes
+
+    def start(self, region: SlotRegion, after: Event | None) -> Arrival:
+        assert region.memory is not None
+        memory = region.memory[: self._read_plan.slot_bytes]
+        return self._reader.read(self._ranges, self._read_plan, memory, name=self._key)
+
+
+class StagedSource:
+    """Disk to a staging buffer to the device."""
+
+    def __init__(self, key: BlockKey, reader: StagedReader, ranges: Sequence[FileRange], read_plan: ReadPlan) -> None:
+        self._key, self._reader, self._ranges, self._read_plan = key, reader, ranges, read_plan
+        self.offsets = read_plan.offsets
+        self.payload_bytes = read_plan.payload_bytes
+        self.slot_bytes = max(at + item.nbytes for at, item in zip(read_plan.offsets, ranges, strict=True))
+
+    def start(self, region: SlotRegion, after: Event | None) -> Arrival:
+        return self._reader.start(self._key, self._ranges, self._read_plan, region.tensor[: self.slot_bytes], after)
+
+
+class HostSource:
+    """Page-locked host memory to the device: one copy a block."""
+
+    def __init__(self, key: BlockKey, device: Device, buffer: HostBuffer, offsets: Sequence[int], payload_bytes: int) -> None:
+        self._key, self._device, self._buffer = key, device, buffer
+        self.offsets = offsets
+        self.payload_bytes = payload_bytes
+        self.slot_bytes = buffer.nbytes
+
+    def start(self, region: SlotRegion, after: Event | None) -> Arrival:
+        size = self._buffer.nbytes
+        copied = self._device.copy_in(region.tensor[:size], self._buffer.tensor[:size], after, self._key)
+        return CopyArrival(self._device, [copied])
+
+
+class DividedSource:
+    """The device's rows of a block in page-locked host memory: a copy a tensor, since the other rows lie between them."""
+
+    def __init__(self, key: BlockKey, device: Device, homes: Sequence[ParameterHome]) -> None:
+        self._key, self._device, self._homes = key, device, homes
+        self.offsets, self.slot_bytes = packed_offsets(homes)
+        self.payload_bytes = sum(home.device_part.nbytes for home in homes)
+
+    def start(self, region: SlotRegion, after: Event | None) -> Arrival:
+        targets = views_of(self._homes, self.offsets, region.tensor)
+        parts = [home.device_part for home in self._homes]
+        copies = [self._device.copy_in(target, part, after, self._key) for target, part in zip(targets, parts, strict=True)]
+        return CopyArrival(self._device, copies)
+
+
+def views_of(homes: Sequence[ParameterHome], offsets: Sequence[int], memory: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of the homes' dtypes and shapes over `memory` (uint8), at `offsets`."""
+    with torch.inference_mode(False):
+        return [
+            memory[offset : offset + home.device_part.nbytes].view(home.tensor.dtype).view(home.device_part.shape)
+            for home, offset in zip(homes, offsets, strict=True)
+        ]
+
+
+def packed_offsets(homes: Sequence[ParameterHome]) -> tuple[list[int], int]:
+    """Aligned places for the tensors one after another, and the bytes that they take in all."""
+    offsets, end = [], 0
+    for home in homes:
+        offsets.append(end)
+        end = align_up(end + home.device_part.nbytes)
+    return offsets, end

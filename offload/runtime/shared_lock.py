@@ -1,0 +1,37 @@
+"""The lock that lets one forward at a time compute."""
+
+import threading
+from collections.abc import Iterable
+
+import torch
+
+
+class SharedLock:
+    """A re-entrant lock that whoever holds it may share with threads that run in its place, one at a time.
+
+    While it is held, what the holder differentiates stays in the holder's thread: on a card autograd has a thread of its own,
+    which would wait for this lock for ever.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._admitted: frozenset[str] = frozenset()
+        self._one_threaded: list[torch.autograd.set_multithreading_enabled] = []
+        """What the holder's thread goes back to, each time that it took the lock."""
+
+    def admit(self, names: Iterable[str]) -> None:
+        """Threads of these names hold it as long as the holder does."""
+        self._admitted = frozenset(names)
+
+    def dismiss(self) -> None:
+        self._admitted = frozenset()
+
+    def __enter__(self) -> None:
+        if threading.current_thread().name not in self._admitted:
+            self._lock.acquire()
+            self._one_threaded.append(torch.autograd.set_multithreading_enabled(False))
+
+    def __exit__(self, *error: object) -> None:
+        if threading.current_thread().name not in self._admitted:
+            self._one_threaded.pop().__exit__(None, None, None)
+            self._lock.release()

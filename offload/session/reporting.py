@@ -1,0 +1,188 @@
+"""What a session reports: collected from its machine, its plan and its components."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from offload.config import IDENTICAL, ROUNDING
+from offload.planning.compare import compare
+from offload.planning.predictor import PlanGoal, Predictor
+from offload.report.comparison import Comparison
+from offload.report.facts import Peak, phase_uses
+from offload.report.live import Snapshot
+from offload.report.report import Report
+from offload.runtime.executor import LayerExecutor
+from offload.runtime.machine import Machine
+from offload.runtime.recorder import tracing_use
+from offload.scheduler.phases import BACKWARD
+from offload.session.residency import Residency
+from offload.storage.errors import gib
+from offload.storage.host_buffer import HostBuffer
+
+_EXCESS = 1.05
+"""Times the predicted peak: more is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is reported on.
+
+    Attributes:
+        name: of the model, or where it came from.
+        process_bytes: what the process held before the session.
+        held_bytes: of these, weights that the session moved.
+    """
+
+    name: str
+    parameters: int
+    weight_bytes: int
+    process_bytes: int
+    held_bytes: int
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str, process_bytes: int, held_bytes: int) -> "Subject":
+        """Count a model."""
+        counts = [(value.numel(), value.nbytes) for value in model.parameters()]
+        return cls(name, sum(count for count, _ in counts), sum(size for _, size in counts), process_bytes, held_bytes)
+
+
+class Reporter:
+    """Reports on one session.
+
+    Args:
+        goal: what the plan is weighed by now.
+        predictor: None where the machine was not measured.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        executor: LayerExecutor,
+        residency: Residency,
+        subject: Subject,
+        goal: Callable[[], PlanGoal],
+        predictor: Predictor | None,
+    ) -> None:
+        self._machine = machine
+        self._executor = executor
+        self._residency = residency
+        self._subject = subject
+        self._goal = goal
+        self._predictor = predictor
+
+    def report(self, may_measure: bool) -> Report:
+        """Sum up what happened so far.
+
+        Args:
+            may_measure: the disk may be measured for a moment, into the slots.
+        """
+        machine, plan, subject = self._machine, self._residency.plan, self._subject
+        lent = self._lent_for_measuring() if may_measure else None
+        links = machine.meters.link_uses(machine.host.reads, machine.host.writes, machine.host.reader, lent)
+        usages = {component.name: component.usage() for component in self._residency.components}
+        kv: Any = usages.get("kv") or {}
+        experts: Any = usages.get("experts")
+        return Report(
+            model=subject.name,
+            device=machine.device.name,
+            engine=machine.host.engine.name,
+            exactness=self._exactness(),
+            parameters=subject.parameters,
+            weight_bytes=subject.weight_bytes,
+            blocks={
+                "resident": len(plan.weights.resident),
+                "streamed_from_cpu_memory": len(plan.weights.in_host_memory),
+                "streamed_from_disk": len(plan.weights.streamed) - len(plan.weights.in_host_memory),
+                "row_fetched": len(plan.weights.row_fetched),
+                "computed_on_cpu": len(plan.weights.computed_on_host),
+                "cpu_gpu_split": len(plan.weights.cpu_gpu_split),
+            },
+            parts={
+                "cpu_percent": plan.weights.cpu_percent,
+                "micro_batch": plan.splits.micro_batch,
+                "decode_micro_batch": plan.splits.decode_micro_batch,
+                "prefill_chunk": plan.splits.prefill_chunk,
+            },
+            slots={"count": plan.weights.slot_count, "bytes": plan.weights.slot_bytes},
+            streamed_bytes_per_pass=plan.weights.streamed_bytes,
+            kv=kv,
+            tiers=machine.meters.tier_uses(subject.process_bytes),
+            links=links,
+            **phase_uses(machine.clock.phases),
+            prediction=self._compared({name: use.bytes_per_second for name, use in links.items() if use.bytes_per_second}),
+            peak=self._peak(),
+            tracing=tracing_use(machine.host.recorder.trace),
+            process_bytes=subject.process_bytes,
+            peak_device_bytes=machine.device.peak_bytes(),
+            fallbacks=self._notes(),
+            experts=experts,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """Say where the session stands: cheap, and from any thread."""
+        machine = self._machine
+        machine.copies.collect()
+        return Snapshot(
+            phase=machine.clock.phase,
+            tiers=machine.meters.tier_uses(self._subject.process_bytes),
+            links=machine.meters.link_sums(machine.host.reads, machine.host.writes),
+            phases=phase_uses(dict(machine.clock.phases)),
+        )
+
+    def _exactness(self) -> str:
+        levels = [component.exactness for component in self._residency.components]
+        lossy = next((level for level in levels if level not in (IDENTICAL, ROUNDING)), None)
+        if lossy is not None:
+            return lossy
+        return ROUNDING if self._residency.plan.rounds or ROUNDING in levels else IDENTICAL
+
+    def _compared(self, given: Mapping[str, float]) -> Comparison | None:
+        """Compare what was predicted for the work so far with what was measured; None without a hardware profile.
+
+        Args:
+            given: bytes a second that the links gave.
+        """
+        phases = self._machine.clock.phases
+        if self._predictor is None or phases[BACKWARD].passes:
+            return None
+        return compare(self._predictor, self._residency.plan, self._residency.spec, phases, self._goal(), given)
+
+    def _lent_for_measuring(self) -> memoryview | None:
+        """Memory that the disk may be measured into without passing a budget."""
+        wanted = self._machine.host.reader.probe_bytes
+        lent = self._executor.lend(wanted)
+        if lent is None and self._machine.discrete:
+            free = self._machine.host.ledger.free_bytes
+            lent = HostBuffer(wanted).memory if free is None or free >= wanted else None
+        return lent
+
+    def _notes(self) -> list[str]:
+        placement = self._residency.placement
+        whole = [
+            f"embedding {table.key} is not only indexed by rows; the whole table is loaded on every use"
+            for table in placement.tables.values()
+            if table.was_read_whole
+        ]
+        components = [note for component in self._residency.components for note in component.notes]
+        host = self._machine.host
+        said = (*host.notes.sentences, *whole, *components, *placement.fallbacks, *host.engine.fallbacks, *self._excess())
+        return list(dict.fromkeys(said))
+
+    def _excess(self) -> list[str]:
+        peak = self._peak()
+        if (peak.measured_bytes or 0) <= _EXCESS * peak.predicted_bytes:
+            return []
+        more = gib((peak.measured_bytes or 0) - peak.predicted_bytes)
+        return [
+            f"{more} more memory was held than predicted: what kernels keep for themselves (experts' products on a CPU "
+            "above all) and what backward holds of a layer is not in the budget; give a smaller one if memory is short"
+        ]
+
+    def _peak(self) -> Peak:
+        extra_bytes = 0
+        if not self._machine.discrete:
+            extra_bytes = sum(component.held_bytes for component in self._residency.components)
+        subject = self._subject
+        return self._machine.meters.peak(self._residency.plan, subject.process_bytes - subject.held_bytes, extra_bytes)

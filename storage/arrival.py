@@ -1,0 +1,61 @@
+"""Bytes on their way: what whoever asked for them waits for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from offload.storage.devices.base import Device, Event
+
+Waits = dict[str, float]
+"""Seconds that the caller stood still, by the name of the link that it waited for."""
+
+
+class Arrival(Protocol):
+    """Bytes on their way to a place in memory."""
+
+    def wait(self) -> Waits:
+        """Return when compute may use the bytes: at once, where the device itself waits for their copy.
+
+        Raises:
+            Whatever bringing them raised.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Return when nothing is written to the place any more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CopyArrival:
+    """Copies that the device waits for by itself."""
+
+    device: Device
+    copies: list[Event]
+
+    def wait(self) -> Waits:
+        for copied in self.copies:
+            self.device.wait(copied)
+        return {}
+
+    def cancel(self) -> None:
+        for copied in self.copies:
+            copied.synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class JointArrival:
+    """Several that are waited for as one."""
+
+    arrivals: Sequence[Arrival]
+
+    def wait(self) -> Waits:
+        waits: Waits = {}
+        for arrival in self.arrivals:
+            for link, seconds in arrival.wait().items():
+                waits[link] = waits.get(link, 0.0) + seconds
+        return waits
+
+    def cancel(self) -> None:
+        for arrival in self.arrivals:
+            arrival.cancel()
