@@ -176,7 +176,7 @@ def budget_bytes(folder: str) -> int:
     from offload.config import Budgets
     from offload.model.loading import CheckpointLoader
     from offload.planning.describe import count_activations
-    from offload.planning.fit import ExpertGranularity, fit
+    from offload.planning.fit import Demand, ExpertGranularity, fit
     from offload.scheduler.model_spec import Workload
 
     loader = CheckpointLoader(folder)
@@ -189,7 +189,7 @@ def budget_bytes(folder: str) -> int:
         workload,
         loader.slot_bytes,
         count_activations(model, workload),
-        experts=ExpertGranularity.PER_EXPERT,
+        Demand(ExpertGranularity.PER_EXPERT),
     )
     plan = decision.plan
     return replace(plan, experts=replace(plan.experts, slots=LAYERS * EXPERTS // 4)).device_bytes

@@ -165,14 +165,16 @@ def trained(request: argparse.Namespace, session: Any, model: Any) -> dict[str, 
     before = (0, 0)
     for step in range(request.steps + WARM_UP):
         if step == WARM_UP:
-            before = session._link.bytes_moved, session._written.bytes_moved
+            before = session.machine.host.reads.bytes_moved, session.machine.host.writes.bytes_moved
         begun = time.perf_counter()
         losses += session.backward([lambda step=step: model(**batch(request, step), use_cache=False).loss])
         session.step(max_grad_norm=1.0)
         seconds.append(time.perf_counter() - begun)
     moved = [
         (now - then) // request.steps
-        for now, then in zip((session._link.bytes_moved, session._written.bytes_moved), before, strict=True)
+        for now, then in zip(
+            (session.machine.host.reads.bytes_moved, session.machine.host.writes.bytes_moved), before, strict=True
+        )
     ]
     estimate = session.estimate(1)
     parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)

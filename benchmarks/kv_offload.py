@@ -75,7 +75,7 @@ def child(tokens: int, exactness: str) -> dict[str, Any]:
             for layer in cache.layers:
                 layer.paged.append(part, part)
                 layer.is_initialized = True
-        part = session._kv
+        part = session._kv.paged
         token, seconds = torch.tensor([[7]]), []
         brought = 0
         for _ in range(STEPS):

@@ -129,11 +129,13 @@ def run(
 
 def _simulated_seconds(session: Any, prompt: int, new: int) -> float:
     """The same passes one after another on the virtual clock."""
-    forecast, plan = session._forecast, session.plan
-    batch_size = session._clock.phases["prefill"].batch_size
-    prefill, decode = forecast.work(session._spec, batch_size, prompt, prompt + new // 2, plan.splits.prefill_chunk)
+    forecast, plan = session._parts.prepared.predictor, session.plan
+    batch_size = session.machine.clock.phases["prefill"].batch_size
+    prefill, decode = forecast.work(
+        session._parts.residency.spec, batch_size, prompt, prompt + new // 2, plan.splits.prefill_chunk
+    )
     passes = [*prefill, *[decode] * (new - 1)]
-    return sum(span.seconds for span in simulate(plan, session._spec, forecast.cost, passes).on("pass"))
+    return sum(span.seconds for span in simulate(plan, session._parts.residency.spec, forecast.cost, passes).on("pass"))
 
 
 def accuracy(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str, Any]]:
@@ -246,7 +248,7 @@ def choice(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str, Any
 
 def _spec(folder: str, profile: HardwareProfile, budgets: dict[str, int], batch_size: int, tokens: int) -> ModelSpec:
     with machine(BESIDE), offload(folder, hardware=profile, batch_size=batch_size, max_tokens=tokens, **budgets) as session:
-        return session._spec
+        return session._parts.residency.spec
 
 
 def fixed_plans(spec: ModelSpec, workload: Workload, device_bytes: int, host_bytes: int) -> dict[str, Plan]:

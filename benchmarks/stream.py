@@ -111,7 +111,7 @@ def ours(request: argparse.Namespace) -> dict[str, Any]:
     ) as session:
         seconds = token_seconds(session.model, request.tokens)
         report = session.report()
-        blocks = session._placement.streamed.values()
+        blocks = session._parts.residency.placement.streamed.values()
         reads = [(read.path, read.file_offset, read.nbytes) for block in blocks for read in block.source._read_plan.reads]
         return {
             "token_seconds": seconds,

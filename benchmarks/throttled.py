@@ -221,8 +221,8 @@ def machine(rates: Rates) -> Iterator[None]:
     device = CpuDevice() if rates.link is None else ThrottledDevice(rates.link)
     with (
         patch("offload.api.resolve_device", lambda name: device),
-        patch("offload.session.session.choose_engine", lambda sample: ThrottledEngine(rates.disk)),
-        patch("offload.session.session.PosixEngine", lambda: ThrottledEngine(rates.disk)),
+        patch("offload.runtime.machine.choose_engine", lambda sample: ThrottledEngine(rates.disk)),
+        patch("offload.runtime.machine.PosixEngine", lambda: ThrottledEngine(rates.disk)),
     ):
         yield
 

@@ -15,7 +15,7 @@ PLENTY = 1 << 30
 def spec_of(target: Any, **reserve: int) -> ModelSpec:
     """What the planner is told of a model or a checkpoint folder; of temporaries, for the reservation in `reserve`."""
     with offload(target, device="cpu", cpu_memory=PLENTY, **reserve) as session:
-        return session._spec
+        return session._parts.residency.spec
 
 
 def budget_for(spec: ModelSpec, residency: str, batch_size: int, max_tokens: int) -> int:

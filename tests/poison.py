@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from offload import Session
+from offload.moe.component import ExpertComponent
 from offload.moe.streaming import ExpertStreaming
 
 
@@ -13,12 +14,13 @@ def poison_homes(session: Session) -> int:
 
     Without this, a runtime that streams nothing would pass every test of equality: the homes are valid operands.
     """
-    placement = session._placement
+    placement = session._parts.residency.placement
     blocks = (*placement.streamed.values(), *placement.tables.values())
     homes = {home.name: home for block in blocks for home in block.homes}
-    if session._experts is not None:
-        homes |= {home.name: home for items in session._experts.homes for home in items}
-        poison_slots(session._experts.streaming)
+    experts = session._parts.component(ExpertComponent)
+    if experts is not None:
+        homes |= {home.name: home for items in experts.homes for home in items}
+        poison_slots(experts.streaming)
     for home in homes.values():
         # What stands in for experts is NaN already, and holds no memory.
         if home.tensor.is_contiguous():
@@ -48,7 +50,7 @@ class DiskMeter:
     """Bytes that the disk link moved since this was made."""
 
     def __init__(self, session: Session) -> None:
-        self._link = session._link
+        self._link = session.machine.host.reads
         self._before = self._link.bytes_moved
 
     @property

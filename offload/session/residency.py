@@ -57,7 +57,7 @@ class Residency:
         self._executor = executor
         self._model = model
         self._budgets = budgets
-        self._by_submodule = prepared.fitted.by_submodule
+        self.by_submodule = prepared.fitted.by_submodule
         self._workload: Workload = prepared.workload
         self._owners: dict[int, BlockKey] = {
             id(value): unit.key for unit in self.structure.units for value in unit.parameters.values()
@@ -189,7 +189,7 @@ class Residency:
             self._free(added_bytes)
         self.placement.adopt(self._model)
         excluded = [value for component in self.components for value in component.excluded]
-        units = find_structure(self._model, self._by_submodule, excluded).units
+        units = find_structure(self._model, self.by_submodule, excluded).units
         for unit in units:
             owners = (self._owners.get(id(value)) for value in unit.module.parameters())
             unit.uses = tuple(dict.fromkeys(key for key in owners if key is not None))
@@ -210,7 +210,7 @@ class Residency:
             ) from error
 
     def _wrappers_of(self, units: Sequence[Unit]) -> ModuleWrappers:
-        around = {key: self._model.get_submodule(key) for key in self._by_submodule}
+        around = {key: self._model.get_submodule(key) for key in self.by_submodule}
         return ModuleWrappers(
             units,
             around,

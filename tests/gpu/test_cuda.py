@@ -208,7 +208,7 @@ def test_what_is_taken_apart_computes_the_same(name, what):
     budget = budget_for(spec_of(model, **reserve), NONE, BATCH, MAX_TOKENS) + 16_384
     with offload(model, device="cuda", gpu_memory=budget, cpu_memory="1GiB", **reserve) as session:
         plan = session.plan
-        layers = {block.key for block in session._spec.layers}
+        layers = {block.key for block in session._parts.residency.spec.layers}
     streamed = tuple(key for key in plan.weights.in_host_memory if key in layers)
     section, changes = PARTS[what]
     changes = dict(changes)
@@ -245,7 +245,7 @@ def test_peak_device_memory_is_within_the_budget(large):
         offload(large, device="cuda", gpu_memory="2GiB", cpu_memory="16GiB", max_tokens=256) as session,
     ):
         session.model.generate(torch.randint(3, 1000, (1, 200)).cuda(), max_new_tokens=20, do_sample=False)
-        assert session._device.peak_bytes() - base <= 2 << 30
+        assert session.machine.device.peak_bytes() - base <= 2 << 30
         peak = session.report().peak
         assert peak.measured_bytes <= peak.predicted_bytes
     assert torch.cuda.memory_allocated() <= base + (8 << 20)

@@ -20,7 +20,7 @@ PAGES_ON_HOST = {"cpu": 4000, "disk": 0, "both": 12}
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch):
     monkeypatch.setitem(METHODS, "none", Method(page_tokens=lambda total: PAGE_TOKENS))
-    monkeypatch.setattr("offload.planning.fit._whole", lambda *sizes: 1 << 60)
+    monkeypatch.setattr("offload.kv.demand._whole", lambda *sizes: 1 << 60)
 
 
 def options_for(model, placement, segments, monkeypatch, host):
@@ -55,7 +55,7 @@ def test_identical(name, dtype, placement, host, monkeypatch):
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_tokens_are_equal_in_pieces(beside, monkeypatch):
-    monkeypatch.setattr("offload.kv.component.cpu_reads_pages", lambda hardware: beside)
+    monkeypatch.setattr("offload.kv.paged_cache.cpu_reads_pages", lambda hardware: beside)
     model = make("llama")
     twin = oracle_of(model).to("cuda")
     ids = tokens(2, 11).to("cuda")

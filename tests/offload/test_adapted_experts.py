@@ -82,14 +82,14 @@ def test_it_trains_as_plain_peft_does(name, residency, tmp_path):
     with offload(str(tmp_path), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
         model = adapted(session.model)
         adoptions = []
-        adopt = session._adopt_changes
-        session._adopt_changes = lambda: adoptions.append(adopt())
+        adopt = session._parts.residency._adopt_changes
+        session._parts.residency._adopt_changes = lambda: adoptions.append(adopt())
         found, adapters = trained(session, model)
         assert bool(session.plan.weights.streamed) == (residency == NONE)
         # Found once: what a parametrisation registers is gone again when a pass is over.
         assert len(adoptions) <= 1
         # Nothing was written to: streamed weights still come from their files.
-        assert not any(home.modified for block in session._placement.streamed.values() for home in block.homes)
+        assert not any(home.modified for block in session._parts.residency.placement.streamed.values() for home in block.homes)
     assert found == wanted
     plain = twin.state_dict()
     assert all(torch.equal(value, plain[key]) for key, value in adapters.items())

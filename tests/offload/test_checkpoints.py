@@ -81,12 +81,13 @@ def test_the_disk_holds_one_checkpoint_and_the_next(tier, tmp_path):
         for number in range(6):
             a_step(session, number)
             session.save(tmp_path / "run", {"step": number})
-            session._training._checkpoints.wait()
-            held.append(held_bytes(session._training.streamed_training.layout.nbytes))
+            session._parts.components["training"]._checkpoints.wait()
+            held.append(held_bytes(session._parts.components["training"].streamed_training.layout.nbytes))
         assert (
-            session._meters.disk_ledger.held_bytes("optimizer states") <= 2 * session._training.streamed_training.layout.nbytes
+            session.machine.host.disk_ledger.held_bytes("optimizer states")
+            <= 2 * session._parts.components["training"].streamed_training.layout.nbytes
         )
-        assert max(held) <= 2 * session._training.streamed_training.layout.nbytes
+        assert max(held) <= 2 * session._parts.components["training"].streamed_training.layout.nbytes
         assert held[0] > 0
     assert len(os.listdir(tmp_path / "run")) == 2
     # A second training in the same folder leaves the first one's checkpoint until it has its own.
@@ -94,7 +95,7 @@ def test_the_disk_holds_one_checkpoint_and_the_next(tier, tmp_path):
         a_step(session, 0)
         session.save(tmp_path / "run", {"step": 1})
         with pytest.raises(ConfigError, match="another training"):
-            Checkpoints(tmp_path / "run", session._training.streamed_training, {})
+            Checkpoints(tmp_path / "run", session._parts.components["training"].streamed_training, {})
     assert len(os.listdir(tmp_path / "run")) == 2
 
 
@@ -161,7 +162,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
             a_step(session, 1)
             after = state_of(session)
             gone_on.set()
-            session._training._checkpoints.wait()
+            session._parts.components["training"]._checkpoints.wait()
     with entered() as session:
         assert session.resume(tmp_path / "run") == {"step": 1, "seen": [0]}
         assert all(torch.equal(value, wanted[name]) for name, value in state_of(session).items())
@@ -184,16 +185,16 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_nothing_els
     with entered() as session:
         a_step(session, 0)
         session.save(tmp_path / "run", {"step": 1})
-        session._training._checkpoints.wait()
+        session._parts.components["training"]._checkpoints.wait()
         kept = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
-        nbytes = session._training.streamed_training.layout.nbytes
+        nbytes = session._parts.components["training"].streamed_training.layout.nbytes
         for number in (1, 2):
             a_step(session, number)
             with monkeypatch.context() as patch:
                 patch.setattr(os, "replace", full)
                 with pytest.raises(OSError, match="No space left"):
                     session.save(tmp_path / "run", {"step": 2})
-                    session._training._checkpoints.wait()
+                    session._parts.components["training"]._checkpoints.wait()
             assert {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")} == kept
         a_step(session, 3)
         # The last checkpoint's, and that of the states where they are on disk.

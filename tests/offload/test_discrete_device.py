@@ -72,7 +72,7 @@ def test_identical_from_a_checkpoint(name, residency, host, saved, device, tmp_p
 def _poison_what_is_not_the_source(session):
     """Homes in CPU memory are where blocks come from; those on disk must not be read."""
     in_host = set(session.plan.weights.in_host_memory)
-    for key, block in session._placement.streamed.items():
+    for key, block in session._parts.residency.placement.streamed.items():
         if key not in in_host:
             for home in block.homes:
                 home.tensor.detach().fill_(torch.nan)
@@ -105,7 +105,7 @@ def test_residents_are_given_up_for_the_kv_cache(device, saved):
         long = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False}
         assert torch.equal(session.model.generate(tokens(), **long), twin.generate(tokens(), **long))
         assert len(session.plan.weights.resident) < before
-        assert session._ledger.peak_bytes <= budget
+        assert session.machine.ledger.peak_bytes <= budget
 
 
 def test_a_pass_that_fails_leaves_nothing_in_flight(device, saved):

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload import offload
-from offload.runtime import weights
+from offload.runtime import block_sources
 from offload.scheduler.model_spec import ModelSpec
 from tests.architectures import ARCHITECTURES, BY_NAME, VOCAB, Architecture, make, oracle_of, text_inputs
 from tests.budgets import ALL, NONE, SOME, SPLIT, budget_for, enter, spec_of
@@ -181,7 +181,7 @@ def test_the_disk_moves_exactly_what_is_streamed(name, folders):
 
 def _loaded_ahead(session: Any) -> int:
     """Bytes in the slots for the pass that has not come."""
-    executor = session._executor
+    executor = session._parts.executor
     for arrival in executor._arrivals.values():
         arrival.wait()
     return sum(executor.blocks[key].source.payload_bytes for key in executor._schedule._leases)
@@ -201,12 +201,12 @@ def test_these_tests_fail_when_nothing_is_loaded(folders, monkeypatch):
     folder, spec = folders("llama", False, torch.float32)
     budget = budget_for(spec, NONE, BATCH, MAX_TOKENS)
     with monkeypatch.context() as patch:
-        patch.setattr(weights.DirectSource, "start", lambda self, region, after: Nothing())
+        patch.setattr(block_sources.DirectSource, "start", lambda self, region, after: Nothing())
         with offload(folder, device="cpu", cpu_memory=budget, batch_size=BATCH, max_tokens=MAX_TOKENS) as session:
             assert poison_homes(session)
             assert not torch.equal(run("forward", "llama", session.model)[0], wanted["forward"][0])
     with monkeypatch.context() as patch:
-        patch.setattr("offload.runtime.module_wrappers.UnitWindow.wrap", lambda self, forward: forward)
+        patch.setattr("offload.runtime.module_wrappers.OnloadedModule.wrap", lambda self, forward: forward)
         with offload(folder, device="cpu", cpu_memory=budget, batch_size=BATCH, max_tokens=MAX_TOKENS) as session:
             assert poison_homes(session)
             assert run("forward", "llama", session.model)[0].isnan().all()

@@ -10,7 +10,7 @@ from offload.config import Budgets
 from offload.model.blocks import estimated_slot_bytes
 from offload.model.experts import find_experts
 from offload.planning.describe import count_activations, takes_tokens
-from offload.planning.fit import ExpertGranularity, fit
+from offload.planning.fit import Demand, ExpertGranularity, fit
 from offload.scheduler.model_spec import Workload
 from tests.architectures import oracle_of
 from tests.expert_models import decorated, make_model
@@ -25,7 +25,7 @@ def plan_for(model, slots):
     workload = Workload(BATCH, TOKENS, TOKENS)
     temporaries = count_activations(model, workload) if takes_tokens(model) else None
     budgets = Budgets(1 << 34, None)
-    plan = fit(model, budgets, workload, estimated_slot_bytes, temporaries, experts=ExpertGranularity.PER_EXPERT).plan
+    plan = fit(model, budgets, workload, estimated_slot_bytes, temporaries, Demand(ExpertGranularity.PER_EXPERT)).plan
     return edited(plan, "experts", slots=min(slots, plan.experts.slots))
 
 
@@ -87,7 +87,7 @@ def test_the_bits_of_the_plain_model(experts, dtype, tmp_path):
             else:
                 one = prompt(1, 1)
                 check(logits(session.model(one)), logits(twin(one)), f"one token, {slots} slots")
-            tallies = session._experts.tally.layers
+            tallies = session._parts.components["experts"].tally.layers
             assert all(tally.choices - tally.hits == tally.copies for tally in tallies)
             assert all(
                 tally.copied_bytes == tally.copies * unit.nbytes

@@ -93,7 +93,7 @@ def test_a_model_that_the_user_holds_gets_its_experts_back(tmp_path):
     with offload(model, plan=plan_for(model, 4), disk_dir=tmp_path, **OPTIONS) as session:
         assert poison_homes(session)
         assert torch.equal(generate(model, tokens()), generate(twin, tokens()))
-        for block in session._experts.homes:
+        for block in session._parts.components["experts"].homes:
             for home in block:
                 home.tensor.copy_(twin.get_parameter(home.name))
     assert {name: id(value) for name, value in model.named_parameters()} == parameters
@@ -160,8 +160,8 @@ def test_a_failed_read_is_loud_and_leaves_nothing_wrong(slots, saved, monkeypatc
     with offload(folder, plan=plan_for(model, slots), **OPTIONS) as session:
         poison_homes(session)
         generate(session.model, tokens())
-        engine, read = session._engine, session._engine.read
-        cache = session._experts.streaming.cache
+        engine, read = session.machine.host.engine, session.machine.host.engine.read
+        cache = session._parts.components["experts"].streaming.cache
         rooms = [cache.room(layer) for layer in range(4)]
         calls = []
 
@@ -191,7 +191,7 @@ def test_a_long_prompt_brings_each_expert_once(prefetch, slots, saved):
         assert torch.equal(session.model(ids).logits, oracle_of(model)(ids).logits)
         # Every expert was asked for, and there was none to begin with.
         assert meter.nbytes == sum(unit.count * unit.nbytes for unit in units)
-        assert (session._experts.tally.prefetches > 0) == (prefetch == "auto" and slots == 12)
+        assert (session._parts.components["experts"].tally.prefetches > 0) == (prefetch == "auto" and slots == 12)
 
 
 @pytest.mark.parametrize("prefetch", ["on", "off"])
@@ -258,7 +258,7 @@ def test_misses_computed_on_the_cpu(name, saved, device):
         assert report.experts.policy == "admission"
         for layer in report.experts.layers:
             assert layer.choices == layer.hits + layer.copies + layer.computed_on_cpu
-        assert report.experts.copied_bytes == session._experts.streaming.store.copied_bytes
+        assert report.experts.copied_bytes == session._parts.components["experts"].streaming.store.copied_bytes
 
 
 def test_the_report_tells_of_experts(saved, tmp_path):

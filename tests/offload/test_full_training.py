@@ -129,7 +129,7 @@ def on_a_device(monkeypatch):
 def device_budget(model):
     """Of a device with memory of its own: the least that will do."""
     with offload(model, gpu_memory=1 << 30, cpu_memory=1 << 28, **RESERVE) as session:
-        spec = session._spec
+        spec = session._parts.residency.spec
     return budget_for(spec, NONE, BATCH, LENGTH) + 32_768
 
 
@@ -447,7 +447,7 @@ def test_where_layers_inputs_wait(name, tier, major, monkeypatch, tmp_path):
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=training, **RESERVE) as session:
         assert session.plan.weights.streamed
         losses = (train if major == "batch" else train_layer_major)(session, steps)
-        written = session._written.bytes_moved
+        written = session.machine.host.writes.bytes_moved
     assert losses == oracle(twin, steps)
     assert_same_weights(model, twin)
     assert bool(written) == (tier == "nvme")
@@ -468,7 +468,7 @@ def test_adapters_and_where_inputs_wait(tier, residency, monkeypatch, tmp_path):
         str(checkpoint), device="cpu", cpu_memory="64MiB", training=Training(activation_tier=tier), **RESERVE
     ) as session:
         # What adapters, their optimizer and layers' inputs take comes on top.
-        budget += (1 << 16) + session._needs.activation_bytes
+        budget += (1 << 16) + session._parts.prepared.memory.activation_bytes
     steps = micro_batches(6, 2)
     training = Training(**FAST, activation_tier=tier, state_dir=str(states))
     with offload(str(checkpoint), device="cpu", cpu_memory=budget, training=training, **RESERVE) as session:
@@ -503,10 +503,10 @@ def test_updates_while_the_next_forward_runs(name, residency, major, monkeypatch
 
         def overlapped(max_grad_norm):
             norm = step(max_grad_norm, overlap=True)
-            late.append(len(session._training.streamed_training._late))
+            late.append(len(session._parts.components["training"].streamed_training._late))
             if len(late) == 4:
                 session.save(tmp_path / "run", {})
-                assert not session._training.streamed_training._late
+                assert not session._parts.components["training"].streamed_training._late
             return norm
 
         session.step = overlapped
@@ -625,7 +625,7 @@ def test_moments_in_eight_bits(tier, tmp_path):
         torch.manual_seed(0)
         with offload(model, device="cpu", cpu_memory="64MiB", training=training, **RESERVE) as session:
             losses[optimizer] = train(session, steps, clip=1.0)
-            held[optimizer] = session._training.streamed_training.layout.state_bytes
+            held[optimizer] = session._parts.components["training"].streamed_training.layout.state_bytes
     assert losses["adamw"][-1] < 0.5 * losses["adamw"][0]
     assert losses["adamw8bit"][-1] == pytest.approx(losses["adamw"][-1], rel=0.25)
     assert held["adamw8bit"] < 0.6 * held["adamw"]
@@ -638,7 +638,7 @@ def test_an_update_that_fails_half_way_is_not_gone_on_from(monkeypatch, tmp_path
     with offload(model, device="cpu", cpu_memory="64MiB", training=training, **RESERVE) as session:
         train(session, steps)
         session.model(**steps[0][0]).loss.backward()
-        real, calls = session._training.streamed_training._rule.step, []
+        real, calls = session._parts.components["training"].streamed_training._rule.step, []
 
         def failing(*args):
             calls.append(1)
@@ -646,7 +646,7 @@ def test_an_update_that_fails_half_way_is_not_gone_on_from(monkeypatch, tmp_path
                 raise OSError("the disk is gone")
             real(*args)
 
-        monkeypatch.setattr(session._training.streamed_training._rule, "step", failing)
+        monkeypatch.setattr(session._parts.components["training"].streamed_training._rule, "step", failing)
         with pytest.raises(OSError, match="the disk is gone"):
             session.step()
         for use in (session.step, session.finish, lambda: session.model(**steps[0][0])):

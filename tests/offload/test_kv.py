@@ -14,9 +14,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from offload import offload
+from offload.kv import demand
 from offload.kv.attention import attend
 from offload.kv.options import METHODS, Method
-from offload.planning import fit as decision
 from offload.planning.describe import element_bytes_of, kv_sizes
 from offload.scheduler.kv_pages import cut, streamed_bytes
 from offload.scheduler.model_spec import Workload
@@ -38,7 +38,7 @@ def small_pages(monkeypatch):
     """Pages of four tokens, so that short texts have several."""
     monkeypatch.setitem(METHODS, "none", Method(page_tokens=lambda total: PAGE_TOKENS))
     # Paged, however much memory there is.
-    monkeypatch.setattr("offload.planning.fit._whole", lambda *sizes: 1 << 60)
+    monkeypatch.setattr("offload.kv.demand._whole", lambda *sizes: 1 << 60)
 
 
 def memory_for(session_bytes: int, layers: int, page_bytes: int, placement: str) -> int:
@@ -208,7 +208,7 @@ def assert_same(got: list[torch.Tensor], expected: list[torch.Tensor], what: str
 
 def poison_free_slots(session: Any) -> None:
     """What is read before it is there is no number."""
-    for pool in session._kv.store.pools:
+    for pool in session._kv.paged.store.pools:
         take = pool.slots.take
 
         def poisoned(take=take, pool=pool):
@@ -258,7 +258,7 @@ def test_identical_beside_a_device_with_late_copies(name, placement, host, monke
     with paged(model_of(name, torch.float32), placement, device="delayed", gpu_memory=PLENTY) as session:
         for mode in modes(name):
             assert_same(run(mode, name, session.model), expected[mode], mode)
-        peaks = session._kv.store.peak_bytes
+        peaks = session._kv.paged.store.peak_bytes
         assert (peaks[Tier.CPU] > 0) == (host != "disk")
         assert (peaks[Tier.DISK] > 0) == (host != "cpu")
 
@@ -297,7 +297,7 @@ def test_the_cpu_reads_pages_where_they_are(host, monkeypatch):
     monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice(0.001))
     pages = {"cpu": 4000, "both": 12}[host]
     monkeypatch.setattr(Workload, "kv_host_bytes", lambda self, model, host_bytes: pages * 4096)
-    monkeypatch.setattr("offload.kv.component.cpu_reads_pages", lambda *machine: True)
+    monkeypatch.setattr("offload.kv.paged_cache.cpu_reads_pages", lambda *machine: True)
     with paged(model_of("llama", torch.float32), BELOW, True, device="delayed", gpu_memory=PLENTY) as session:
         for mode in modes("llama"):
             for mine, theirs in zip(run(mode, "llama", session.model), wanted("llama", torch.float32)[mode], strict=True):
@@ -351,7 +351,7 @@ def test_eight_times_the_memory_moves_no_byte_twice(segments, monkeypatch):
     monkeypatch.setitem(METHODS, "none", Method(page_tokens=lambda total: page_tokens))
     options = {"exactness": "rounding"} if segments else {}
     with offload(model, device="cpu", cpu_memory=PLENTY, max_tokens=total, kv_memory=memory, **options) as session:
-        part = session._kv
+        part = session._kv.paged
         pages = part.pages
         assert cut(part.shape, 1, total, memory, segments, page_tokens) == pages
         with torch.inference_mode():
@@ -432,9 +432,9 @@ def test_layers_of_other_kinds_stay_what_they_are(name, placement, segments):
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "lfm2", "qwen3_next"])
 def test_the_state_of_other_layers_goes_down_too(name, monkeypatch):
     """Windows, convolutions and recurrent states are in pages while other layers have their turn: the plain cache's bits."""
-    real = decision.paged_ways
+    real = demand.paged_ways
     offloaded_state = lambda *sizes, **options: [replace(way, state_offload=True) for way in real(*sizes, **options)]  # noqa: E731
-    monkeypatch.setattr(decision, "paged_ways", offloaded_state)
+    monkeypatch.setattr(demand, "paged_ways", offloaded_state)
     model = model_of(name, torch.float32) if name in SLIDING else hybrid(name)
     ids = tokens(2, 21)
     mask = torch.ones_like(ids)
@@ -453,9 +453,9 @@ def test_the_state_of_other_layers_goes_down_too(name, monkeypatch):
             cache = session.kv_cache()
             session.model(input_ids=ids, past_key_values=cache)
             away = [layer for layer in cache.layers if "_put_away" in vars(layer)]
-            assert away and session._kv.written_bytes > 0
+            assert away and session._kv.paged.written_bytes > 0
             # Whoever looks finds it.
             found = getattr(away[0], next(iter(vars(away[0])["_put_away"])))
             assert isinstance(found, (torch.Tensor, dict)) and "_put_away" not in vars(away[0])
             del cache, away, found
-            assert sum(session._kv.store._bytes.values()) == 0
+            assert sum(session._kv.paged.store._bytes.values()) == 0

@@ -125,7 +125,7 @@ def test_retrieval_finds_the_token_that_is_asked_for():
     for row, place in enumerate((60, 100, 222)):
         keys[row, :, place] = 4 * query[row, :, 0]
     with layer_of(keys, values, 4, lambda: Retrieve(KvBudget(share=1 / 16))) as layer:
-        choices = layer.chosen(query)
+        choices = layer.visible(query)
         seen = torch.zeros(3, 256, dtype=torch.bool)
         for choice in choices:
             every = torch.ones(3, 1, 1, 1, dtype=torch.bool) if choice.allowed is None else choice.allowed
@@ -148,7 +148,7 @@ def test_retrieval_moves_what_it_sees_and_no_more():
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**small, num_hidden_layers=2, max_position_embeddings=2048)).eval()
     options = {"kv_memory": 400_000, "kv_policy": "retrieve", "kv_budget": 0.1}
     with offload(model, device="cpu", cpu_memory=PLENTY, max_tokens=1100, **options) as session, torch.inference_mode():
-        part = session._kv
+        part = session._kv.paged
         cache = session.kv_cache()
         session.model(input_ids=tokens(1, 1024), past_key_values=cache)
         before = part.onloaded_bytes
@@ -256,7 +256,7 @@ def test_a_beginning_of_text_or_of_several_rows_is_refused():
     with offload(make("llama"), device="cpu", cpu_memory=PLENTY, max_tokens=100) as session:
         assert session.kv_cache(tokens(1, 5)).get_seq_length() == 5
         for wrong in ("Once upon", tokens(2, 5)):
-            with pytest.raises(ConfigError, match="token ids of one beginning"):
+            with pytest.raises(ConfigError, match="token ids of one prefix"):
                 session.kv_cache(wrong)
 
 
@@ -317,7 +317,7 @@ def test_a_batch_that_a_page_is_too_small_for():
 
 def test_a_context_longer_than_was_reserved_for(monkeypatch):
     monkeypatch.setitem(METHODS, "none", Method(page_tokens=lambda total: 8))
-    monkeypatch.setattr("offload.planning.fit._whole", lambda *sizes: 1 << 60)
+    monkeypatch.setattr("offload.kv.demand._whole", lambda *sizes: 1 << 60)
     session = offload(make("llama"), device="cpu", cpu_memory=PLENTY, max_tokens=60, kv_memory=60000)
     with session, torch.inference_mode(), pytest.raises(OffloadError, match="max_tokens that will be used"):
         session.model(input_ids=tokens(1, 100), past_key_values=session.kv_cache())
@@ -327,7 +327,7 @@ def test_nothing_is_left_when_a_cache_is_gone():
     """Pages are free again when nobody holds a cache; a copy keeps those that it shares."""
     entered = offload(make("llama"), device="cpu", cpu_memory=PLENTY, max_tokens=120, kv_memory=49152)
     with entered as session, torch.inference_mode():
-        store = session._kv.store
+        store = session._kv.paged.store
         cache = session.kv_cache()
         session.model(input_ids=tokens(1, 100), past_key_values=cache)
         held = [layer.paged.bytes_by_tier() for layer in cache.layers]

@@ -26,7 +26,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(prefix, "BLOCK_TOKENS", BLOCK)
     monkeypatch.setattr("offload.kv.prefix_cache.BLOCK_TOKENS", BLOCK)
     # However fast the disk of the described machine is.
-    monkeypatch.setattr("offload.session.session.Session._worth_loading", lambda self, nbytes: True)
+    monkeypatch.setattr("offload.kv.component.KvComponent._loading_beats_computing", lambda self, nbytes: True)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_damaged_block_is_refused_and_computed_again(folder, tmp_path, kind):
     ids = tokens(1, 53)
     with enter(folder, tmp_path) as session:
         expected, *_ = answer(session, ids)
-        keys = session._prefixes._store().keys(ids[0].tolist())
+        keys = session._kv.prefixes._store().keys(ids[0].tolist())
     files = [Path(path_of(str(tmp_path), key)) for key in keys]
     _damage(kind, files[1], files[2])
     with enter(folder, tmp_path) as session:
@@ -209,7 +209,7 @@ def test_a_batch_that_begins_alike(lengths):
             assert cache.get_seq_length() == 70
             got = session.model.generate(input_ids=ids, **options, past_key_values=cache)
             for layer in cache.layers:
-                kept = sum(stretch.shape.rows * stretch.tokens for stretch in layer.paged.stretches)
+                kept = sum(block.shape.rows * block.tokens for block in layer.paged.blocks)
                 assert kept == 70 + 4 * (layer.paged.length - 70)
             assert session.report().exactness == "rounding"
     assert torch.equal(got, expected)

@@ -87,7 +87,7 @@ def test_micro_batches_compute_the_same(name, size):
 
 def _last_layer(session, calls):
     """Notes how many sequences a norm or projection inside of a layer sees."""
-    unit = [unit for unit in session._structure.units if unit.role.value == "layer"][-1]
+    unit = [unit for unit in session._parts.residency.structure.units if unit.role.value == "layer"][-1]
     inside = next(
         module for module in unit.module.modules() if isinstance(module, nn.Linear) or "Conv1D" in type(module).__name__
     )
@@ -135,7 +135,7 @@ def test_what_is_computed_as_a_whole_is_told_once():
     with offload(model, device="cpu", cpu_memory="1GiB", plan=plan, exactness="rounding", **reserve) as session:
         for _ in range(2):
             torch.testing.assert_close(model(**inputs).logits, wanted, **CLOSE)
-        assert sum("as a whole" in sentence for sentence in session._fallbacks) == 1
+        assert sum("as a whole" in sentence for sentence in session.machine.notes.sentences) == 1
 
 
 class _Ambiguous(nn.Module):
@@ -161,7 +161,7 @@ def test_micro_batches_hold_less_and_no_more_than_reserved(name):
     model = make(name)
     batch, tokens = 16, 64
     with offload(model, device="cpu", cpu_memory="1GiB", batch_size=batch, max_tokens=tokens) as session:
-        spec = session._spec
+        spec = session._parts.residency.spec
     held = []
     for size in (2, 4, 8, 16):
         work = DryRun(model, micro_batch=size if size < batch else 0).forward(batch, tokens)
@@ -178,7 +178,7 @@ def test_chunks_hold_no_more_than_reserved(name):
     model = make(name)
     batch, tokens = 3, 96
     with offload(model, device="cpu", cpu_memory="1GiB", batch_size=batch, max_tokens=tokens) as session:
-        spec = session._spec
+        spec = session._parts.residency.spec
     held = []
     for size in (12, 24, 48):
         work = DryRun(model).continued(batch, size, tokens - size)
@@ -256,7 +256,7 @@ def test_a_plan_that_takes_apart_what_cannot_be_is_refused(name, change):
 def divided_plan(model, percent, **reserve):
     budget = budget_for(spec_of(model, **reserve), NONE, reserve["batch_size"], reserve["max_tokens"]) + 16_384
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, **reserve) as session:
-        plan, spec = session.plan, session._spec
+        plan, spec = session.plan, session._parts.residency.spec
     names = {block.key for block in spec.layers if block.divisible}
     divided = tuple(key for key in plan.weights.in_host_memory if key in names)
     return edited(plan, "weights", cpu_gpu_split=divided, cpu_percent=percent), budget
@@ -280,7 +280,7 @@ def test_divided_layers_compute_the_same(name, held, tmp_path, monkeypatch):
             torch.testing.assert_close(session.model(**inputs)[0], twin(**inputs)[0], **CLOSE)
         names = dict(session.model.state_dict())
         assert all(torch.equal(value, names[key]) for key, value in twin.state_dict().items())
-        block = next(block for block in session._spec.blocks if block.key == plan.weights.cpu_gpu_split[0])
+        block = next(block for block in session._parts.residency.spec.blocks if block.key == plan.weights.cpu_gpu_split[0])
         report = session.report()
     assert report.exactness == "rounding"
     assert report.blocks["cpu_gpu_split"] == len(plan.weights.cpu_gpu_split)
@@ -312,7 +312,7 @@ def test_a_forward_with_gradients_while_copies_arrive(name, monkeypatch):
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, **reserve) as session:
         assert session.plan.weights.streamed
         assert torch.equal(session.model(**inputs)[0], twin(**inputs)[0])
-        assert session._device.most_in_flight > 0
+        assert session.machine.device.most_in_flight > 0
 
 
 def test_an_edited_divided_weight_is_seen(monkeypatch):

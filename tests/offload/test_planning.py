@@ -223,10 +223,10 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, capsys):
         assert "is no run" in run(capsys, "report", str(path))[2]
 
 
-def test_temporaries_that_are_only_estimated_are_told():
+def test_activations_that_are_only_estimated_are_reported():
     for name, told in (("t5", True), ("llama", False)):
         with offload(make(name), device="cpu", cpu_memory="64MiB") as session:
-            assert any("temporaries are estimated" in sentence for sentence in session.report().fallbacks) == told
+            assert any("activations are estimated" in sentence for sentence in session.report().fallbacks) == told
 
 
 def test_the_model_is_as_it_was_after_it_was_looked_at():
@@ -278,10 +278,10 @@ def test_parts_of_blocks_leave_nothing_unnamed(tmp_path):
     budget = budget_for(spec_of(str(tmp_path), **reserve), SPLIT, 2, 24)
     with offload(str(tmp_path), device="cpu", cpu_memory=budget, **reserve) as session:
         session.model.generate(input_ids=tokens(), max_new_tokens=8, do_sample=False)
-        assert session._by_submodule
+        assert session._parts.residency.by_submodule
         spans = {span.name for span in session.trace().on("compute")}
-    assert session._by_submodule <= spans
-    assert any(name.startswith(f"{next(iter(session._by_submodule))}.") for name in spans)
+    assert session._parts.residency.by_submodule <= spans
+    assert any(name.startswith(f"{next(iter(session._parts.residency.by_submodule))}.") for name in spans)
 
 
 def test_rounding_takes_a_batch_apart_where_more_stays_so():

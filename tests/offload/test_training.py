@@ -143,9 +143,9 @@ def test_weights_are_brought_for_each_direction_and_homes_are_not_computed_with(
         inputs = {"inputs_embeds": embedded.clone().requires_grad_(), "labels": batch["labels"]}
         loss = ours(**inputs).loss
         loss.backward()
-        session._link.wait_idle()
+        session.machine.host.reads.wait_idle()
         moved = session.report().links["disk"].bytes
-        layers = [block for block in session._spec.layers if block.key in session.plan.weights.streamed]
+        layers = [block for block in session._parts.residency.spec.layers if block.key in session.plan.weights.streamed]
     wanted = {"inputs_embeds": embedded.clone().requires_grad_(), "labels": batch["labels"]}
     twin.requires_grad_(False)(**wanted).loss.backward()
     assert torch.equal(inputs["inputs_embeds"].grad, wanted["inputs_embeds"].grad)
@@ -168,7 +168,7 @@ def test_late_copies_are_waited_for(name, monkeypatch):
 
 def spec_of_device(model):
     with offload(model, gpu_memory=1 << 30, cpu_memory=1 << 26, **RESERVE) as session:
-        return session._spec
+        return session._parts.residency.spec
 
 
 def test_what_was_changed_before_backward_is_refused_and_training_goes_on():

@@ -78,7 +78,7 @@ def test_a_model_from_a_file_is_not_copied(tmp_path):
     before = footprint(model)
     places = {name: value.data_ptr() for name, value in model.named_parameters()}
     with opened(model, NONE) as session:
-        assert not session._placement._spills
+        assert not session._parts.residency.placement._spills
         model(input_ids=tokens())
     assert_undone(model, before)
     assert {name: value.data_ptr() for name, value in model.named_parameters()} == places
@@ -352,7 +352,7 @@ def test_the_kv_cache_takes_from_residents_and_then_stops():
         assert torch.equal(model.generate(tokens(), **long), twin.generate(tokens(), **long))
         assert len(session.plan.weights.resident) < resident
         assert any("given up" in sentence for sentence in session.report().fallbacks)
-        assert session._ledger.peak_bytes <= session._ledger.budget_bytes
+        assert session.machine.ledger.peak_bytes <= session.machine.ledger.budget_bytes
         with pytest.raises(BudgetExceeded, match=r"KV cache needs .* would do"):
             model(input_ids=tokens(64, 100))
         assert torch.equal(model(input_ids=tokens()).logits, twin(input_ids=tokens()).logits)
