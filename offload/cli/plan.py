@@ -152,7 +152,7 @@ def _memory(planned: PlanResult) -> Table:
         "slots": plan.arena_bytes,
         "experts": plan.expert_bytes,
         "KV cache": plan.kv.reserved_bytes,
-        "temporaries": plan.activation_bytes,
+        "activations": plan.activation_bytes,
     }
     computing = next(iter(planned.budget_bytes))
     for tier, budget in planned.budget_bytes.items():

@@ -94,7 +94,7 @@ class StateOffloader:
 def bring_back(layer: Any) -> None:
     """The state of a layer is there, wherever it was."""
     if "_shelf" in vars(layer):
-        layer._state_offloader.bring(layer)
+        layer._state_offloader.onload(layer)
 
 
 def _missing(self: Any, name: str) -> Any:
@@ -118,8 +118,8 @@ def _turned(name: str) -> Any:
 
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
         state_offloader = self.__dict__["_shelf"]
-        state_offloader.bring(self)
-        state_offloader.has_turn(self)
+        state_offloader.onload(self)
+        state_offloader.on_layer_start(self)
         return getattr(super(type(self), self), name)(*args, **kwargs)
 
     return update

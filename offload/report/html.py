@@ -161,7 +161,7 @@ def _learning(training: dict[str, Any] | None) -> str:
     """The loss of each step, and of the evaluation data."""
     if not training or len(training["losses"]) < 2:
         return ""
-    losses, evaluated = training["losses"], training["evaluated"]
+    losses, evaluated = training["losses"], training["eval_losses"]
     first, last = losses[0][0], losses[-1][0]
     values = [loss for _, loss in (*losses, *evaluated)]
     low, high = min(values), max(values)

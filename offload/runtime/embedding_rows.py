@@ -130,7 +130,7 @@ class _LookedUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        if not ctx.home.managed:
+        if not ctx.home.trained:
             # What follows may write to it without a trace: its home has the values from now on, not the file.
             ctx.home.modified = True
         dense = torch.ops.aten.embedding_dense_backward(gradients[0], indices, ctx.rows, ctx.padding, False)

@@ -111,7 +111,7 @@ def test_a_token_counts_the_same_in_whatever_batch(size, accumulation, layer_maj
             whole = next(Batches(examples, len(examples)).in_order())
             evaluated = float(model(**whole, use_cache=False).loss)
     assert (steps[0].loss, steps[0].gradient_norm) == pytest.approx(by_trainer, rel=1e-3)
-    assert steps[0].evaluated == pytest.approx(evaluated, rel=1e-5)
+    assert steps[0].eval_loss == pytest.approx(evaluated, rel=1e-5)
 
 
 def test_a_last_step_of_fewer_batches_counts_by_its_own_tokens(examples, tmp_path):
