@@ -20,7 +20,7 @@ _UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10
           "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
-"""Told (what, done bytes, total bytes) during long steps."""
+"""A function that is called with (what, done bytes, total bytes) during long steps."""
 
 HOST_MARGIN_BYTES = 256 << 20
 """Left free of a default CPU budget, for what the process still allocates by itself."""

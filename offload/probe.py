@@ -59,7 +59,7 @@ _WINDOWS = 16
 _LAYER_PARAMETERS = 9
 
 _REVISION = 3
-"""Of what is measured, and how: a profile that was measured otherwise is not found any more."""
+"""The version of what is measured, and how: a profile that was measured otherwise is not found any more."""
 
 
 def profile_folder() -> Path:
@@ -261,7 +261,7 @@ def _matrix_rates(device: Device, dtype: torch.dtype) -> Iterator[MatrixRate]:
 
 
 def operation_seconds(device: Device, width: int = _SMALL_WIDTH, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Of one operation in a model too small to compute anything: what submitting it costs, modules included.
+    """Measure one operation in a model too small to compute anything: what submitting it costs, modules included.
 
     Args:
         width: of the hidden state; from the default on, kernels share their work among threads and pay for that.
@@ -300,7 +300,7 @@ def module_seconds(device: Device) -> float:
 
 
 def _arrived_block(key: str) -> StreamedBlock:
-    """With as many parameters as a layer has, which cost nothing to bring."""
+    """A block with as many parameters as a layer has, which cost nothing to load."""
     parameters = [nn.Parameter(torch.zeros(16), requires_grad=False) for _ in range(_LAYER_PARAMETERS)]
     homes = [ParameterHome(f"{key}.{index}", value, value.data, value.data) for index, value in enumerate(parameters)]
     return StreamedBlock(key, homes, _Arrived(homes))

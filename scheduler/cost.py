@@ -8,7 +8,7 @@ from offload.scheduler.work import ModuleWork, Work
 from offload.storage.blocks import DTYPE_BYTES
 
 _LEAST_SHARE = 0.1
-"""Of the CPU's speed, whatever the link takes of its memory."""
+"""The least share of the CPU's speed, whatever the link takes of its memory."""
 
 GATHER_THREADS = 4
 """Rows of a table are read by as many threads as blocks are."""

@@ -49,7 +49,7 @@ class ExpertCache:
             raise ValueError(f"{slot_count} slots are too few for {minimum} in each of {layers} layers")
         self.policy = policy
         self.slots = numpy.full((layers, experts), -1, dtype=numpy.int64)
-        """Of each expert; -1 for those that are not there."""
+        """The slot of each expert; -1 for those that have none."""
         self._minimum = minimum
         self._layer_of = numpy.full(slot_count, -1, dtype=numpy.int64)
         self._expert_of = numpy.full(slot_count, -1, dtype=numpy.int64)

@@ -20,13 +20,13 @@ _HALF_LIFE_TOKENS = 12
 """After so many tokens a use counts half. With `_LEAD`, found on the three traces of `benchmarks/experts.py`."""
 
 _LEAD = 0.7
-"""Of uses, by which a newcomer must be ahead of what it would displace to be worth a copy."""
+"""Uses by which a newcomer must be ahead of what it would displace to be worth a copy."""
 
 MOST_ADMITTED = 1
-"""Of a layer's misses in one pass, where they may be declined."""
+"""Misses of a layer that are loaded in one pass, where they may be declined."""
 
 _TAIL_TOKENS = 8 * _HALF_LIFE_TOKENS
-"""Of a prompt, what still counts at its end."""
+"""Tokens of a prompt that still count at its end."""
 
 
 class ExpertPolicy(Protocol):

@@ -16,7 +16,7 @@ SCOPES = ("global", "layer")
 
 @dataclass(slots=True)
 class Tally:
-    """Of some visits.
+    """What became of some visits.
 
     Attributes:
         choices: experts asked for.
@@ -46,7 +46,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Replay:
-    """Of one policy.
+    """What one policy made of a recorded run.
 
     Attributes:
         overall: of all visits.

@@ -12,7 +12,7 @@ from offload.storage.errors import ProfileError
 PROFILE_FORMAT = 1
 
 _OLD_NAMES = {"window_seconds": "module_seconds"}
-"""Of fields, in profiles that earlier versions made."""
+"""Field names in profiles that earlier versions made."""
 
 
 @dataclass(frozen=True, slots=True)

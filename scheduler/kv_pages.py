@@ -19,7 +19,7 @@ _OPEN_SHARE = 3
 """Pages that are being filled take at most this part of the memory, where pages can be small enough."""
 
 _RING_SHARE = 3
-"""Of what is left, the part for pages that are brought to be read, at most; the rest stays."""
+"""The largest part of what is left for pages that are onloaded to be read (one in so many); the rest stays."""
 
 _RING_BYTES = 32 << 20
 """And no more than keeps a link busy while a layer computes, which is milliseconds."""
@@ -27,10 +27,10 @@ _RING_BYTES = 32 << 20
 _SPARE_BYTES = 64 << 10
 
 _ROOM_TO_STAY = 1.5
-"""Of what all takes, so that all stays: pages that are being filled are half empty."""
+"""Times what all takes, so that all stays: pages that are being filled are half empty."""
 
 CPU_ATTENTION_SHARE = 0.5
-"""Of the memory bandwidth that was measured, what torch's attention reaches on a CPU (one query, bf16), about."""
+"""The share of the measured memory bandwidth that torch's attention reaches on a CPU (one query, bf16), about."""
 
 _LEAST_RING = 2
 """One is read while the next one comes."""
@@ -55,7 +55,7 @@ class KvShape:
 
 @dataclass(frozen=True, slots=True)
 class PagedKv:
-    """That keys and values are kept in pages, and what for.
+    """A way to keep keys and values in pages.
 
     Attributes:
         memory_bytes: of the device, for pages and for a layer that is put together.
@@ -220,7 +220,7 @@ def paged_ways(
     return found
 
 
-class Residency:
+class PageResidency:
     """Which full pages stay on the device: any fixed set would do, since all are read in turn; an even one among layers
     gives the link something to do while every layer computes.
 

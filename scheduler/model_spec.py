@@ -123,7 +123,7 @@ class ExpertsSpec:
         return sum(count * size for count, size in zip(self.counts, self.expert_bytes, strict=True))
 
     def hit_rate(self, slots: int) -> float:
-        """Of a new token's choices, what to expect to be in so many slots: they repeat, far more than chance would have it.
+        """The share of a new token's choices to expect in so many slots: they repeat, far more than chance would have it.
 
         A curve through what was found on real routings (docs/experts.md); a model may do better or worse.
         """
@@ -212,7 +212,7 @@ class Workload:
 
     @property
     def tokens_at_once(self) -> int:
-        """Of one sequence, in one pass."""
+        """Tokens of one sequence in one pass."""
         return min(self.pass_tokens, self.prefill_chunk or self.pass_tokens)
 
     @property
@@ -238,7 +238,7 @@ class Workload:
         return max(self.least_kv_bytes, whole)
 
     def kv_host_bytes(self, model: ModelSpec, host_bytes: int) -> int:
-        """Of CPU memory beside a device, for pages that the device has no room for; never more than half of it.
+        """Bytes of CPU memory beside a device for pages that the device has no room for; never more than half of it.
 
         Room for all of them: of the device's part, most is for pages that come and go, and what stays is known only once it is
         cut.

@@ -27,7 +27,7 @@ _PARTS = 8
 """And so are every eighth of the layers: a plan costs milliseconds to try."""
 
 _PERCENTS = range(10, 100, 10)
-"""Of a layer's rows, what the CPU computes where it and the device share one."""
+"""Percentages of a layer's rows for the CPU that are tried, where it and the device share one."""
 
 _GAP = 0.01
 
@@ -224,7 +224,7 @@ def _times(
     at: int,
     size: int,
 ) -> Iterator[numpy.ndarray]:
-    """For each resource: its seconds, less the seconds of the pass."""
+    """The seconds that each resource takes, less the seconds of the pass."""
     hardware = task.cost.hardware
     assert hardware.h2d is not None
     assert hardware.d2h is not None

@@ -16,7 +16,7 @@ _DECODE_PASSES = 4
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Of one plan on one machine for one workload.
+    """What one plan gives on one machine for one workload.
 
     Attributes:
         prefill_seconds: the first pass, with nothing loaded ahead: the time to the first token, but for sampling it.
@@ -37,7 +37,7 @@ class Prediction:
     exact_work: bool
 
     def total_seconds(self, new_tokens: int) -> float:
-        """Of a prompt and its answer."""
+        """Seconds of a prompt and its answer."""
         return self.prefill_seconds + max(0, new_tokens - 1) * self.seconds_per_token
 
 

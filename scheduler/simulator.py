@@ -38,7 +38,7 @@ class Simulation:
     def __init__(self, plan: Plan, model: ModelSpec, cost: CostModel, hit_rate: float | None = None) -> None:
         self.trace = Trace("simulator")
         self.now = 0.0
-        """Of the thread that runs the model."""
+        """The time of the thread that runs the model."""
         self._plan = plan
         self._cost = cost
         self._blocks = {block.key: block for block in model.blocks}
@@ -246,7 +246,7 @@ class Simulation:
         return self._cost.hybrid(module, self._blocks[module.key], self._cpu_percent, self._copying_seconds())
 
     def _copying_seconds(self) -> float:
-        """For which the link is busy from now on, as far as is known."""
+        """Seconds until the link is idle, given what is queued."""
         return max(0.0, self._link_free[H2D] - self.now)
 
     def _idle(self, link: str, since: float, until: float) -> float:
@@ -287,7 +287,7 @@ class KvReads:
         self._layer_bytes = 0.0
         self._on_host = 0.0
         self.beside_seconds = 0.0
-        """Of the CPU, for what it reads of a layer where it is."""
+        """Seconds in which the CPU reads what it has of a layer where it is."""
 
     def begin_pass(self, work: PassWork) -> None:
         if self._shape is None or not self._keys:

@@ -119,7 +119,7 @@ class StateLayout:
 
     @property
     def largest_bytes(self) -> int:
-        """Of one sub-group, weights and states."""
+        """Bytes of the largest sub-group: weights and states."""
         return max((group.weights.nbytes + group.states.nbytes for group in self.groups), default=0)
 
     def of(self, block: BlockKey) -> tuple[SubGroup, ...]:

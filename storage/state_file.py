@@ -14,7 +14,7 @@ from offload.storage.io_engines.posix import direct_io_unit_bytes
 from offload.storage.whole_file import without_name
 
 _CHECKED_BYTES = 64 << 20
-"""That one checksum is of."""
+"""Bytes that one checksum covers."""
 
 _CHUNK_BYTES = 4 << 20
 _CHECK_THREADS = 2

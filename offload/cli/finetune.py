@@ -19,8 +19,9 @@ from offload.finetune.loop import Step, train
 from offload.finetune.recipe import FULL, LORA, METHODS, Recipe
 from offload.generation.text import load_tokenizer
 from offload.model.loading import find_folder
-from offload.report.record import Record, write_record
+from offload.report.record import Record
 from offload.report.training import TrainingEstimate, TrainingReport
+from offload.report.write import write_record
 from offload.storage.errors import ConfigError, gib
 from offload.training.optimizer.checkpoint import read_manifest
 from offload.training.options import (

@@ -21,7 +21,8 @@ from offload.model.loading import find_folder
 from offload.probe import hardware_profile, kept_profile
 from offload.report.live import LiveView
 from offload.report.perfetto import as_perfetto
-from offload.report.record import Record, write_record
+from offload.report.record import Record
+from offload.report.write import write_record
 from offload.session.session import Session
 from offload.storage.errors import ConfigError
 

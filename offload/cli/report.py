@@ -6,8 +6,9 @@ from typing import Any
 from rich.table import Table
 
 from offload.cli.terminal import check_writable, print_table, say
-from offload.report.record import Record, write_record
+from offload.report.record import Record
 from offload.report.report import Report
+from offload.report.write import write_record
 from offload.storage.errors import ConfigError, duration, gib
 
 SUMMARY = "Show a run again that `generate --report FILE.json` wrote; given two, compare them."

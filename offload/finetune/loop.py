@@ -21,7 +21,7 @@ from offload.training.weighting import item_count, token_shares
 Batch = dict[str, torch.Tensor]
 
 _FREE = ("epochs", "max_steps", "save_every", "evaluate_every", "layer_major")
-"""Of the recipe, what may be another when training is resumed: it changes no step."""
+"""The parts of a recipe that may differ when training is resumed: they change no step."""
 
 
 class Trainable(Protocol):
@@ -107,10 +107,10 @@ def train(
         if recipe.save_every and checkpoints is not None and number % recipe.save_every == 0:
             session.save(checkpoints, {"step": number, "settings": settings})
             saved = number
-        evaluated = None
+        eval_loss = None
         if evaluation is not None and (number == last or (recipe.evaluate_every and number % recipe.evaluate_every == 0)):
-            evaluated = evaluate(model, evaluation)
-        on_step(Step(number, *step, time.perf_counter() - begun, evaluated))
+            eval_loss = evaluate(model, evaluation)
+        on_step(Step(number, *step, time.perf_counter() - begun, eval_loss))
     session.finish()
     return last
 

@@ -57,7 +57,7 @@ class Recipe:
             raise ConfigError("max_steps, warmup, seed, save_every and evaluate_every must be at least 0")
 
     def steps(self, batches: Batches) -> int:
-        """Of the optimizer, in all."""
+        """Count the optimizer's steps, all epochs together."""
         whole = self.epochs * -(-len(batches) // self.gradient_accumulation)
         return min(whole, self.max_steps) if self.max_steps else whole
 

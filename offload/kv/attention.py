@@ -82,24 +82,24 @@ Segment = tuple[KeyValue, torch.Tensor | None, BatchRows | None]
 def _segments(layer: PagedLayer, query: torch.Tensor, mask: torch.Tensor | None) -> Iterator[Segment]:
     """What a query reads, in pieces worth a product each."""
     choices = layer.visible(query)
-    gathered: list[Segment] = []
+    batched: list[Segment] = []
     for choice, reading in zip(choices, layer.readings(choices), strict=True):
         segment = (reading.pair, _allowed(choice, query, mask), choice.block.rows)
         tokens = reading.pair.keys.shape[2]
-        if gathered and (tokens >= _GATHERED_TOKENS or not _alike(gathered[-1], segment)):
-            yield _joined(gathered)
-            gathered = []
+        if batched and (tokens >= _GATHERED_TOKENS or not _alike(batched[-1], segment)):
+            yield _joined(batched)
+            batched = []
         if tokens >= _GATHERED_TOKENS:
             yield segment
         else:
             # Its place is given back before it is read with the others.
-            gathered.append((_copied(reading), segment[1], segment[2]))
-            if sum(item[0].keys.shape[2] for item in gathered) >= _GATHERED_TOKENS:
-                yield _joined(gathered)
-                gathered = []
+            batched.append((_copied(reading), segment[1], segment[2]))
+            if sum(item[0].keys.shape[2] for item in batched) >= _GATHERED_TOKENS:
+                yield _joined(batched)
+                batched = []
         reading.done()
-    if gathered:
-        yield _joined(gathered)
+    if batched:
+        yield _joined(batched)
 
 
 def _copied(reading: Reading) -> KeyValue:

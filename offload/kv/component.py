@@ -95,7 +95,7 @@ class KvComponent(Component):
         return new_cache(model) if self.paged is None else self.paged.new_cache(model)
 
     def prefill(self, cache: Any, prefix: Sequence[int], batch_size: int, announce: Callable[[int], None]) -> Any:
-        """Put a prefix of token ids into an empty cache; see `PrefixCache.prefill`."""
+        """Fill an empty cache with a prefix of token ids; see `PrefixCache.prefill`."""
         assert self.prefixes is not None
         return self.prefixes.prefill(cache, prefix, batch_size, announce)
 

@@ -13,7 +13,7 @@ from offload.scheduler.plan import Plan
 from offload.storage.errors import BudgetTooSmall, ConfigError, gib
 
 _SHARED_ROOM = 1.5
-"""Of what a batch with a shared prefix takes."""
+"""Times the memory that a batch with a shared prefix takes."""
 
 
 def kv_demand(model: nn.Module, workload: Workload, options: KvOptions, exactness: str) -> KvDemand:
@@ -36,7 +36,7 @@ def kv_notes(model: nn.Module, fitted: FittedPlan, workload: Workload, options: 
 
 
 def _unshared(model: nn.Module, plan: Plan, kv: KvOptions) -> list[str]:
-    """That what a batch begins with is not read once for all of it."""
+    """Explain why the shared prompt prefix is computed and read once per sequence."""
     if not kv.shared_tokens or plan.kv.segments:
         return []
     return [
@@ -46,7 +46,7 @@ def _unshared(model: nn.Module, plan: Plan, kv: KvOptions) -> list[str]:
 
 
 def _in_pieces(fitted: FittedPlan, workload: Workload, kv: KvOptions) -> list[str]:
-    """That the memory that was asked for is too little for a layer in one piece, and what would do."""
+    """Explain that `kv_memory` cannot hold one layer contiguously, and how much would."""
     shape = fitted.spec.kv
     if not fitted.plan.kv.segments or kv.is_lossy or shape is None:
         return []

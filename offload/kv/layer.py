@@ -14,7 +14,7 @@ from offload.storage.errors import ConfigError
 from offload.storage.pages.pool import Page
 
 
-class Order(list["PagedLayer"]):
+class AppendOrder(list["PagedLayer"]):
     """The layers of one cache, in the order in which they compute.
 
     Attributes:
@@ -44,7 +44,7 @@ class PagedLayer:
         order: the layers of the cache so far; this one comes after them.
     """
 
-    def __init__(self, store: KvStore, policy: LayerPolicy, order: Order) -> None:
+    def __init__(self, store: KvStore, policy: LayerPolicy, order: AppendOrder) -> None:
         self.store = store
         self.policy = policy
         self.length = 0
@@ -93,7 +93,7 @@ class PagedLayer:
         return self.blocks[-1].batch_size if self.blocks else 0
 
     def positions(self) -> list[range]:
-        """Of the tokens that are kept."""
+        """The positions of the tokens that are there."""
         return [range(block.start, block.end) for block in self.blocks]
 
     def assembled(self) -> KeyValue:
@@ -162,7 +162,7 @@ class PagedLayer:
         return self.store.coming(layers, layer, done)
 
     def bytes_by_tier(self) -> dict[Tier, int]:
-        """Of the pages that it holds, those that it shares included."""
+        """Bytes of the pages that it holds, shared ones included."""
         held = dict.fromkeys(Tier, 0)
         for block in self.blocks:
             held[block.page.tier] += block.page.pool.page_bytes
@@ -221,7 +221,7 @@ class PagedLayer:
         self.kind = None
         self.policy.truncated(self.blocks)
 
-    def copied(self, order: Order) -> "PagedLayer":
+    def copied(self, order: AppendOrder) -> "PagedLayer":
         """Another layer with the same tokens: full pages are shared."""
         self.close()
         other = PagedLayer(self.store, self.policy.copied(), order)

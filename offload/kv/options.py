@@ -105,7 +105,7 @@ class KvOptions:
 
     @property
     def index_share(self) -> float:
-        """Of all bytes, what is kept on the device to choose by."""
+        """The share of all bytes that a policy holds on the device to choose by."""
         return self.method.index_share
 
     @property
@@ -113,7 +113,7 @@ class KvOptions:
         return self.policy != NONE
 
     def tokens_a_page(self, total_tokens: int) -> int | None:
-        """Of each sequence, of so many in all; None for what suits the memory."""
+        """Tokens of each sequence in a page, of `total_tokens` in all; None for what suits the memory."""
         return None if self.method.page_tokens is None else self.method.page_tokens(total_tokens)
 
     @property
@@ -138,7 +138,7 @@ class KvOptions:
         return FullAttention if policy is None else partial(policy, self._budget)
 
     def stored_percent(self, element_bytes: int) -> int:
-        """Of what a token takes in the model's dtype, what it takes in a full page."""
+        """Percent of a token's bytes in the model's dtype that it takes in a full page."""
         codec = self.method.codec
         return 100 if codec is None else codec.percent(element_bytes)
 

@@ -31,13 +31,13 @@ class PageLayout:
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> "PageLayout":
-        """For tokens like these, and as many."""
+        """The layout of pages for tokens like these, and as many."""
         rows, heads, tokens, key_dim = keys.shape
         return cls(rows, heads, tokens, key_dim, values.shape[-1], keys.dtype)
 
     @property
     def token_bytes(self) -> int:
-        """Of one token of every sequence."""
+        """Bytes of one token of every sequence."""
         return self.rows * self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
     @property
@@ -45,7 +45,7 @@ class PageLayout:
         return self.tokens * self.token_bytes
 
     def fit_to(self, page_bytes: int) -> "PageLayout":
-        """With room for as many tokens as a page takes."""
+        """The same layout with room for as many tokens as a page takes."""
         return replace(self, tokens=page_bytes // self.token_bytes)
 
     def views(self, memory: torch.Tensor) -> KeyValue:

@@ -111,16 +111,16 @@ class PagedCache:
 
     @property
     def onloaded_bytes(self) -> int:
-        """Of pages, from lower tiers, since the session began."""
+        """Bytes of pages that came from lower tiers since the session began."""
         return sum(pool.onloaded_bytes for pool in self.store.pools)
 
     @property
     def written_bytes(self) -> int:
-        """Of pages, to lower tiers."""
+        """Bytes of pages that went to lower tiers."""
         return sum(pool.written_bytes for pool in self.store.pools)
 
     def usage(self) -> dict[str, int | str]:
-        """For the report."""
+        """Sum up the pages for the report."""
         peaks = {f"peak_{tier.value}_bytes": self.store.peak_bytes[tier] for tier in Tier}
         return {
             "policy": self.options.policy,
@@ -163,7 +163,7 @@ class PagedCache:
         )
 
     def _coded_pool(self, page_bytes: int) -> tuple[PagePool, int, int]:
-        """For full pages, in what the others leave of the memory."""
+        """Make a pool for encoded pages, in what the others leave of the memory."""
         pages = self.pages
         room = pages.page_bytes * (pages.device_pages - self._raw_pages)
         count = max(3, room // page_bytes)

@@ -70,7 +70,7 @@ class PrefixCache:
         return PrefixStore(self._options.prefix_dir, self._computed_by | {"added": added}, self._warn)
 
     def prefill(self, cache: Any, tokens: Sequence[int], batch_size: int, announce: Callable[[int], None]) -> Any:
-        """Put a beginning into an empty cache.
+        """Fill an empty cache with a prefix.
 
         With a store these are whole blocks of it only.
 

@@ -121,7 +121,7 @@ def block_of(cache: Any, start: int, end: int) -> Parts:
 
 
 def add_block(cache: Any, parts: Parts, device: torch.device) -> None:
-    """Put a block at the end of a cache of one sequence that ends where the block begins."""
+    """Append a block to a cache of one sequence that ends where the block begins."""
     by_layer: dict[int, Parts] = {}
     for name, value in parts.items():
         index, _, rest = name.partition(".")

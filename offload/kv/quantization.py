@@ -14,7 +14,7 @@ _GROUP = 32
 """Numbers that share a scale."""
 
 _WORST_ERROR = {8: 0.02, 4: 0.25}
-"""Of a page, relative to its size (root of mean squares): a worse one is kept as it is."""
+"""The largest error of a page, relative to its size (root of mean squares): a worse one stays as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Quantised:
     bits: int
 
     def percent(self, element_bytes: int) -> int:
-        """Of a page's bytes, what its code takes, about."""
+        """Percent of a page's bytes that its code takes, about."""
         return -(-100 * self._line_bytes(_GROUP) // (_GROUP * element_bytes))
 
     def nbytes(self, shape: PageLayout) -> int:
@@ -66,7 +66,7 @@ class Quantised:
         )
 
     def _line_bytes(self, length: int) -> int:
-        """Of `length` numbers that follow one another: codes, and two 16-bit numbers a group."""
+        """Bytes of `length` numbers that follow one another: codes, and two 16-bit numbers a group."""
         group, groups = _grouping(length)
         return groups * (group * self.bits // 8 + 4)
 

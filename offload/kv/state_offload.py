@@ -26,7 +26,7 @@ class StateOffloader:
         self._store = store
         self._last: Any = None
         self._away: dict[int, tuple[list[Page], list[tuple[str, Any, torch.Tensor]]]] = {}
-        """By layer: pages, and (attribute, key in it, an empty tensor of the same kind)."""
+        """The offloaded states by layer: pages, and (attribute, key in it, an empty tensor of the same kind)."""
 
     def keep(self, layer: Any) -> None:
         """From now on the state of this layer can be away."""

@@ -11,7 +11,7 @@ from offload.kv.kv_block import KvBlock
 from offload.kv.page_layout import KeyValue, PageLayout
 from offload.kv.prefetch import PagePrefetcher
 from offload.kv.quantization import Quantised
-from offload.scheduler.kv_pages import Residency, coming
+from offload.scheduler.kv_pages import PageResidency, coming
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, Tier, align_up
 from offload.storage.errors import ConfigError, gib
 from offload.storage.pages.pool import Page, PageFetch, PagePool
@@ -65,10 +65,10 @@ class KvStore:
         self.sealed = 0
         self.pools = [raw]
         self.whole = BufferCache()
-        """For layers that are put together."""
+        """Memory for layers that are assembled."""
         self.peak_bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
         self._stream = PagePrefetcher(ring_pages)
-        self._residency = {raw: Residency(resident_pages)}
+        self._residency = {raw: PageResidency(resident_pages)}
         self._codec = codec
         self._coded_pool = coded_pool
         self._bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
@@ -241,7 +241,7 @@ class KvStore:
         self.peak_bytes[tier] = max(self.peak_bytes[tier], self._bytes[tier])
 
     def _encode(self, layer: "Filler", block: KvBlock) -> bool:
-        """Put the code of a full page in the place of the page."""
+        """Replace a full page by its code."""
         assert self._codec is not None
         nbytes = self.coded_bytes(block.shape)
         pool = next((pool for pool in self.pools[1:] if pool.page_bytes == nbytes), None)
@@ -251,7 +251,7 @@ class KvStore:
             self._stream.forget()
             self._stream = PagePrefetcher(ring_pages)
             self.pools.append(pool)
-            self._residency[pool] = Residency(resident_pages)
+            self._residency[pool] = PageResidency(resident_pages)
         page = self._page(pool, layer)
         if not self._codec.encode(self.pair(block), block.shape, pool.tensor(page)):
             page.users -= 1
@@ -272,7 +272,7 @@ class Reading:
         pair = store.decode(memory, shape) if block.coded else shape.views(memory)
         self.block = block
         self.pair = KeyValue(pair.keys[:, :, : block.tokens], pair.values[:, :, : block.tokens])
-        """Of the page's rows, which may be other ones than the batch's."""
+        """Keys and values of the page's rows, which may be other ones than the batch's."""
         self._fetch = fetch
 
     @property

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from offload.kv.layer import Order, PagedLayer
+from offload.kv.layer import AppendOrder, PagedLayer
 from offload.kv.lazy_tensor import LazyKvTensor
 from offload.kv.policies.base import LayerPolicy
 from offload.kv.state_offload import StateOffloader
@@ -108,7 +108,7 @@ class PagedCacheLayer(DynamicLayer):
             self.paged.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCacheLayer":
-        order = memo.setdefault(id(self.paged.order), Order())
+        order = memo.setdefault(id(self.paged.order), AppendOrder())
         made = PagedCacheLayer(self.paged.copied(order), self.in_segments)
         made.dtype, made.device, made.is_initialized = self.dtype, self.device, self.is_initialized
         return made
@@ -136,7 +136,7 @@ class PagedLayers:
         self._in_segments = in_segments
 
     def adopt(self, cache: Any) -> bool:
-        """Put paged layers in the place of a cache's own that keep every token, while they are empty.
+        """Replace a cache's own layers that keep every token by paged ones, while they are empty.
 
         Sliding, recurrent, indexed and static layers stay what they are, and so do caches of other kinds.
 
@@ -149,7 +149,7 @@ class PagedLayers:
             return False
         if any(isinstance(layer, PagedCacheLayer) for layer in cache.layers):
             return True
-        order = Order()
+        order = AppendOrder()
         for layer in cache.layers if self._state_offloader is not None else ():
             if type(layer) is not DynamicLayer and not isinstance(layer, StaticLayer):
                 self._state_offloader.keep(layer)
@@ -161,5 +161,5 @@ class PagedLayers:
             return True
         return bool(order)
 
-    def _layer(self, order: Order) -> PagedCacheLayer:
+    def _layer(self, order: AppendOrder) -> PagedCacheLayer:
         return PagedCacheLayer(PagedLayer(self._store, self._policy(), order), self._in_segments)

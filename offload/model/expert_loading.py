@@ -18,13 +18,13 @@ from offload.storage.block_file import BlockFileWriter
 from offload.storage.blocks import FileRange
 
 _MOST_PIECES = 8
-"""Of one expert's part of a parameter: with more, its bytes are scattered, and it is converted."""
+"""Pieces of one expert's part of a parameter: with more, its bytes are scattered, and it is converted."""
 
 _Run = tuple[int, int, int]
 """Bytes of one source tensor: which, from where, how many."""
 
 _Recipe = dict[str, list[_Run]]
-"""By parameter, in the order in which they follow one another."""
+"""The runs of each parameter, in the order in which they follow one another."""
 
 Convert = Callable[[Any], dict[str, Any]]
 """Runs a converter on what it collected."""
@@ -39,7 +39,7 @@ class SingleExperts:
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.pieces: dict[str, ExpertPieces] = {}
-        """Of the parameters that are read from where the checkpoint has them."""
+        """Where parameters lie that are read from the checkpoint as it is."""
         self._shapes = shapes
         self._maps = FileMaps()
         self._recipes: dict[Any, list[list[_Run]] | None] = {}
@@ -123,7 +123,7 @@ class SingleExperts:
         return {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
 
     def _recipe(self, mapping: Any, sources: dict[str, list[torch.Tensor]], convert: Convert) -> _Recipe | None:
-        """Of each parameter, the runs of bytes of one expert. None if it is not so simple.
+        """Find the runs of bytes of one expert, for each parameter. None if it is not so simple.
 
         Found by converting numbers that tell where they come from; layers that are alike share it.
         """

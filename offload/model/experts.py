@@ -12,10 +12,10 @@ MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
 """What transformers' decorator of experts classes leaves on each of their modules."""
 
 _PIECES = 2
-"""Of one expert's part of one parameter: gate and up, where they are apart."""
+"""Pieces of one expert's part of one parameter: gate and up, where they are separate."""
 
 ExpertPieces = Sequence[Sequence[FileRange]]
-"""Of each expert, the pieces of files that make up its part of one parameter, in order."""
+"""The pieces of files that make up one parameter, by expert, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class ExpertLayout:
 
     @property
     def nbytes(self) -> int:
-        """Of the values alone."""
+        """Bytes of the values alone."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
@@ -72,7 +72,7 @@ class ExpertsUnit:
 
     @property
     def nbytes(self) -> int:
-        """Of one expert."""
+        """Bytes of one expert."""
         return self.layout.nbytes
 
 
@@ -105,7 +105,7 @@ def _unit(path: str, module: nn.Module) -> ExpertsUnit | None:
 
 
 def layout_of(parameters: Mapping[str, torch.Tensor]) -> ExpertLayout:
-    """Of one expert, given the parameters with all of them."""
+    """The layout of one expert, given the parameters with all of them."""
     tensors = []
     end = 0
     for name, value in parameters.items():

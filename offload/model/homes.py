@@ -146,7 +146,7 @@ class ParameterHome:
 
     @property
     def was_changed(self) -> bool:
-        """By the user, since the values were last where they come from."""
+        """Whether the user wrote to it since the values were last where they come from."""
         return self.modified or self.parameter._version != self.version
 
     def accept_changes(self) -> None:

@@ -174,7 +174,7 @@ class ExpertForward:
             self._start(self._queue.popleft())
 
     def _load_now(self, part: Part) -> None:
-        """Asked for out of turn: what came ahead of it makes room."""
+        """Load a part that is asked for out of turn: what came ahead of it makes room."""
         if part in self._queue:
             self._queue.remove(part)
         if not self._lanes:

@@ -30,17 +30,18 @@ class ExpertPlacement:
     ) -> None:
         self._placement, self._units, self._pieces = placement, units, pieces
         self._reader, self._device, self._progress = machine.host.reader, machine.device, machine.host.progress
+        self._memory = machine.host.memory
         self._staged: StagedReader | None = None
 
     def apply(self, plan: Plan) -> list[ExpertSource]:
-        """Of each layer. What only memory holds is written to disk first; then CPU memory takes what the plan says.
+        """Make the source of each layer. What only memory holds is spilled first; then CPU memory takes what the plan says.
 
         Raises:
             DiskFull, ReadError: as placing anything else does.
         """
         self._placement.spill([unit for unit in self._units if not self._located(unit)])
         if plan.experts.staging_count and not self._device.shares_host_memory:
-            self._staged = self._placement.open_staging(plan.experts.slot_bytes, plan.experts.staging_count)
+            self._staged = self._memory.open_staging(self._reader, plan.experts.slot_bytes, plan.experts.staging_count)
         from_files = [
             FileExperts(unit, self._pieces_of(unit), self._reader, self._staged, self._device) for unit in self._units
         ]
@@ -81,8 +82,8 @@ class ExpertPlacement:
     def _to_host_memory(self, unit: ExpertsUnit, files: FileExperts, count: int, stride_bytes: int) -> ExpertSource:
         if not count:
             return files
-        buffer = self._placement.charged_buffer(count * stride_bytes, self._placement.host_ledger, EXPERTS)
-        self._placement.lock_pages(buffer)
+        buffer = self._memory.allocate(count * stride_bytes, EXPERTS)
+        self._memory.keep(buffer)
         for expert in range(count):
             ranges, read_plan = files.read_plan(expert, range(len(unit.layout.tensors)))
             memory = buffer.memory[expert * stride_bytes : expert * stride_bytes + read_plan.slot_bytes]

@@ -24,7 +24,7 @@ _MOST_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class RouterPrediction:
-    """Of one layer.
+    """What one layer is expected to ask for.
 
     Attributes:
         experts: the likeliest first, as many as a token asks for, of each token.
@@ -45,7 +45,7 @@ class RouterPredictor(Protocol):
 
 @dataclass(slots=True)
 class Accuracy:
-    """Of predictions, once it is known what was asked for.
+    """How good predictions were, once it is known what was asked for.
 
     Attributes:
         asked: experts asked for, where there was a prediction.
@@ -131,7 +131,7 @@ def find_router(model: nn.Module, experts_key: str) -> nn.Module | None:
 
 
 def _choices(answer: Any) -> torch.Tensor | None:
-    """Of a router's answer, the experts that it chose, [tokens, k]."""
+    """The experts in a router's answer that it chose, [tokens, k]."""
     if not isinstance(answer, tuple):
         return None
     return next(

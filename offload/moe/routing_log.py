@@ -13,7 +13,7 @@ from offload.scheduler.phases import PREFILL
 from offload.scheduler.routing import Routing
 
 _MOST_BYTES = 64 << 20
-"""Of choices kept; later ones are not."""
+"""Bytes of choices in the log; later ones are left out."""
 
 _MOST_COMPARED = 8_000
 """Visits that the bound is computed over: about a second."""

@@ -151,8 +151,8 @@ def _together(
         first, last = run[0][0], run[-1][0]
         sizes = {slot: ends[expert] - begins[expert] for slot, expert in run}
         sums = torch.tensor([sizes.get(slot, 0) for slot in range(first, last + 1)]).cumsum(0, dtype=torch.int32)
-        gathered = torch.cat([rows[begins[expert] : ends[expert]] for _, expert in run])
-        result = _call(function, gathered, tensor[first : last + 1], sums.to(rows.device), True)
+        selected = torch.cat([rows[begins[expert] : ends[expert]] for _, expert in run])
+        result = _call(function, selected, tensor[first : last + 1], sums.to(rows.device), True)
         for (_, expert), part in zip(run, result.split([sizes[slot] for slot, _ in run]), strict=True):
             products[expert] = part
     return products

@@ -133,7 +133,7 @@ class ExpertSlots:
         self._memory = getattr(self._arena, "memory", None) if device.shares_host_memory else None
         pools = {unit.layout: pool_of(unit.layout, self._arena.tensor, slot_count, slot_bytes) for unit in units}
         self.pools: list[Pool] = [pools[unit.layout] for unit in units]
-        """Of each layer: all slots, as its parameters."""
+        """All slots as parameters, for each layer."""
         self._arrivals: dict[int, Arrival] = {}
         self._last_use: dict[int, Event] = {}
 

@@ -18,7 +18,7 @@ def compare(
     order: PlanGoal,
     given: Mapping[str, float],
 ) -> Comparison | None:
-    """For what was asked of the model so far; None if nothing was.
+    """Compare for what was asked of the model so far; None if nothing was.
 
     Args:
         order: what the session was made for.

@@ -32,7 +32,7 @@ _INTERMEDIATE_COPIES = 4
 """Tensors as wide as the MLP: gate, up, their product, a cast."""
 
 _MARGIN = 1.1
-"""Of counted temporaries: kernels have workspaces of their own."""
+"""Times the counted activations: kernels have workspaces of their own."""
 
 _LEAST_TOKENS_COUNTED = 128
 """In fewer, what does not grow with the tokens would weigh too much."""
@@ -46,7 +46,7 @@ _CHOSEN_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "mo
 _CHOSEN_DEFAULT = 2
 
 _LOGITS_BYTES_EACH = 16
-"""Of one logit: in the model's dtype, in fp32, and sorted or soft-maxed while a token is drawn."""
+"""Bytes of one logit: in the model's dtype, in fp32, and sorted or soft-maxed while a token is drawn."""
 
 
 def model_spec(
@@ -84,7 +84,7 @@ def model_spec(
 
 
 def element_bytes_of(model: nn.Module) -> int:
-    """Of one number, in the model's dtype."""
+    """Bytes of one number in the model's dtype."""
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     return DTYPE_BYTES[str(dtype).removeprefix("torch.")]
 
@@ -232,7 +232,7 @@ def _text_config(config: Any) -> Any:
 
 
 def _field(config: Any, name: str) -> Any:
-    """Of a config, whose layers may each have another value: the largest of them; None where it has none."""
+    """The largest value of a field of a config, whose layers may each have another one; None where it has none."""
     try:
         return getattr(config, name, None)
     except RuntimeError:

@@ -4,7 +4,7 @@ from offload.scheduler.model_spec import BlockRole, ModelSpec, PlacedBlock
 from offload.scheduler.work import ModuleWork, PassWork, Work
 
 _OPERATIONS = 80
-"""Of one layer: about what the decoders take that can be counted."""
+"""Operations of one layer: about what the decoders take that can be counted."""
 
 
 def estimated_pass(spec: ModelSpec, phase: str, batch_size: int, tokens: int) -> PassWork:

@@ -171,7 +171,7 @@ def _fitting(
 
 
 def _other_experts(model: nn.Module, fitted: FittedPlan, experts: ExpertGranularity) -> list[str]:
-    """That experts are streamed with their layers, because they cannot be told apart."""
+    """Explain that experts are streamed with their layers, because they cannot be told apart."""
     names = undecorated_experts(model) if fitted.plan.weights.streamed and experts is not ExpertGranularity.PER_LAYER else []
     if not names:
         return []

@@ -204,7 +204,7 @@ class Predictor:
     def predict_observed(
         self, plan: Plan, spec: ModelSpec, phases: Mapping[str, PhaseTimes], hardware: HardwareProfile | None = None
     ) -> Prediction | None:
-        """For what was really asked: the first prefill, and decode steps after the mean context.
+        """Predict what was really asked: the first prefill, and decode steps after the mean context.
 
         Args:
             hardware: another machine than the forecast's.

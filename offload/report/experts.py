@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class LayerExperts:
-    """Of one layer; each expert counts once a pass.
+    """What became of one layer's experts; each counts once a pass.
 
     Attributes:
         choices: experts asked for.
@@ -26,7 +26,7 @@ class LayerExperts:
 
 @dataclass(frozen=True, slots=True)
 class ExpertUse:
-    """Of all layers.
+    """What became of the experts of all layers.
 
     Attributes:
         policy: what decided which experts stay.

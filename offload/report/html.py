@@ -161,9 +161,9 @@ def _learning(training: dict[str, Any] | None) -> str:
     """The loss of each step, and of the evaluation data."""
     if not training or len(training["losses"]) < 2:
         return ""
-    losses, evaluated = training["losses"], training["eval_losses"]
+    losses, eval_losses = training["losses"], training["eval_losses"]
     first, last = losses[0][0], losses[-1][0]
-    values = [loss for _, loss in (*losses, *evaluated)]
+    values = [loss for _, loss in (*losses, *eval_losses)]
     low, high = min(values), max(values)
 
     def place(step: float, loss: float) -> tuple[float, float]:
@@ -171,11 +171,13 @@ def _learning(training: dict[str, Any] | None) -> str:
 
     curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*item) for item in losses))
     # A single one is drawn as a short line.
-    shown = [[evaluated[0][0] - (last - first) / 50, evaluated[0][1]], *evaluated] if len(evaluated) == 1 else evaluated
+    shown = (
+        [[eval_losses[0][0] - (last - first) / 50, eval_losses[0][1]], *eval_losses] if len(eval_losses) == 1 else eval_losses
+    )
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*item) for item in shown))
     keys = "<span><i style='background:var(--blue)'></i>loss of the step</span>"
-    if evaluated:
-        keys += f"<span><i style='background:var(--red)'></i>evaluation data, at last {evaluated[-1][1]:.4f}</span>"
+    if eval_losses:
+        keys += f"<span><i style='background:var(--red)'></i>evaluation data, at last {eval_losses[-1][1]:.4f}</span>"
     style = "fill='none' stroke-width='2' vector-effect='non-scaling-stroke'"
     return (
         f"<section class=memory><h2>What was learned</h2><p class=faint>{_text(TrainingReport.from_dict(training))}</p>"

@@ -16,7 +16,7 @@ from offload.storage.errors import duration, gib
 _UPDATES_PER_SECOND = 4
 _BAR_WIDTH = 24
 _LINES = 6
-"""Of the text, its end."""
+"""Lines of the text's end that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class LiveView:
         return Text(f"{now.phase}: {self._tokens} tokens in {elapsed}{speed}")
 
     def _note_rates(self, now: Snapshot) -> None:
-        """Of the links since the last time, smoothed a little."""
+        """Note the speed of the links since the last time, smoothed a little."""
         at, before = self._before
         moment = time.monotonic()
         if moment - at < 1 / _UPDATES_PER_SECOND / 2:

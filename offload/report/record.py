@@ -9,9 +9,6 @@ from offload.report.report import Report
 from offload.scheduler.trace import Trace
 from offload.storage.errors import ConfigError
 
-_SPANS_KEPT = 20_000
-"""In a file: the beginning of a long run, which is like the rest of it."""
-
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -39,16 +36,3 @@ class Record:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is no run that `generate --report FILE.json` wrote ({error!r})") from error
-
-
-def write_record(record: Record, path: str) -> None:
-    """As a page if the name ends in .html, else as JSON."""
-    if path.endswith((".html", ".htm")):
-        from offload.report.html import as_page
-
-        Path(path).write_text(as_page(record))
-        return
-    trace = record.trace.to_dict()
-    trace["dropped_spans"] += max(0, len(trace["spans"]) - _SPANS_KEPT)
-    trace["spans"] = trace["spans"][:_SPANS_KEPT]
-    Path(path).write_text(json.dumps(record.report | {"trace": trace}))

@@ -1,27 +1,31 @@
 """The report as a table for a terminal."""
 
 from io import StringIO
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from offload.report.comparison import Comparison
 from offload.report.facts import Peak, PhaseUse, TierUse
 from offload.report.kv import kv_sentences
-from offload.report.report import Comparison, Report
 from offload.storage.errors import duration, gib
+
+if TYPE_CHECKING:
+    from offload.report.report import Report
 
 _WIDTH = 100
 
 
-def as_text(report: Report) -> str:
+def as_text(report: "Report") -> str:
     """Plain text, without colours."""
     out = StringIO()
     Console(file=out, width=_WIDTH, color_system=None, legacy_windows=False).print(as_renderable(report))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def as_renderable(report: Report) -> RenderableType:
+def as_renderable(report: "Report") -> RenderableType:
     parts: list[RenderableType] = [_headline(report), _tiers(report)]
     if any(use.bytes for use in report.links.values()):
         parts.append(_links(report))
@@ -49,7 +53,7 @@ def as_renderable(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-def _headline(report: Report) -> Text:
+def _headline(report: "Report") -> Text:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.blocks.items() if count)
     slots = f"; {report.slots['count']} slots of {gib(report.slots['bytes'])}" if report.slots["count"] else ""
     return Text(
@@ -60,7 +64,7 @@ def _headline(report: Report) -> Text:
     )
 
 
-def _tiers(report: Report) -> Table:
+def _tiers(report: "Report") -> Table:
     table = _table("memory", "budget", "peak", "now", "unaccounted", "at the peak")
     for name, tier in report.tiers.items():
         if tier.budget_bytes or tier.peak_bytes:
@@ -74,7 +78,7 @@ def _categories(tier: TierUse) -> str:
     return ", ".join(f"{name} {gib(count)}" for name, count in sorted(tier.at_peak_bytes.items(), key=lambda item: -item[1]))
 
 
-def _links(report: Report) -> Table:
+def _links(report: "Report") -> Table:
     table = _table("link", "moved", "busy", "speed", "measured speed of the link")
     for name, link in report.links.items():
         measured, speed = link.measured_bytes_per_second, link.bytes_per_second
@@ -107,7 +111,7 @@ def _peak(peak: Peak) -> str:
     return f"{gib(peak.predicted_bytes)} predicted, {gib(measured)} measured ({error:+.0%})"
 
 
-def _share(report: Report) -> str:
+def _share(report: "Report") -> str:
     whole = report.prefill.seconds + report.decode.seconds + report.standalone.seconds
     return f"{report.tracing['seconds'] / whole:.2%} of the time" if whole else "no time"
 

@@ -27,7 +27,7 @@ class EmbeddingTable:
         self.homes = [home]
         self.was_read_whole = False
         self.waited_seconds = 0.0
-        """For rows from disk, since this was last set to 0."""
+        """Seconds spent waiting for rows from disk, since this was last set to 0."""
         self._reader, self._source = reader, source
 
     @property

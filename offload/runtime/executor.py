@@ -32,7 +32,7 @@ class LayerExecutor:
     def __init__(self, device: Device, clock: PassClock, lock: SharedLock | None = None) -> None:
         self.lock = lock or SharedLock()
         self.turns: Callable[[Sequence[BlockKey]], None] | None = None
-        """Told which blocks are about to be opened; returns when it is the caller's turn."""
+        """A function that is called with the blocks that are about to be opened; it returns when it is the caller's turn."""
         self.blocks: dict[BlockKey, StreamedBlock] = {}
         self.slot_bytes = 0
         self.slot_count = 0

@@ -18,7 +18,7 @@ from offload.runtime.executor import LayerExecutor
 from offload.runtime.rng_state import AutocastState, RngState
 from offload.storage.blocks import BlockKey
 
-Task = Callable[[], Any]
+MicroBatchTask = Callable[[], Any]
 
 
 class _Cancelled(BaseException):
@@ -39,7 +39,7 @@ class LayerMajorRunner:
         self._open: frozenset[BlockKey] = frozenset()
         self._present: dict[int, _Participant] = {}
 
-    def run(self, tasks: Sequence[Task]) -> list[Any]:
+    def run(self, tasks: Sequence[MicroBatchTask]) -> list[Any]:
         """The tasks' results, in order.
 
         Raises:
@@ -85,7 +85,7 @@ class LayerMajorRunner:
 class _Participant:
     """One task, in its thread; it runs only between `go_on` and the next `wait`."""
 
-    def __init__(self, rounds: LayerMajorRunner, task: Task, seed: int) -> None:
+    def __init__(self, rounds: LayerMajorRunner, task: MicroBatchTask, seed: int) -> None:
         self.name = f"offload-micro-batch-{id(self)}"
         self.wants: tuple[BlockKey, ...] = ()
         self.ended = False

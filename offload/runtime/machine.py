@@ -8,6 +8,7 @@ from offload.config import Budgets, Progress, parse_bytes, resolve_budgets, reso
 from offload.runtime.clock import PassClock
 from offload.runtime.meters import CopyMeter, Meters
 from offload.runtime.notes import Notes
+from offload.runtime.page_locked import PageLockedMemory
 from offload.runtime.recorder import Recorder
 from offload.runtime.shared_lock import SharedLock
 from offload.storage.blocks import Tier
@@ -33,6 +34,7 @@ class Host:
         reads, writes: the disk's queues.
         reader: reads weights, through `reads`.
         ledger: counts CPU memory; the device's own where the CPU computes.
+        memory: buffers in CPU memory that the device copies from.
         disk_ledger: counts what is written.
         recorder: keeps the spans of all that happens.
         notes: what is to be told beside results.
@@ -45,6 +47,7 @@ class Host:
     writes: Link
     reader: DiskReader
     ledger: MemoryLedger
+    memory: PageLockedMemory
     disk_ledger: MemoryLedger
     recorder: Recorder
     notes: Notes
@@ -101,7 +104,16 @@ class Machine:
         if budgets.host_bytes is not None:
             host_ledger = MemoryLedger(Tier.CPU, budgets.host_bytes, memory, parent=host.ledger)
         disk_ledger = MemoryLedger(Tier.DISK, None, memory, parent=host.disk_ledger)
-        own = replace(host, ledger=host_ledger, disk_ledger=disk_ledger, notes=Notes(), disk_dir=disk_dir, progress=progress)
+        notes = Notes()
+        own = replace(
+            host,
+            ledger=host_ledger,
+            memory=PageLockedMemory(self.device, host_ledger, notes),
+            disk_ledger=disk_ledger,
+            notes=notes,
+            disk_dir=disk_dir,
+            progress=progress,
+        )
         clock = PassClock(host.recorder, asynchronous=self.device.torch_device.type == "cuda")
         meters = Meters(self.device, self.copies, ledger, host_ledger, disk_ledger)
         return replace(self, host=own, ledger=ledger, clock=clock, meters=meters)
@@ -142,15 +154,17 @@ def machine_of(
         ledger = MemoryLedger(Tier.CPU if device.shares_host_memory else Tier.DEVICE, budgets.device_bytes)
         host_ledger = ledger if budgets.host_bytes is None else MemoryLedger(Tier.CPU, budgets.host_bytes)
         disk_ledger = MemoryLedger(Tier.DISK, None)
+        notes = Notes()
         host = Host(
             engine,
             reads,
             writes,
             DiskReader(engine, reads),
             host_ledger,
+            PageLockedMemory(device, host_ledger, notes),
             disk_ledger,
             recorder,
-            Notes(),
+            notes,
             disk_dir,
             progress,
         )

@@ -23,11 +23,11 @@ _BESIDE_BYTES = 14 << 20
 """On the CPU: stacks of threads, caches of kernels, Python's objects of a session."""
 
 _KEPT_SHARE = 0.65
-"""Of what comes and goes in a CPU's memory (activations, KV cache), what its allocator keeps in pieces besides."""
+"""What a CPU's allocator holds in pieces besides, as a share of what comes and goes (activations, KV cache)."""
 
 
 def predicted_peak_bytes(plan: Plan, shares_host_memory: bool) -> int:
-    """Of the device that computes.
+    """Predict the peak of the device that computes.
 
     Args:
         shares_host_memory: its memory is the host's, whose allocator keeps pieces.
@@ -79,7 +79,7 @@ class Meters:
             self._process_peak_bytes = max(self._process_peak_bytes, process_bytes())
 
     def peak(self, plan: Plan, before_bytes: int, extra_bytes: int = 0) -> Peak:
-        """Of the device that computes.
+        """The peak of the device that computes.
 
         Args:
             before_bytes: what the process held before the session, without weights that the session moves.
@@ -93,7 +93,7 @@ class Meters:
         return Peak(predicted_peak_bytes(plan, shares_host_memory) + extra_bytes, measured)
 
     def tier_uses(self, before_bytes: int) -> dict[str, TierUse]:
-        """By name.
+        """Sum up each tier, by name.
 
         Args:
             before_bytes: what the process held before the session.
@@ -112,7 +112,7 @@ class Meters:
         return ledger.used_bytes - sum(ledger.held_bytes(category) for category in _RESERVED)
 
     def link_uses(self, link: Link, writes: Link, reader: DiskReader, lent: memoryview | None) -> dict[str, LinkUse]:
-        """By name, with what the disk gives right now, where what was streamed is enough to compare with.
+        """Sum up each link by name, with what the disk gives right now, where what was streamed is enough to compare with.
 
         Args:
             lent: memory to read into; nothing is measured without.
@@ -130,7 +130,7 @@ class Meters:
         }
 
     def link_sums(self, link: Link, writes: Link) -> dict[str, LinkUse]:
-        """By name, without a measurement."""
+        """Sum up each link by name, without a measurement."""
         uses = {"disk": LinkUse.of(link.bytes_moved, link.busy_seconds)}
         if writes.bytes_moved:
             uses["disk writes"] = LinkUse.of(writes.bytes_moved, writes.busy_seconds)

@@ -44,7 +44,7 @@ class ModelPass:
         self._over = over
         self._prefill_chunk = prefill_chunk
         self._last_tokens = 0
-        """Of the prompt's last chunk; 0 once it is decoding."""
+        """Tokens of the prompt's last chunk; 0 once it is decoding."""
         self._prompt_passes_left = 0
         self._running = False
         self._together = False

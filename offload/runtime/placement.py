@@ -28,7 +28,6 @@ from offload.scheduler.model_spec import DivisibleWeight
 from offload.scheduler.plan import Plan
 from offload.storage.block_file import BlockFile, spill_folder
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
-from offload.storage.devices.base import copy_bytes_per_second
 from offload.storage.errors import gib
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.ledger import MemoryLedger
@@ -52,7 +51,8 @@ class Placement:
         """Products that the device and the CPU share, by block."""
         self.outside: list[ParameterHome] = []
         """Parameters that no block holds; on the device throughout."""
-        self.fallbacks: list[str] = []
+        self._notes = machine.notes
+        self._memory = machine.host.memory
         self._device = machine.device
         self._reader = machine.host.reader
         self._device_ledger = machine.ledger
@@ -63,7 +63,6 @@ class Placement:
         self._progress = machine.host.progress
         self._maps = FileMaps()
         self._spills: list[BlockFile] = []
-        self._host_buffers: list[HostBuffer] = []
         self._staged: StagedReader | None = None
         self._homes: dict[str, ParameterHome] = {}
 
@@ -156,7 +155,7 @@ class Placement:
             BudgetExceeded: if there is no room for it.
         """
         buffer, offsets = self._live_in_host_memory(unit, category)
-        self.lock_pages(buffer)
+        self._memory.keep(buffer)
         homes = self.homes_of(unit)
         for home in homes:
             home.modified = False
@@ -207,14 +206,6 @@ class Placement:
             if id(parameter) not in known:
                 self._hold_outside(name, parameter)
 
-    def measure_copy(self, target: torch.Tensor | None) -> float | None:
-        """Bytes a second from a host buffer to `target` (uint8 on the device); None if there is neither."""
-        buffer = max(self._host_buffers, key=lambda buffer: buffer.nbytes, default=None)
-        if buffer is None or target is None:
-            return None
-        size = min(buffer.nbytes, target.numel())
-        return copy_bytes_per_second(self._device, target[:size], buffer.tensor[:size])
-
     def _forget(self, home: ParameterHome) -> None:
         """The user gave this parameter another shape: it is theirs from now on."""
         self._homes.pop(home.name)
@@ -251,11 +242,9 @@ class Placement:
         """Give files, threads and page locks back. After `restore`."""
         if self._staged is not None:
             self._staged.close()
-        for buffer in self._host_buffers:
-            self._device.unlock_pages(buffer)
+        self._memory.close()
         for file in self._spills:
             file.close()
-        self._host_buffers.clear()
         self._spills.clear()
 
     def homes_of(self, unit: Unit) -> list[ParameterHome]:
@@ -316,7 +305,7 @@ class Placement:
             host_percent: of the rows of its products, those that stay for the CPU to compute with.
         """
         buffer, offsets = self._live_in_host_memory(unit, "streamed weights")
-        self.lock_pages(buffer)
+        self._memory.keep(buffer)
         if cpu_percent:
             self.cpu_gpu_split[unit.key] = self._split_rows(unit, cpu_percent)
             homes = self.homes_of(unit)
@@ -336,7 +325,7 @@ class Placement:
     def _to_cpu(self, unit: Unit) -> list[ParameterHome]:
         """Into ordinary memory, from where the CPU computes with it."""
         buffer, _ = self._live_in_host_memory(unit, "weights computed on the CPU")
-        self._host_buffers.append(buffer)
+        self._memory.keep(buffer, locked=False)
         return self.homes_of(unit)
 
     def _live_in_host_memory(self, unit: Unit, category: str) -> tuple[HostBuffer, list[int]]:
@@ -350,12 +339,6 @@ class Placement:
             home.parameter.data = view
         return buffer, offsets
 
-    def lock_pages(self, buffer: HostBuffer) -> None:
-        self._host_buffers.append(buffer)
-        sentence = "CPU memory could not be page-locked: copies to the device are slower and do not overlap with compute"
-        if not self._device.lock_pages(buffer) and sentence not in self.fallbacks:
-            self.fallbacks.append(sentence)
-
     def _read_to_host(self, unit: Unit, ledger: MemoryLedger, category: str) -> tuple[HostBuffer, list[int]]:
         """The unit's tensors in one new host buffer, and where each lies in it."""
         homes = self.homes_of(unit)
@@ -363,20 +346,15 @@ class Placement:
         if all(item is not None and not home.modified for item, home in zip(ranges, homes, strict=True)):
             on_disk = [item for item in ranges if item is not None]
             read_plan = self._reader.plan(on_disk)
-            buffer = self.charged_buffer(read_plan.slot_bytes, ledger, category)
+            buffer = self._memory.allocate(read_plan.slot_bytes, category, ledger)
             self._reader.read(on_disk, read_plan, buffer.memory[: read_plan.slot_bytes]).wait()
             return buffer, list(read_plan.offsets)
         offsets, nbytes = packed_offsets(homes)
-        buffer = self.charged_buffer(nbytes, ledger, category)
+        buffer = self._memory.allocate(nbytes, category, ledger)
         for home, offset in zip(homes, offsets, strict=True):
             size = home.tensor.nbytes
             buffer.tensor[offset : offset + size].view(home.tensor.dtype).view(home.tensor.shape).copy_(home.tensor)
         return buffer, offsets
-
-    def charged_buffer(self, nbytes: int, ledger: MemoryLedger, category: str) -> HostBuffer:
-        # Whole pages, as the buffer takes them.
-        ledger.charge(category, align_up(nbytes, BLOCK_ALIGNMENT_BYTES))
-        return HostBuffer(nbytes)
 
     def _disk_source(self, unit: Unit) -> BlockSource:
         ranges = [self._known[name] for name in unit.parameters]
@@ -393,14 +371,7 @@ class Placement:
         if self._device.shares_host_memory or self._staged is not None or not units:
             return
         largest = max(self._reader.plan([self._known[name] for name in unit.parameters]).slot_bytes for unit in units)
-        self._staged = self.open_staging(largest, count)
-
-    def open_staging(self, nbytes: int, count: int) -> StagedReader:
-        """A ring of `count` page-locked buffers between disk and device. Whoever asks closes it."""
-        buffers = [self.charged_buffer(nbytes, self.host_ledger, "staging") for _ in range(count)]
-        for buffer in buffers:
-            self.lock_pages(buffer)
-        return StagedReader(self._reader, self._device, buffers)
+        self._staged = self._memory.open_staging(self._reader, largest, count)
 
     def spill(self, units: Sequence[Unit]) -> None:
         """Write to disk what only memory holds, releasing it tensor by tensor."""
@@ -417,5 +388,5 @@ class Placement:
         self._spills.append(file)
         self._disk_ledger.charge("spilled weights", nbytes)
         if self._disk_dir is None:
-            self.fallbacks.append(f"{gib(nbytes)} of weights that no file holds were spilled to {folder} (disk_dir=)")
+            self._notes.warn(f"{gib(nbytes)} of weights that no file holds were spilled to {folder} (disk_dir=)")
         self._known.update({home.name: file.tensors[home.name].range for home in homes})

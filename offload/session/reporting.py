@@ -167,7 +167,7 @@ class Reporter:
         ]
         components = [note for component in self._residency.components for note in component.notes]
         host = self._machine.host
-        said = (*host.notes.sentences, *whole, *components, *placement.fallbacks, *host.engine.fallbacks, *self._excess())
+        said = (*host.notes.sentences, *whole, *components, *host.engine.fallbacks, *self._excess())
         return list(dict.fromkeys(said))
 
     def _excess(self) -> list[str]:

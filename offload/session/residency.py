@@ -156,7 +156,7 @@ class Residency:
         for component in self.components:
             component.take_slots(self.plan)
         if machine.meters.copy_speed is None and machine.discrete:
-            machine.meters.copy_speed = self.placement.measure_copy(self._executor.arena_tensor)
+            machine.meters.copy_speed = machine.host.memory.copy_bytes_per_second(self._executor.arena_tensor)
 
     def _close(self) -> None:
         for component in self.components:

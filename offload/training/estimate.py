@@ -12,7 +12,7 @@ from offload.training.optimizer.streamed_optimizer import StreamedTraining
 from offload.training.options import NVME
 
 _UPDATE_BYTES = 28
-"""Of memory traffic, for each element that AdamW steps: four tensors read, three written."""
+"""Bytes of memory traffic for each element that AdamW steps: four tensors read, three written."""
 
 
 def estimate_training(

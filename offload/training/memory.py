@@ -26,8 +26,8 @@ class TrainingMemory:
     Attributes:
         gradient_bytes: of all that is trained.
         state_bytes: in CPU memory: all of them, or what passes through buffers.
-        kept_bytes: of what layers keep for backward, on the device, or in CPU memory on its way to NVMe.
-        set_aside_bytes: of these, what is not counted when it comes.
+        activation_bytes: of what layers keep for backward, on the device, or in CPU memory on its way to NVMe.
+        reserved_bytes: of these, what is not counted when it comes.
         disk_bytes: of one version of the states and weights on NVMe.
         written_bytes: to disk, in each step.
     """
@@ -81,23 +81,23 @@ class TrainingMemory:
 
 
 def training_memory(model: nn.Module, training: Training, tokens: int = 0, token_bytes: int = 0) -> TrainingMemory:
-    """Of training all weights; of others, only what layers keep is set aside beforehand.
+    """What training all weights holds; of other training, only what layers hold is reserved beforehand.
 
     Args:
         tokens: of a micro-batch, in all sequences.
         token_bytes: that a layer holds for each of them, in forward.
     """
-    kept_bytes = _activation_bytes(model, training, tokens, token_bytes)
-    set_aside_bytes = 0 if training.activation_tier == NVME else kept_bytes
+    activation = _activation_bytes(model, training, tokens, token_bytes)
+    reserved = 0 if training.activation_tier == NVME else activation
     if not training.full:
-        return TrainingMemory(activation_bytes=kept_bytes, reserved_bytes=set_aside_bytes)
+        return TrainingMemory(activation_bytes=activation, reserved_bytes=reserved)
     layout = full_layout(model, training)
     on_nvme = training.state_tier != CPU
     return TrainingMemory(
         gradient_bytes(model.parameters(), training.masters),
         BUFFER_COUNT * layout.largest_bytes if on_nvme else layout.state_bytes,
-        kept_bytes,
-        set_aside_bytes,
+        activation,
+        reserved,
         layout.nbytes if on_nvme else 0,
         layout.written_bytes if on_nvme else 0,
     )
@@ -115,7 +115,7 @@ def _activation_bytes(model: nn.Module, training: Training, tokens: int, token_b
 
 
 def inputs_bytes(model: nn.Module, tokens: int) -> int:
-    """Of what all layers are given, in a pass of `tokens`: a hidden state each."""
+    """Bytes of what all layers are given, in a pass of `tokens`: a hidden state each."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = [unit for unit in find_structure(model).units if unit.role is BlockRole.LAYER]

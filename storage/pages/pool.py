@@ -112,7 +112,7 @@ class PagePool:
         self.host = PageSlots(self._locked_memory, page_bytes, host_pages)
         self._staging = PageSlots(self._locked_memory, page_bytes, staging)
         self.unlocked_bytes = 0
-        """Of CPU memory that could not be page-locked."""
+        """Bytes of CPU memory that could not be page-locked."""
         self.onloaded_bytes = 0
         self.written_bytes = 0
         self._open_file = open_file

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from offload.scheduler.cost import CostModel
-from offload.scheduler.kv_pages import KvShape, PagedKv, Residency, coming, cpu_reads_pages, cut, paged_ways, streamed_bytes
+from offload.scheduler.kv_pages import KvShape, PagedKv, PageResidency, coming, cpu_reads_pages, cut, paged_ways, streamed_bytes
 from offload.scheduler.model_spec import Workload
 from offload.scheduler.planner import make_plan
 from offload.scheduler.prediction import predict
@@ -45,7 +45,7 @@ def test_a_cut_is_within_the_memory(layers, token_bytes, batch, tokens, memory, 
 
 @given(some.lists(some.tuples(some.sampled_from(["add", "remove"]), some.integers(0, 4)), max_size=80), some.integers(0, 12))
 def test_what_stays_is_spread_evenly_and_never_too_much(steps, limit):
-    residency, held, number = Residency(limit), [], 0
+    residency, held, number = PageResidency(limit), [], 0
     for step, layer in steps:
         if step == "add":
             number += 1

@@ -56,7 +56,7 @@ class LayerPolicy(Protocol):
         """The batch is these sequences of the present one now."""
 
     def copied(self) -> "LayerPolicy":
-        """For a copy of the cache."""
+        """The policy of a copy of the cache."""
 
 
 class FullAttention:

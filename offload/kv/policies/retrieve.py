@@ -16,10 +16,10 @@ from offload.kv.policies.base import FullAttention, Selection
 from offload.kv.policies.budget import KvBudget
 
 CHUNK_TOKENS = 4
-"""That share bounds."""
+"""Tokens that share bounds."""
 
 INDEX_SHARE = 0.5 / CHUNK_TOKENS
-"""Of the cache: two bounds in 8 bits for each 16-bit key of a chunk, and values have none."""
+"""The index, as a share of the cache: two bounds in 8 bits for each 16-bit key of a chunk, and values have none."""
 
 _PAGES = 64
 _LARGEST_PAGE_TOKENS = 32

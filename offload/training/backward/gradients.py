@@ -200,7 +200,7 @@ class HostGradients:
 
 
 def gradient_dtype(parameter: torch.Tensor, masters: torch.dtype | None) -> torch.dtype:
-    """That the parameter's gradients are added up in: the finer of its own and the masters'."""
+    """The dtype gradients accumulate in: the wider of the parameter's and the master's."""
     return masters if masters is not None and masters.itemsize > parameter.dtype.itemsize else parameter.dtype
 
 

@@ -123,7 +123,7 @@ class Backward:
         return self._executor.in_slots(tensor)
 
     def _generation(self, tensor: torch.Tensor) -> int | None:
-        """Of the slot that a tensor lies in; None if it lies in none."""
+        """The generation of the slot that a tensor lies in; None if it lies in none."""
         return self._executor.generation_at(tensor) if self._executor.in_slots(tensor) else None
 
 
@@ -212,7 +212,7 @@ class RecomputeFrame:
         self._tensors = saved
 
     def _seen_versions(self) -> dict[int, int]:
-        """Of what the block computes with; parameters may change places in their module."""
+        """The versions of what the block computes with; parameters may change places in their module."""
         return {id(value): value._version for value in (*self._module.parameters(), *tensors((self._args, self._kwargs)))}
 
     def forget(self) -> None:

@@ -18,7 +18,7 @@ from offload.training.optimizer.states import StateGroup, StateSnapshot, Weights
 _PART_BYTES = 8 << 20
 
 BUFFER_COUNT = 3
-"""Of sub-groups: one being read, one being stepped, one being written."""
+"""Sub-groups in memory: one being read, one being stepped, one being written."""
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from offload.storage.host_buffer import HostBuffer
 from offload.storage.state_file import StateFile
 
 Tensors = dict[str, list[torch.Tensor]]
-"""By kind of state, one for each piece; the weights under the empty name."""
+"""Tensors by kind of state, one for each piece; the weights under the empty name."""
 
 
 class Weights(Protocol):

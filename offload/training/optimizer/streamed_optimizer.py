@@ -292,15 +292,15 @@ class StreamedTraining:
 
     @property
     def peak_bytes(self) -> int:
-        """That gradients and states hold at most: one gradient more while it is added."""
+        """Bytes that gradients and states hold at most: one gradient more while it is added."""
         return self._host_bytes() + max(value.nbytes for value in self.parameters)
 
     def trains_most_of(self, weight_bytes: int) -> bool:
-        """Of a model's weights."""
+        """Whether most of a model's weights are trained."""
         return 2 * sum(value.nbytes for value in self.parameters) > weight_bytes
 
     def _host_bytes(self) -> int:
-        """That gradients and states will hold."""
+        """Bytes that gradients and states will hold."""
         states = self.layout.state_bytes
         if self.training.state_tier != CPU:
             states = BUFFER_COUNT * self.layout.largest_bytes

@@ -133,7 +133,7 @@ def _keep(values: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor, most:
 
 
 class Sgd:
-    """With or without momentum, by torch's fused kernel."""
+    """Stochastic gradient descent with or without momentum, by torch's fused kernel."""
 
     def __init__(self, training: Training) -> None:
         self.defaults = {name: getattr(training, name) for name in ("momentum", "weight_decay")}
