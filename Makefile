@@ -1,9 +1,9 @@
-# The two commands of the README, and what CI runs.
+# The commands of the README and of CONTRIBUTING, and what CI runs.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test quick lint types check clean
 
 demo: .venv/installed
 	$(BIN)/offload generate demo --prompt "And the king said" --max-new-tokens 60 --device cpu --cpu-memory 6MiB
@@ -11,10 +11,14 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
+quick: .venv/installed-dev
+	$(BIN)/python -m pytest tests/scheduler tests/storage
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python -m benchmarks.house
 
 types: .venv/installed-dev
 	$(BIN)/mypy

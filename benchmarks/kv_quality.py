@@ -27,7 +27,7 @@ from offload.kv.options import METHODS, Method
 from offload.kv.page_layout import KeyValue, PageLayout
 from offload.kv.policies.base import FullAttention, Selection
 from offload.kv.policies.budget import KvBudget
-from offload.kv.quantization import Quantised
+from offload.kv.quantization import PageQuantizer
 
 BUDGETS = (0.5, 0.25)
 OUTLIERS = (1, 30, 100)
@@ -55,23 +55,28 @@ class RandomPages(FullAttention):
         return [Selection(block) for block in blocks if block.start in seen]
 
 
-class KeysByToken(Quantised):
+class KeysByToken(PageQuantizer):
     """What not to do: a token's keys share a scale, so that a channel far larger than the others takes their levels away."""
 
     def nbytes(self, shape: PageLayout) -> int:
         lines = shape.rows * shape.heads * shape.tokens
-        return lines * (self._line_bytes(shape.key_dim) + self._line_bytes(shape.value_dim))
+        return lines * (self.codec.nbytes(shape.key_dim) + self.codec.nbytes(shape.value_dim))
 
     def encode(self, pair: KeyValue, shape: PageLayout, memory: torch.Tensor) -> bool:
-        code = torch.cat([self._encode(part) for part in pair])
-        memory[: code.numel()].copy_(code)
+        place = 0
+        for part in pair:
+            lines = part.reshape(-1, part.shape[-1])
+            encoded = self.codec.parts(*lines.shape, lines.device)
+            self.codec.encode(lines, encoded)
+            memory[place : place + encoded[0].numel()].copy_(encoded[0].view(-1))
+            place += encoded[0].numel()
         return True
 
     def decode(self, memory: torch.Tensor, shape: PageLayout) -> KeyValue:
         lines, place, parts = shape.rows * shape.heads * shape.tokens, 0, []
         for dim in (shape.key_dim, shape.value_dim):
-            end = place + lines * self._line_bytes(dim)
-            part = self._decode(memory[place:end], lines, dim)
+            end = place + lines * self.codec.nbytes(dim)
+            part = self.codec.decode([memory[place:end]], dim)
             parts.append(part.view(shape.rows, shape.heads, shape.tokens, dim).to(shape.dtype))
             place = end
         return KeyValue(*parts)

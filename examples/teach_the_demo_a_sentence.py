@@ -5,7 +5,6 @@ import warnings
 from transformers import AutoTokenizer
 
 from offload import Training, offload
-from offload.adapters.peft import with_adapters
 from offload.finetune.data import Batches, Example
 from offload.finetune.loop import train
 from offload.finetune.recipe import Recipe
@@ -29,7 +28,7 @@ def says(model):
 with offload(folder, device="cpu", cpu_memory="10MiB", max_tokens=64, training=Training()) as session:
     print(f"before: {says(session.model)}")
     recipe = Recipe(rank=8, learning_rate=5e-3, epochs=12)
-    adapted = with_adapters(session.model, recipe)
+    adapted = recipe.adapted(session.model)
     train(session, adapted, batches, recipe, lambda step: print(f"step {step.number}: loss {step.loss:.3f}"))
     print(f"after: {says(adapted)}")
     print(session.report())

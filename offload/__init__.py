@@ -11,18 +11,24 @@ from offload.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
     from offload.api import offload
+    from offload.kv.options import KvOptions
+    from offload.moe.options import ExpertOptions
+    from offload.runtime.machine import open_machine
     from offload.session.session import Session
     from offload.training.options import Training
     from offload.training.weighting import token_shares
 
 __version__ = "0.1.0"
 
-__all__ = ["Session", "Training", "offload", "token_shares", *errors.__all__]
+__all__ = ["ExpertOptions", "KvOptions", "Session", "Training", "offload", "open_machine", "token_shares", *errors.__all__]
 
 _MODULES = {
+    "ExpertOptions": "offload.moe.options",
+    "KvOptions": "offload.kv.options",
     "Session": "offload.session.session",
     "Training": "offload.training.options",
     "offload": "offload.api",
+    "open_machine": "offload.runtime.machine",
     "token_shares": "offload.training.weighting",
 }
 

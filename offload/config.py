@@ -107,7 +107,7 @@ def resolve_budgets(device: Device, gpu_memory: str | int | None, cpu_memory: st
 
 def default_host_bytes(held_bytes: int) -> int:
     """The least of available RAM and what the control group allows, less a margin."""
-    room = psutil.virtual_memory().available + held_bytes
+    room = int(psutil.virtual_memory().available) + held_bytes
     limit = cgroup_limit_bytes()
     if limit is not None:
         room = min(room, limit - process_bytes() + held_bytes)

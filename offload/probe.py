@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -267,9 +268,10 @@ def operation_seconds(device: Device, width: int = _SMALL_WIDTH, dtype: torch.dt
         width: of the hidden state; from the default on, kernels share their work among threads and pay for that.
     """
     config = LlamaConfig(vocab_size=32, hidden_size=width, intermediate_size=width, num_hidden_layers=4, num_attention_heads=2)
-    model = LlamaForCausalLM(config).to(dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(dtype).eval()
     _, decode = DryRun(model).passes(1, 2, 2)
-    operations = total([decode.between, *(window.work for window in decode.modules)]).operations
+    operations = total([decode.between, *(wrapper.work for wrapper in decode.modules)]).operations
     model = model.to(device.torch_device)
     token = torch.zeros(1, 1, dtype=torch.long, device=device.torch_device)
     with torch.inference_mode():

@@ -87,8 +87,8 @@ class Routing:
 
     @classmethod
     def _parse(cls, path: str, lines: list[tuple[int, str]]) -> "Routing":
-        told = " ".join(line for _, line in lines if line.startswith("#"))
-        sizes = {int(layer): int(nbytes) for layer, nbytes in re.findall(r"layer=(\d+) expert_bytes=(\d+)", told)}
+        given = " ".join(line for _, line in lines if line.startswith("#"))
+        sizes = {int(layer): int(nbytes) for layer, nbytes in re.findall(r"layer=(\d+) expert_bytes=(\d+)", given)}
         content = [(number, line) for number, line in lines if line.strip() and not line.startswith("#")]
         if not content or tuple(content[0][1].strip().split(",")) != COLUMNS:
             raise ConfigError(f"{path} is no routing trace: its first row must be {','.join(COLUMNS)}")
@@ -96,9 +96,9 @@ class Routing:
         if not visits:
             raise ConfigError(f"{path} is a routing trace without a single choice")
         layers = max(visit.layer for visit in visits) + 1
-        named = re.search(r"n_expert=(\d+)", told)
+        named = re.search(r"n_expert=(\d+)", given)
         experts = max(int(named[1]) if named else 0, 1 + max(max(visit.experts) for visit in visits))
-        model = re.search(r"model=(\S+)", told)
+        model = re.search(r"model=(\S+)", given)
         expert_bytes = tuple(sizes.get(layer, largest.get(layer, 0)) for layer in range(layers))
         return cls(model[1] if model else Path(path).stem, layers, experts, expert_bytes, visits)
 

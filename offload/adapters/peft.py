@@ -11,28 +11,40 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.finetune.recipe import Recipe
 from offload.storage.block_file import BlockFileWriter, spill_folder
 from offload.storage.errors import ConfigError
 from offload.storage.whole_file import PARTIAL
 
 
-def with_adapters(model: nn.Module, recipe: Recipe) -> Any:
+def with_adapters(
+    model: nn.Module,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    target_modules: str = "all-linear",
+    seed: int = 0,
+) -> Any:
     """The model as peft wraps it, with new adapters, which alone are trained.
+
+    Args:
+        rank: of the adapters' products.
+        alpha: scales them, over the rank.
+        target_modules: names separated by commas, or `all-linear`.
+        seed: of their initialization.
 
     Raises:
         ConfigError: if peft finds nothing to adapt.
     """
     peft = _peft()
-    modules = recipe.target_modules
+    modules = target_modules
     config = peft.LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
         target_modules=modules if modules == "all-linear" else modules.split(","),
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(seed)
     try:
         return peft.get_peft_model(model, config)
     except ValueError as error:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
-from offload.adapters.peft import save_adapters, save_model, with_adapters
+from offload.adapters.peft import save_adapters, save_model
 from offload.api import offload
 from offload.cli.terminal import check_writable, progress_bar, say
 from offload.finetune.data import Batches, check_packing, packed, read_examples
@@ -52,40 +52,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--output", required=True, metavar="DIR", help="where the adapter or the model is written, and checkpoints")
     add("--method", default=LORA, choices=METHODS, help="adapters, or all weights (default: lora)")
-    add("--eval-data", metavar="DATA", help="its loss is told, and not learned from")
+    add("--eval-data", metavar="DATA", help="evaluation data; its loss is reported, it is never trained on")
     add("--eval-every", type=int, default=0, metavar="N", help="steps from one evaluation to the next (default: at the end)")
-    add("--rank", type=int, default=16, metavar="N", help="of the adapters (default: 16)")
-    add("--alpha", type=float, default=32.0, metavar="A", help="their scale is A / rank (default: 32)")
-    add("--dropout", type=float, default=0.0, metavar="P", help="before the adapters (default: 0)")
-    add("--target-modules", default="all-linear", metavar="NAMES", help="with commas between (default: all-linear)")
+    add("--rank", type=int, default=16, metavar="N", help="rank of the adapters (default: 16)")
+    add("--alpha", type=float, default=32.0, metavar="A", help="the adapters are scaled by A / rank (default: 32)")
+    add("--dropout", type=float, default=0.0, metavar="P", help="dropout in front of the adapters (default: 0)")
+    add(
+        "--target-modules",
+        default="all-linear",
+        metavar="NAMES",
+        help="modules that get adapters, separated by commas (default: all-linear)",
+    )
     add("--optimizer", default=ADAMW, choices=OPTIMIZERS, help="(default: adamw)")
     add("--learning-rate", type=float, metavar="R", help="(default: 2e-4 for adapters, 1e-5 for all weights)")
     add("--weight-decay", type=float, default=0.0, metavar="W", help="(default: 0)")
-    add("--master-dtype", default="float32", choices=MASTER_DTYPES, help="of a finer copy of 16-bit weights (default: float32)")
-    add("--state-tier", default=CPU, choices=STATE_TIERS, help="where the optimizer's states live (default: cpu)")
-    add("--activation-tier", default=RECOMPUTE, choices=ACTIVATION_TIERS, help="where layers' inputs wait (default: recompute)")
-    add("--loss-chunk", type=int, default=0, metavar="N", help="compute the loss N tokens at a time; rounds (default: all)")
+    add(
+        "--master-dtype",
+        default="float32",
+        choices=MASTER_DTYPES,
+        help="dtype of the master copy of 16-bit weights (default: float32)",
+    )
+    add("--state-tier", default=CPU, choices=STATE_TIERS, help="where optimizer state lives: cpu or nvme (default: cpu)")
+    add(
+        "--activation-tier",
+        default=RECOMPUTE,
+        choices=ACTIVATION_TIERS,
+        help="where layer inputs are kept for backward: recompute, gpu, cpu, nvme (default: recompute)",
+    )
+    add(
+        "--loss-chunk",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compute the loss N tokens at a time; exactness becomes `rounding` (default: all)",
+    )
     add("--epochs", type=int, default=1, metavar="N", help="passes over the data (default: 1)")
     add("--max-steps", type=int, default=0, metavar="N", help="stop after N steps (default: all)")
-    add("--sequence-length", type=int, default=512, metavar="N", help="most tokens of one example (default: 512)")
-    add("--packing", action="store_true", help="several examples in a sequence, which do not see each other")
-    add("--batch-size", type=int, default=1, metavar="N", help="examples that are computed together (default: 1)")
-    add("--gradient-accumulation", type=int, default=1, metavar="N", help="batches that one step adds up (default: 1)")
+    add("--sequence-length", type=int, default=512, metavar="N", help="truncate examples to N tokens (default: 512)")
+    add("--packing", action="store_true", help="pack several examples into one sequence, with attention masked between them")
+    add("--batch-size", type=int, default=1, metavar="N", help="examples in one micro-batch (default: 1)")
+    add("--gradient-accumulation", type=int, default=1, metavar="N", help="micro-batches per optimizer step (default: 1)")
     add(
         "--batch-major",
         action="store_true",
-        help="bring the weights once for each batch of a step, not once for all: slower, and less memory; same result",
+        help="load the weights once per micro-batch instead of once per step: slower, less memory, the same result",
     )
-    add("--max-grad-norm", type=float, default=1.0, metavar="X", help="gradients are scaled down to this (default: 1)")
-    add("--warmup", type=int, default=0, metavar="N", help="steps in which the learning rate rises (default: 0)")
+    add("--max-grad-norm", type=float, default=1.0, metavar="X", help="clip the global gradient norm to X (default: 1)")
+    add("--warmup", type=int, default=0, metavar="N", help="linear warm-up steps (default: 0)")
     add("--save-every", type=int, default=0, metavar="N", help="steps from one checkpoint to the next (default: none)")
     add("--resume", action="store_true", help="go on from the checkpoint in --output, if there is one")
-    add("--seed", type=int, default=0, metavar="N", help="of order, dropout and the adapters' start (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="seed for data order, dropout and adapter initialization (default: 0)")
     add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu (default: auto)")
     add("--gpu-memory", metavar="SIZE", help="budget on the GPU, like 8GiB (default: what is free, less 10%%)")
     add("--cpu-memory", metavar="SIZE", help="budget of CPU memory, like 24GiB (default: what is free, less a margin)")
     add("--disk", metavar="DIR", help="keeps weights that must be converted, and states on NVMe (default for these: --output)")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="dtype of the weights (default: auto)",
+    )
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
     add("--report", metavar="FILE", help="write the report there: .html for a page, else JSON")
     add("--quiet", action="store_true", help="print neither steps nor the report")
@@ -123,7 +149,7 @@ def run(request: argparse.Namespace) -> None:
                     trust_remote_code=request.trust_remote_code,
                 )
             )
-        model = with_adapters(session.model, recipe) if recipe.method == LORA else session.model
+        model = recipe.adapted(session.model)
         if request.packing:
             check_packing(model, batches)
         estimate = session.training_estimate(recipe.gradient_accumulation, recipe.layer_major)

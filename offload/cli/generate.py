@@ -60,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keeps weights that must be converted, and the KV cache's pages while it runs (default: $TMPDIR, nothing kept)",
     )
     add("--adapter", metavar="DIR", help="a PEFT adapter for the model, from `offload finetune`")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="dtype of the weights (default: auto)",
+    )
     add("--revision", metavar="REV", help="branch, tag or commit, of a hub id")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
     add(

@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu-memory", metavar="SIZE", help="budget on the GPU, like 8GiB (default: what is free, less 10%%)")
     add("--cpu-memory", metavar="SIZE", help="budget of CPU memory, like 24GiB; on a CPU the only one (default: what is free)")
     add("--disk", metavar="DIR", help="a folder on the disk that the weights are read from (default: $TMPDIR)")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of the weights (default: auto)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="dtype of the weights (default: auto)",
+    )
     add(
         "--exactness",
         default="identical",
@@ -100,15 +105,15 @@ def _print(planned: PlanResult, asked: PlanRequest) -> None:
 
 
 def _print_pages(plan: Plan) -> None:
-    beside = f", {gib(plan.kv.host_bytes)} in CPU memory" if plan.kv.host_bytes else ""
+    elsewhere = f", {gib(plan.kv.host_bytes)} in CPU memory" if plan.kv.host_bytes else ""
     read = "read piece by piece" if plan.kv.segments else "a layer put together at a time"
-    print(f"KV cache: {gib(plan.kv.memory_bytes)} on the device{beside}, the rest on disk; {read}\n")
+    print(f"KV cache: {gib(plan.kv.memory_bytes)} on the device{elsewhere}, the rest on disk; {read}\n")
 
 
 def _print_hit_rates(planned: PlanResult) -> None:
     plan = planned.plan
-    beside = f", {plan.experts.in_host_memory:,} in CPU memory" if "gpu" in planned.budget_bytes else ""
-    print(f"experts: {plan.experts.slots:,} in device memory{beside}")
+    elsewhere = f", {plan.experts.in_host_memory:,} in CPU memory" if "gpu" in planned.budget_bytes else ""
+    print(f"experts: {plan.experts.slots:,} in device memory{elsewhere}")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("if so many of a token's experts are there", "a token takes", ""):
         table.add_column(column, justify="right" if column else "left")

@@ -235,7 +235,9 @@ def packed(examples: Sequence[Example], sequence_length: int) -> list[Example]:
 
 
 def _joined_row(row: Sequence[Example]) -> Example:
-    ids, labels, positions = [], [], []
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
     for example in row:
         ids += example.ids
         # The first token of a text is nothing that the one before could tell.

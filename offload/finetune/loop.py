@@ -27,7 +27,8 @@ _FREE = ("epochs", "max_steps", "save_every", "evaluate_every", "layer_major")
 class Trainable(Protocol):
     """What the loop needs of a session."""
 
-    optimizer: torch.optim.Optimizer
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
     def backward(self, losses: list[Callable[[], torch.Tensor]], layer_major: bool = True) -> list[float]: ...
 
@@ -45,7 +46,7 @@ class Step:
     """What one step of the optimizer found.
 
     Attributes:
-        evaluated: the mean loss of a token of the evaluation data, where it was computed after this step.
+        eval_loss: the mean loss of a token of the evaluation data, where it was computed after this step.
     """
 
     number: int

@@ -2,7 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
+
+from offload.adapters.peft import with_adapters
 from offload.finetune.data import Batches
 from offload.storage.errors import ConfigError
 
@@ -55,6 +59,12 @@ class Recipe:
             raise ConfigError(f"dropout={self.dropout} must be at least 0 and below 1")
         if min(self.max_steps, self.warmup, self.seed, self.save_every, self.evaluate_every) < 0:
             raise ConfigError("max_steps, warmup, seed, save_every and evaluate_every must be at least 0")
+
+    def adapted(self, model: nn.Module) -> Any:
+        """Return the model with new adapters, where these are trained; else the model itself."""
+        if self.method != LORA:
+            return model
+        return with_adapters(model, self.rank, self.alpha, self.dropout, self.target_modules, self.seed)
 
     def steps(self, batches: Batches) -> int:
         """Count the optimizer's steps, all epochs together."""

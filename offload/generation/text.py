@@ -43,7 +43,7 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         if self.temperature == 0:
-            chosen = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         else:
             chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return {"max_new_tokens": self.max_new_tokens, **chosen}
@@ -189,14 +189,14 @@ class _Streamer(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if self._words is not None:
-            self._words.put(value)
+            self._words.put(value)  # type: ignore[no-untyped-call]
         if self._prompt_seen and self._on_token is not None:
             self._on_token(value.numel())
         self._prompt_seen = True
 
     def end(self) -> None:
         if self._words is not None:
-            self._words.end()
+            self._words.end()  # type: ignore[no-untyped-call]
 
 
 class _Words(TextStreamer):

@@ -30,8 +30,12 @@ def _attention(stock: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | N
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not isinstance(key, LazyKvTensor) or kwargs.get("position_bias") is not None:
-            function = AttentionInterface().get_interface(stock, getattr(_own_module(module), "eager_attention_forward", None))
-            return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+            eager: Any = getattr(_own_module(module), "eager_attention_forward", None)
+            function: Any = AttentionInterface().get_interface(stock, eager)
+            answer: tuple[torch.Tensor, torch.Tensor | None] = function(
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+            )
+            return answer
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = attend(key.layer, query, attention_mask, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
         return output.transpose(1, 2).contiguous(), None

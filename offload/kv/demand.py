@@ -40,8 +40,8 @@ def _unshared(model: nn.Module, plan: Plan, kv: KvOptions) -> list[str]:
     if not kv.shared_tokens or plan.kv.segments:
         return []
     return [
-        f"what all sequences begin with is computed and read for each of them: the attention of {type(model).__name__} is its "
-        "own code, or no layer keeps all tokens"
+        "the shared prompt prefix is not shared: it is computed and read once per sequence, because the attention of "
+        f"{type(model).__name__} is its own code, or no layer keeps all tokens"
     ]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -122,7 +123,8 @@ class PagedLayer:
         found = [block for block in self.blocks if block.start < end and block.end > start]
         if sum(min(end, block.end) - max(start, block.start) for block in found) < end - start:
             raise ConfigError("keys and values that a policy dropped were asked for")
-        keys, values = [], []
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
         for block in found:
             reading = self.store.read(block)
             inside = slice(max(start, block.start) - block.start, min(end, block.end) - block.start)
@@ -154,7 +156,7 @@ class PagedLayer:
             if not begun and self.store.comes(block):
                 self.store.ahead(self._coming(layers, here, index))
                 begun = True
-            yield self.store.read(block, lambda index=index: self._coming(layers, here, index + 1))
+            yield self.store.read(block, partial(self._coming, layers, here, index + 1))
         if self.policy.reads_all:
             self.store.ahead(self._coming(layers, here, len(blocks)))
 

@@ -54,6 +54,6 @@ class LazyKvTensor(torch.Tensor):
             return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args = [value.whole() if isinstance(value, LazyKvTensor) else value for value in args]
         return function(*args, **(kwargs or {}))

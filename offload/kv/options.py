@@ -10,7 +10,7 @@ from offload.kv.policies.base import FullAttention, LayerPolicy
 from offload.kv.policies.budget import KvBudget
 from offload.kv.policies.retrieve import INDEX_SHARE, Retrieve, page_tokens
 from offload.kv.policies.window import Window
-from offload.kv.quantization import Quantised
+from offload.kv.quantization import PageQuantizer
 from offload.storage.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ class Method:
         index_share: of all bytes, what is kept on the device to choose by.
     """
 
-    codec: Quantised | None = None
+    codec: PageQuantizer | None = None
     policy: Callable[[KvBudget], LayerPolicy] | None = None
     page_tokens: Callable[[int], int] | None = None
     index_share: float = 0.0
@@ -40,8 +40,8 @@ NONE = "none"
 
 METHODS = {
     NONE: Method(),
-    "int8": Method(codec=Quantised(8)),
-    "int4": Method(codec=Quantised(4)),
+    "int8": Method(codec=PageQuantizer(8)),
+    "int4": Method(codec=PageQuantizer(4)),
     "window": Method(policy=Window),
     "retrieve": Method(policy=Retrieve, page_tokens=page_tokens, index_share=INDEX_SHARE),
 }

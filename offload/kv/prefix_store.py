@@ -126,10 +126,10 @@ def add_block(cache: Any, parts: Parts, device: torch.device) -> None:
     for name, value in parts.items():
         index, _, rest = name.partition(".")
         by_layer.setdefault(int(index), {})[rest] = value.to(device)
-    for index, state in by_layer.items():
-        while len(cache.layers) <= index:
+    for place, state in by_layer.items():
+        while len(cache.layers) <= place:
             cache.layers.append(cache.layer_class_to_replicate())
-        layer = cache.layers[index]
+        layer = cache.layers[place]
         if _keeps_tokens(layer):
             layer.update(state["keys"], state["values"])
         else:

@@ -10,7 +10,7 @@ from offload.kv.buffer_cache import BufferCache
 from offload.kv.kv_block import KvBlock
 from offload.kv.page_layout import KeyValue, PageLayout
 from offload.kv.prefetch import PagePrefetcher
-from offload.kv.quantization import Quantised
+from offload.kv.quantization import PageQuantizer
 from offload.scheduler.kv_pages import PageResidency, coming
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, Tier, align_up
 from offload.storage.errors import ConfigError, gib
@@ -49,7 +49,7 @@ class KvStore:
         raw: PagePool,
         ring_pages: int,
         resident_pages: int,
-        codec: Quantised | None = None,
+        codec: PageQuantizer | None = None,
         coded_pool: Callable[[int], tuple[PagePool, int, int]] | None = None,
         cpu_attends: bool = False,
         warn: Callable[[str], None] = lambda sentence: None,

@@ -24,13 +24,13 @@ class PagedCacheLayer(DynamicLayer):
     def __init__(self, paged: PagedLayer, in_segments: bool) -> None:
         self.paged = paged
         self.in_segments = in_segments
-        self.dtype: torch.dtype | None = None
-        self.device: torch.device | None = None
-        super().__init__()
+        self.dtype: torch.dtype | None = None  # type: ignore[assignment]
+        self.device: torch.device | None = None  # type: ignore[assignment]
+        super().__init__()  # type: ignore[no-untyped-call]
 
     # Read by code that looks at a cache, such as cross attention: put together each time.
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         return self.paged.assembled().keys if self.paged.length else None
 
     @keys.setter
@@ -38,7 +38,7 @@ class PagedCacheLayer(DynamicLayer):
         self._refuse(value)
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         return self.paged.assembled().values if self.paged.length else None
 
     @values.setter
@@ -150,9 +150,10 @@ class PagedLayers:
         if any(isinstance(layer, PagedCacheLayer) for layer in cache.layers):
             return True
         order = AppendOrder()
-        for layer in cache.layers if self._state_offloader is not None else ():
-            if type(layer) is not DynamicLayer and not isinstance(layer, StaticLayer):
-                self._state_offloader.keep(layer)
+        offloader = self._state_offloader
+        for layer in cache.layers:
+            if offloader is not None and type(layer) is not DynamicLayer and not isinstance(layer, StaticLayer):
+                offloader.keep(layer)
         for index, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer and not layer.is_initialized:
                 cache.layers[index] = self._layer(order)

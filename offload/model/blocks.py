@@ -1,7 +1,8 @@
 """What is streamed as one: the blocks of a model, found by structure and not by name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -19,6 +20,13 @@ _LEAST_ROWS = 16
 
 _READ_AT_ONCE = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 """torch's own fast path reads the weights of everything inside without calling it."""
+
+
+class HasParameters(Protocol):
+    """Whatever has parameters by name: a unit, or the experts of a layer."""
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]: ...
 
 
 @dataclass(slots=True, eq=False)

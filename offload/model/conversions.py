@@ -31,10 +31,11 @@ class Conversions:
         self._writer: BlockFileWriter | None = None
         self._maps = FileMaps()
         self._thread = threading.get_ident()
-        self._originals: list[tuple[type, Any]] = []
+        self._originals: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> None:
-        for kind in (converters.WeightConverter, converters.WeightRenaming):
+        kinds: list[Any] = [converters.WeightConverter, converters.WeightRenaming]
+        for kind in kinds:
             self._originals.append((kind, kind.convert))
             kind.convert = self._wrap(kind.convert)
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ class CheckpointLoader:
         CheckpointError: if the checkpoint cannot be streamed. Nothing is loaded by then.
     """
 
-    def __init__(self, folder: str, options: LoadingOptions = AS_IT_IS, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: str, options: LoadingOptions = AS_IT_IS, headers: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.stored = read_checkpoint(folder, options.variant) if headers is None else {}
         self._dtypes = [item.spec.dtype for item in self.stored.values()] if headers is None else dtypes_of(headers)
@@ -173,8 +174,11 @@ class CheckpointLoader:
             options = {name: self._options.model[name] for name in _OF_THE_CONFIG if name in self._options.model}
             if kind is AutoModelForCausalLM:
                 trust = self._options.trust_remote_code
-                return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=trust, **options)
-            return kind._from_config(self.config, dtype=self.dtype, **options)
+                kind = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust)
+            else:
+                kind = kind._from_config
+            outline: nn.Module = kind(self.config, dtype=self.dtype, **options)
+            return outline
 
     def slot_bytes(self, unit: Unit) -> int:
         """What a block of the outline will take in the slots: exact where the files hold its tensors as they are."""
@@ -241,10 +245,12 @@ class CheckpointLoader:
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "variant": asked.variant}
         if asked.code_revision is not None:
             options["code_revision"] = asked.code_revision
+        kind: Any = self._class()
         if self._method is None:
-            return self._class().from_pretrained(self.folder, **options)
+            plain: tuple[Any, dict[str, Any]] = kind.from_pretrained(self.folder, **options)
+            return plain
         try:
-            model, found = self._class().from_pretrained(self.folder, **options)
+            model, found = kind.from_pretrained(self.folder, **options)
             for name, parameter in model.named_parameters():
                 tensor_spec(name, parameter)
         except (ImportError, RuntimeError, ValueError, NotImplementedError, UnsupportedCheckpoint) as error:

@@ -69,7 +69,7 @@ class SlotTensor(torch.Tensor):
             return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         name = getattr(function, "__name__", str(function))
         if name.split(".")[0] in ("grouped_mm_fallback", "_grouped_mm"):
             return _grouped(function, args[1], *args, **(kwargs or {}))

@@ -7,7 +7,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -37,6 +37,8 @@ _MOST_OPERATIONS = 40_000
 """A model of 200 layers has less; one that loops over its tokens would take minutes."""
 
 _MOST_COUNTED = 64
+Counted = TypeVar("Counted")
+
 _counted: dict[Any, Any] = {}
 """Sessions of one model follow one another: its work is counted once."""
 
@@ -124,7 +126,7 @@ class DryRun:
         decode, _ = self._trace(DECODE, batch_size, 1, cache)
         return prefill, decode
 
-    def _known(self, shape: tuple[int, ...], count: Callable[..., Any]) -> Any:
+    def _known(self, shape: tuple[int, ...], count: Callable[..., Counted]) -> Counted:
         """What was counted already of a model like this one."""
         if self._identity is None:
             return count(*shape)
@@ -133,7 +135,7 @@ class DryRun:
             if len(_counted) >= _MOST_COUNTED:
                 _counted.pop(next(iter(_counted)))
             _counted[key] = count(*shape)
-        return _counted[key]
+        return cast(Counted, _counted[key])
 
     def _trace(self, phase: str, batch_size: int, tokens: int, cache: Any) -> tuple[PassWork, Any]:
         counter = _Counter(self.model)
@@ -174,7 +176,7 @@ class _Counter(TorchDispatchMode):
     """Sums up operations, and the memory that their results hold."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.outside = Work()
         self.peak_bytes = 0
         self.begun_bytes = 0
@@ -329,7 +331,7 @@ class _ModuleScopes:
 
     def __enter__(self) -> None:
         for unit in self._units:
-            unit.module.forward = self._wrap(unit, unit.module.forward)  # type: ignore[method-assign]
+            unit.module.forward = self._wrap(unit, unit.module.forward)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         for unit in self._units:

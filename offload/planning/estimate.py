@@ -10,12 +10,12 @@ _OPERATIONS = 80
 def estimated_pass(spec: ModelSpec, phase: str, batch_size: int, tokens: int) -> PassWork:
     """Every window once, two FLOPs a weight and row; attention is not counted."""
     blocks = {block.key: block for block in spec.blocks}
-    windows = tuple(
+    modules = tuple(
         ModuleWork(keys[0], keys, _work([blocks[key] for key in keys], batch_size * tokens))
         for keys in spec.co_resident_blocks
         if keys
     )
-    return PassWork(phase, batch_size, tokens, windows, Work(), exact=False)
+    return PassWork(phase, batch_size, tokens, modules, Work(), exact=False)
 
 
 def _work(blocks: list[PlacedBlock], rows: int) -> Work:

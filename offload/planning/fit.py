@@ -93,13 +93,13 @@ def fit(
         return replace(found, fallbacks=notes, paged=_smaller(paged, found.plan) if demand.kv.required else ())
     if isinstance(whole, FittedPlan):
         # Of a model so small that single experts, read in whole units, take more than a layer.
-        said = "single experts would take more than the budget has room for: whole layers are streamed"
+        said = "the budget is too small for per-expert caching; whole layers are streamed"
         return replace(whole, fallbacks=(*whole.fallbacks, said))
     # The KV cache goes to lower tiers before passes are taken apart: in one piece, that is exact.
     below = [replace(workload, paged=way) for way in paged]
     exact = [way for way in below if way.paged is not None and not way.paged.segments]
     rest = [way for way in below if way not in exact]
-    steps = [lambda: exact, lambda: rest]
+    steps: list[Callable[[], list[Workload]]] = [lambda: exact, lambda: rest]
     if demand.allow_splits:
         steps[1:1] = [lambda: ways_to_split(model, workload)]
         steps += [lambda: _chunked(model, exact[-1:]), lambda: _chunked(model, rest[-1:])]
@@ -107,12 +107,12 @@ def fit(
     steps += [lambda: _with_state_offload(exact[-1:]), lambda: _with_state_offload(rest[-1:])]
     for step in steps:
         ways = step()
-        apart = _fitting(model, budgets, ways, slot_bytes, activations, candidates, units) if ways else []
-        if isinstance(apart, FittedPlan):
-            notes = (*_forced(apart.plan), *_other_experts(model, apart, experts))
+        split = _fitting(model, budgets, ways, slot_bytes, activations, candidates, units) if ways else []
+        if isinstance(split, FittedPlan):
+            notes = (*_forced(split.plan), *_other_experts(model, split, experts))
             others = [way.paged for way in ways if way.paged is not None]
-            return replace(apart, fallbacks=(*apart.fallbacks, *notes), paged=_smaller(others, apart.plan))
-        found += apart
+            return replace(split, fallbacks=(*split.fallbacks, *notes), paged=_smaller(others, split.plan))
+        found += split
     # Taken apart further, a model may need more: what lies beside the parts stays on the device.
     raise min(found, key=lambda refusal: refusal.least_bytes)
 

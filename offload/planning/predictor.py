@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -60,7 +60,7 @@ def drifted_hardware(hardware: HardwareProfile, given: Mapping[str, float]) -> t
     Args:
         given: bytes a second by link: `disk`, `h2d`.
     """
-    rates = {"disk_read": hardware.disk_read, "h2d": hardware.h2d}
+    rates: dict[str, Any] = {"disk_read": hardware.disk_read, "h2d": hardware.h2d}
     drift = {}
     for link, field in (("disk", "disk_read"), ("h2d", "h2d")):
         rate = rates[field]

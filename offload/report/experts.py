@@ -1,7 +1,9 @@
 """What became of single experts in a session."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from offload.report.schema import Renamed
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class LayerExperts:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertUse:
+class ExpertUse(Renamed):
     """What became of the experts of all layers.
 
     Attributes:
@@ -38,6 +40,8 @@ class ExpertUse:
             asked for.
         recall, recall_at_2k: of what was asked for, the share that was predicted, by as many guesses and by twice as many.
     """
+
+    SECTION: ClassVar[str] = "experts"
 
     policy: str
     misses: str

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
+from offload.report.schema import Renamed
 from offload.scheduler.phases import BACKWARD, DECODE, PREFILL, STANDALONE, PhaseTimes
 from offload.storage.ledger import MemoryLedger
 
@@ -66,8 +68,10 @@ class LinkUse:
 
 
 @dataclass(frozen=True, slots=True)
-class PhaseUse:
+class PhaseUse(Renamed):
     """Where the time of one phase went."""
+
+    SECTION: ClassVar[str] = "decode"
 
     passes: int
     tokens: int

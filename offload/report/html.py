@@ -224,12 +224,12 @@ def _timeline(trace: Trace, tracing: dict[str, Any]) -> str:
     count = passes.index(last) + 1
     return (
         f"<section><h2>The first {count} passes</h2>{''.join(rows)}{axis}"
-        f"<p class=faint>Point at a span for its block. The whole trace: --trace FILE.json, for ui.perfetto.dev. {_told(tracing)}</p>"
+        f"<p class=faint>Point at a span for its block. The whole trace: --trace FILE.json, for ui.perfetto.dev. {_tracing_note(tracing)}</p>"
         "</section>"
     )
 
 
-def _told(tracing: dict[str, Any]) -> str:
+def _tracing_note(tracing: dict[str, Any]) -> str:
     dropped = f" {tracing['dropped']:,} spans after those were not kept." if tracing["dropped"] else ""
     return f"Noting {tracing['spans']:,} spans took {duration(tracing['seconds'])}.{dropped}"
 
@@ -247,10 +247,10 @@ def _spans(resource: str, spans: Sequence[Span], begin: float, end: float) -> st
         left, right = max(span.begin_seconds, begin), min(span.end_seconds, end)
         colour = _RESOURCE_COLOURS.get(span.name if resource == WAIT else resource, "--violet")
         speed = f", {span.nbytes / span.seconds / 1e9:.2f} GB/s" if span.nbytes and span.seconds else ""
-        told = f"{span.name or resource}: {duration(span.seconds)}{speed}"
+        title = f"{span.name or resource}: {duration(span.seconds)}{speed}"
         rects.append(
             f"<rect x='{(left - begin) * scale:.2f}' y=3 width='{max(0.4, (right - left) * scale):.2f}' height=20 "
-            f"fill='var({colour})' fill-opacity='{0.95 if index % 2 else 0.7}'><title>{_text(told)}</title></rect>"
+            f"fill='var({colour})' fill-opacity='{0.95 if index % 2 else 0.7}'><title>{_text(title)}</title></rect>"
         )
     return f"<svg viewBox='0 0 {_WIDTH} {_ROW}' preserveAspectRatio=none role=img>{''.join(rects)}</svg>"
 
@@ -356,10 +356,10 @@ def _prediction(prediction: dict[str, Any] | None, peak: dict[str, Any]) -> str:
     more = f"<h2 style='margin-top:16px'>What would help</h2>{_table(('change', 'as fast'), changes)}" if changes else ""
     drifts = ", ".join(f"{_text(name)} {share:+.0%}" for name, share in prediction["drift"].items())
     own = f"; without that drift the error of a token is {prediction['model_error']:+.0%}" if prediction["model_error"] else ""
-    told = f" Since the profile was made the links changed: {drifts}{own}." if drifts else ""
+    changed = f" Since the profile was made the links changed: {drifts}{own}." if drifts else ""
     return (
         f"<section><h2>Predicted and measured</h2>{_table(('', 'predicted', 'measured', 'error'), rows)}"
-        f"<p class=faint>Bound by {_text(prediction['bound'])}.{told}</p>{more}</section>"
+        f"<p class=faint>Bound by {_text(prediction['bound'])}.{changed}</p>{more}</section>"
     )
 
 

@@ -8,14 +8,14 @@ from typing import Any
 from offload.report.comparison import Comparison
 from offload.report.experts import ExpertUse
 from offload.report.facts import LinkUse, Peak, PhaseUse, TierUse
-from offload.report.schema import SCHEMA, upgraded
+from offload.report.schema import SCHEMA, Renamed, upgraded
 from offload.report.training import TrainingReport
 from offload.scheduler.phases import BACKWARD, DECODE, PREFILL, STANDALONE
 from offload.scheduler.prediction import WhatIf
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(Renamed):
     """A session so far. `print` it, or take `to_dict` and `to_json`: their keys are stable (docs/report.md).
 
     Attributes:

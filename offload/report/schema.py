@@ -1,7 +1,8 @@
 """The version of a report's keys, and how older ones read."""
 
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 SCHEMA = 2
 
@@ -20,6 +21,25 @@ _RENAMED: dict[str, dict[str, str]] = {
     "training.estimate": {"kept_bytes": "activation_bytes", "kept_on": "activation_tier"},
 }
 """Keys of schema 1 that have another name now, by the section they are in."""
+
+
+class Renamed:
+    """Answers to field names of schema 1, with a warning.
+
+    Attributes:
+        SECTION: where the report has the fields.
+    """
+
+    __slots__ = ()
+    SECTION: ClassVar[str] = ""
+
+    def __getattr__(self, name: str) -> Any:
+        new = _RENAMED[self.SECTION].get(name)
+        if new is None:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        kind = type(self).__name__
+        warnings.warn(f"{kind}.{name} is deprecated: use {kind}.{new}", DeprecationWarning, stacklevel=2)
+        return getattr(self, new)
 
 
 def upgraded(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What a training learned, and what it took: a part of the report."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from offload.report.schema import Renamed
 from offload.storage.errors import duration, gib
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingEstimate:
+class TrainingEstimate(Renamed):
     """What is known before the first step.
 
     Attributes:
@@ -19,6 +20,8 @@ class TrainingEstimate:
         written_bytes: to disk, in each step.
         step_seconds: predicted; None without a hardware profile.
     """
+
+    SECTION: ClassVar[str] = "training.estimate"
 
     trained: int
     gradient_bytes: int
@@ -42,7 +45,7 @@ class TrainingEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingReport:
+class TrainingReport(Renamed):
     """A training so far.
 
     Attributes:
@@ -51,6 +54,8 @@ class TrainingReport:
         tokens, seconds: of all steps.
         step_seconds: the median of a step.
     """
+
+    SECTION: ClassVar[str] = "training"
 
     method: str
     estimate: TrainingEstimate

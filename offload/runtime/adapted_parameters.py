@@ -26,7 +26,7 @@ def unwritten(wrapper: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
             if parameter is None:
                 # One inside of another, on the same parameter: the outer one sees to it.
                 return forward(*args, **kwargs)
-            with torch.autograd._unsafe_preserve_version_counter(parameter):
+            with torch.autograd._unsafe_preserve_version_counter(parameter):  # type: ignore[attr-defined]
                 return forward(*args, **kwargs)
 
         return preserving

@@ -38,9 +38,14 @@ class BlockSource(Protocol):
         slot_bytes: what the block takes in the slots.
     """
 
-    offsets: Sequence[int]
-    payload_bytes: int
-    slot_bytes: int
+    @property
+    def offsets(self) -> Sequence[int]: ...
+
+    @property
+    def payload_bytes(self) -> int: ...
+
+    @property
+    def slot_bytes(self) -> int: ...
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         """Begin; nothing is written before `after` is passed."""

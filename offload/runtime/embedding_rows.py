@@ -91,7 +91,8 @@ class RowwiseEmbedding(TorchFunctionMode):
             if weight is self._table.homes[0].parameter:
                 if self._trains and torch.is_grad_enabled() and weight.requires_grad:
                     padding = args[2] if len(args) > 2 else (kwargs or {}).get("padding_idx")
-                    looked_up: torch.Tensor = _LookedUp.apply(weight, indices, self._table, -1 if padding is None else padding)
+                    row = -1 if padding is None else padding
+                    looked_up: torch.Tensor = _LookedUp.apply(weight, indices, self._table, row)  # type: ignore[no-untyped-call]
                     return looked_up
                 return self._guarded(weight, lambda: self._table.rows(indices))
         if getattr(function, "__name__", "") == "__get__":
@@ -100,7 +101,7 @@ class RowwiseEmbedding(TorchFunctionMode):
 
     def _guarded(self, weight: torch.Tensor, fetch: Callable[[], torch.Tensor]) -> torch.Tensor:
         if torch.is_grad_enabled() and weight.requires_grad:
-            fetched: torch.Tensor = _NoBackward.apply(weight, self._table.key, fetch)
+            fetched: torch.Tensor = _NoBackward.apply(weight, self._table.key, fetch)  # type: ignore[no-untyped-call]
             return fetched
         return fetch()
 

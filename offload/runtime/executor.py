@@ -82,7 +82,7 @@ class LayerExecutor:
 
         None where the slots are on a device of their own, or smaller.
         """
-        memory = getattr(self._arena, "memory", None) if self._device.shares_host_memory else None
+        memory: memoryview | None = getattr(self._arena, "memory", None) if self._device.shares_host_memory else None
         with self.lock:
             if memory is None or len(memory) < nbytes:
                 return None

@@ -41,6 +41,7 @@ class HybridLinear:
         return shared
 
     def _host_bias(self, first_row: int) -> torch.Tensor | None:
-        if self.module.bias is None:
+        bias: torch.Tensor | None = self.module.bias
+        if bias is None:
             return None
-        return (self._bias.tensor if self._bias is not None else self.module.bias.to(_CPU))[first_row:]
+        return (self._bias.tensor if self._bias is not None else bias.to(_CPU))[first_row:]

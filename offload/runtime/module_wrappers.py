@@ -41,11 +41,11 @@ class ForwardWrap:
     def __init__(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
         self._module = module
         self._before = module.__dict__.get("forward")
-        module.forward = _Wrapped(module.forward, make)  # type: ignore[method-assign]
+        module.forward = _Wrapped(module.forward, make)
 
     def undo(self) -> None:
         if self._before is not None:
-            self._module.forward = self._before  # type: ignore[method-assign]
+            self._module.forward = self._before
         else:
             self._module.__dict__.pop("forward", None)
 
@@ -233,8 +233,8 @@ class ModuleWrappers:
                 self._wraps.append(ForwardWrap(product.module, product.wrap))
             if parts is not None and unit.role is BlockRole.LAYER:
                 self._wraps.append(ForwardWrap(unit.module, parts.wrap))
-            window = on_device(unit) if on_host.isdisjoint(unit.uses) else CpuModule(unit, executor, clock)
-            self._wraps.append(ForwardWrap(unit.module, window.wrap))
+            wrapper = on_device(unit) if on_host.isdisjoint(unit.uses) else CpuModule(unit, executor, clock)
+            self._wraps.append(ForwardWrap(unit.module, wrapper.wrap))
 
     def undo(self) -> None:
         while self._wraps:

@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import nn
 
-from offload.model.blocks import Structure, Unit, divisible_modules, estimated_slot_bytes
+from offload.model.blocks import HasParameters, Structure, Unit, divisible_modules, estimated_slot_bytes
 from offload.model.homes import FileMaps, ParameterHome
 from offload.runtime.block_sources import (
     BlockSource,
@@ -213,7 +213,8 @@ class Placement:
         for homes in self.on_host.values():
             if home in homes:
                 homes.remove(home)
-        for block in (*self.streamed.values(), *self.resident.values()):
+        blocks: list[StreamedBlock | ResidentBlock] = [*self.streamed.values(), *self.resident.values()]
+        for block in blocks:
             if home in block.homes:
                 block.drop(home)
 
@@ -247,7 +248,7 @@ class Placement:
             file.close()
         self._spills.clear()
 
-    def homes_of(self, unit: Unit) -> list[ParameterHome]:
+    def homes_of(self, unit: HasParameters) -> list[ParameterHome]:
         return [self._home(name, parameter) for name, parameter in unit.parameters.items()]
 
     def _home(self, name: str, parameter: nn.Parameter) -> ParameterHome:
@@ -291,8 +292,8 @@ class Placement:
         if all(on_disk):
             self.host_ledger.release("staging", staged.nbytes)
         block = ResidentBlock(unit.key, homes, buffer, offsets)
-        for home, source in zip(homes, on_disk, strict=True):
-            if source is None:
+        for home, stored in zip(homes, on_disk, strict=True):
+            if stored is None:
                 # The only copy is on the device now: the old one is released at once.
                 home.original = None
                 home.tensor = home.parameter.data
@@ -373,7 +374,7 @@ class Placement:
         largest = max(self._reader.plan([self._known[name] for name in unit.parameters]).slot_bytes for unit in units)
         self._staged = self._memory.open_staging(self._reader, largest, count)
 
-    def spill(self, units: Sequence[Unit]) -> None:
+    def spill(self, units: Sequence[HasParameters]) -> None:
         """Write to disk what only memory holds, releasing it tensor by tensor."""
         homes = [
             home

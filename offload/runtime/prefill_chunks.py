@@ -13,7 +13,8 @@ class PrefillChunks:
     """
 
     def __init__(self, model: nn.Module, size: int) -> None:
-        self._config: Any = model.generation_config
+        holder: Any = model
+        self._config = holder.generation_config
         self._before = self._config.prefill_chunk_size
         self._config.prefill_chunk_size = size
 

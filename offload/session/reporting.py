@@ -16,7 +16,7 @@ from offload.report.report import Report
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.machine import Machine
 from offload.runtime.recorder import tracing_use
-from offload.scheduler.phases import BACKWARD
+from offload.scheduler.phases import BACKWARD, DECODE, PREFILL, STANDALONE
 from offload.session.residency import Residency
 from offload.storage.errors import gib
 from offload.storage.host_buffer import HostBuffer
@@ -84,6 +84,7 @@ class Reporter:
         usages = {component.name: component.usage() for component in self._residency.components}
         kv: Any = usages.get("kv") or {}
         experts: Any = usages.get("experts")
+        phases = phase_uses(machine.clock.phases)
         return Report(
             model=subject.name,
             device=machine.device.name,
@@ -110,7 +111,10 @@ class Reporter:
             kv=kv,
             tiers=machine.meters.tier_uses(subject.process_bytes),
             links=links,
-            **phase_uses(machine.clock.phases),
+            prefill=phases[PREFILL],
+            decode=phases[DECODE],
+            backward=phases[BACKWARD],
+            standalone=phases[STANDALONE],
             prediction=self._compared({name: use.bytes_per_second for name, use in links.items() if use.bytes_per_second}),
             peak=self._peak(),
             tracing=tracing_use(machine.host.recorder.trace),

@@ -138,8 +138,8 @@ class Residency:
         """
         for component in self.components:
             component.check_growth()
-        candidates, beside = frozenset(self.plan.weights.resident), self.plan.host_compute
-        plan = make_plan(self.spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates, beside)
+        candidates, host_compute = frozenset(self.plan.weights.resident), self.plan.host_compute
+        plan = make_plan(self.spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates, host_compute)
         with HeldInterrupts(), torch.inference_mode(False):
             slots = min(plan.experts.slots, self.plan.experts.slots)
             splits = replace(plan.splits, prefill_chunk=self.plan.splits.prefill_chunk)

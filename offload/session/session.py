@@ -128,7 +128,7 @@ class Session(TrainingMethods):
             )
         return experts.log.routing()
 
-    def kv_cache(self, prefix: Sequence[int] | torch.Tensor = (), batch_size: int = 1) -> Any:
+    def kv_cache(self, prefix: Sequence[int] | torch.Tensor | str = (), batch_size: int = 1) -> Any:
         """Make a cache for `model.generate(past_key_values=...)`, or for calls of the model: kept as the session was asked to.
 
         Where all keys and values stay on the device it is transformers' own.

@@ -178,12 +178,12 @@ class TrainingComponent(Component):
         return folder_of(self.training, self._machine)
 
     def _checkpoints_in(self, folder: str | Path, sources: Iterable[str]) -> Checkpoints:
-        managed = self.optimize()
+        training_state = self.optimize()
         if self._checkpoints is None or self._checkpoints.folder != Path(folder):
             if self._checkpoints is not None:
                 last, self._checkpoints = self._checkpoints, None
                 last.close()
-            self._checkpoints = Checkpoints(folder, managed, identity_of(self._model, sources))
+            self._checkpoints = Checkpoints(folder, training_state, identity_of(self._model, sources))
         return self._checkpoints
 
     def _open_inputs(self) -> ActivationStore | None:
@@ -225,7 +225,7 @@ class TrainingComponent(Component):
         self._live.placement.expect_changes()
 
     def _backward_in_turn(self, loss: torch.Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.backward.release()
 
     def _stop(self) -> None:
@@ -251,5 +251,5 @@ class TrainingComponent(Component):
 
 def _loss_and_backward(compute: Loss) -> float:
     loss = compute()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return loss.item()

@@ -29,7 +29,7 @@ def estimate_training(
     on_nvme = training_state.training.state_tier == NVME
     at_once = micro_batches if layer_major else 1
     return TrainingEstimate(
-        trained=sum(value.numel() for value in training_state.parameters),
+        trained=training_state.trainable.elements,
         gradient_bytes=training_state.gradient_bytes,
         state_bytes=training_state.states.nbytes,
         activation_bytes=at_once * inputs_bytes(model, workload.batch_size * workload.total_tokens),

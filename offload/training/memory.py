@@ -1,6 +1,7 @@
 """What training holds in CPU memory, known before anything is loaded."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -116,7 +117,7 @@ def _activation_bytes(model: nn.Module, training: Training, tokens: int, token_b
 
 def inputs_bytes(model: nn.Module, tokens: int) -> int:
     """Bytes of what all layers are given, in a pass of `tokens`: a hidden state each."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = [unit for unit in find_structure(model).units if unit.role is BlockRole.LAYER]
     dtype = next((value.dtype for value in model.parameters()), torch.float32)

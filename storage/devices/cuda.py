@@ -35,8 +35,8 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self.name = str(self.torch_device)
         self.hardware_name = torch.cuda.get_device_name(self.torch_device)
-        self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        self._copies_out = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(self.torch_device)
+        self._copies_out = torch.cuda.Stream(self.torch_device)
         self._pending_copies: deque[tuple[str, torch.cuda.Event, torch.cuda.Event, int]] = deque()
         self._ended_copies: list[Copy] = []
         self._pending_stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -58,7 +58,7 @@ class CudaDevice:
 
     def lock_pages(self, buffer: object) -> bool:
         assert isinstance(buffer, HostBuffer)
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        runtime = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(buffer.address, buffer.nbytes, 0)) == 0:
             self._locked.add(buffer.address)
             return True
@@ -74,7 +74,7 @@ class CudaDevice:
         assert isinstance(buffer, HostBuffer)
         if buffer.address in self._locked:
             self._locked.remove(buffer.address)
-            torch.cuda.cudart().cudaHostUnregister(buffer.address)  # type: ignore[no-untyped-call]
+            torch.cuda.cudart().cudaHostUnregister(buffer.address)
 
     def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None, name: str = "") -> Event:
         begun, ended = _timed_event(), _timed_event()
@@ -89,12 +89,12 @@ class CudaDevice:
         return ended
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor, name: str = "") -> Event:
-        computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        computed = torch.cuda.Event()
         computed.record(torch.cuda.current_stream(self.torch_device))
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._copies_out):
             self._copies_out.wait_event(computed)
             unversioned(target).copy_(source, non_blocking=True)
-            ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ended = torch.cuda.Event()
             ended.record(self._copies_out)
         return ended
 
@@ -104,20 +104,20 @@ class CudaDevice:
         return ended
 
     def _drain_copies(self) -> None:
-        while self._pending_copies and self._pending_copies[0][2].query():  # type: ignore[no-untyped-call]
+        while self._pending_copies and self._pending_copies[0][2].query():
             name, begun, ended, nbytes = self._pending_copies.popleft()
             begin_seconds = self._seconds_at(begun)
             self._ended_copies.append(Copy(name, begin_seconds, begin_seconds + begun.elapsed_time(ended) / 1000, nbytes))
 
     def record(self) -> Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.torch_device))
         return event
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event)
         stream = torch.cuda.current_stream(self.torch_device)
-        if event.query():  # type: ignore[no-untyped-call]
+        if event.query():
             return
         begun, ended = _timed_event(), _timed_event()
         begun.record(stream)
@@ -135,7 +135,7 @@ class CudaDevice:
         return ended
 
     def _drain_stalls(self) -> None:
-        while self._pending_stalls and self._pending_stalls[0][1].query():  # type: ignore[no-untyped-call]
+        while self._pending_stalls and self._pending_stalls[0][1].query():
             begun, ended = self._pending_stalls.popleft()
             begin_seconds = self._seconds_at(begun)
             self._ended_stalls.append((begin_seconds, begin_seconds + begun.elapsed_time(ended) / 1000))
@@ -157,4 +157,4 @@ class CudaDevice:
 
 
 def _timed_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)

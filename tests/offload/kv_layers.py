@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
-from offload.kv.layer import Order, PagedLayer
+from offload.kv.layer import AppendOrder, PagedLayer
 from offload.kv.policies.base import FullAttention, LayerPolicy
-from offload.kv.quantization import Quantised
+from offload.kv.quantization import PageQuantizer
 from offload.kv.store import KvStore
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.pages.file import PageFile
@@ -21,7 +21,7 @@ def store_of(
     device_pages: int = 64,
     resident_pages: int = 32,
     page_tokens: int | None = None,
-    codec: Quantised | None = None,
+    codec: PageQuantizer | None = None,
     folder: str | None = None,
 ) -> Iterator[KvStore]:
     """On the CPU, with disk below."""
@@ -47,10 +47,10 @@ def layer_of(
     values: torch.Tensor,
     page_tokens: int,
     policy: Callable[[], LayerPolicy] = FullAttention,
-    codec: Quantised | None = None,
+    codec: PageQuantizer | None = None,
 ) -> Iterator[PagedLayer]:
     """Args: keys, values: [batch, heads, tokens, dim]."""
     with store_of(page_tokens=page_tokens, codec=codec) as store:
-        layer = PagedLayer(store, policy(), Order())
+        layer = PagedLayer(store, policy(), AppendOrder())
         layer.append(keys, values)
         yield layer

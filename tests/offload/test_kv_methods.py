@@ -10,13 +10,13 @@ import transformers as hf
 
 from offload import BudgetTooSmall, ConfigError, DiskFull, offload
 from offload.kv.attention import attend
-from offload.kv.layer import Order, PagedLayer
+from offload.kv.layer import AppendOrder, PagedLayer
 from offload.kv.options import METHODS, Method
 from offload.kv.policies.base import FullAttention
 from offload.kv.policies.budget import KvBudget
 from offload.kv.policies.retrieve import Retrieve
 from offload.kv.policies.window import SINK_TOKENS, Window
-from offload.kv.quantization import Quantised
+from offload.kv.quantization import PageQuantizer
 from offload.storage.blocks import Tier
 from offload.storage.errors import OffloadError, ReadError
 from offload.storage.pages.file import PageFile
@@ -40,7 +40,7 @@ def pair_of(rows=2, heads=2, length=64, dim=16, seed=0):
 def test_a_coded_page_is_near_the_page(bits, error, tokens_a_page, outlier):
     keys, values = pair_of(length=2 * tokens_a_page)
     keys[..., 3] *= outlier
-    with layer_of(keys, values, tokens_a_page, codec=Quantised(bits)) as layer:
+    with layer_of(keys, values, tokens_a_page, codec=PageQuantizer(bits)) as layer:
         assert [block.coded for block in layer.blocks] == [True, True]
         got = layer.assembled()
     for mine, theirs in zip(got, (keys, values), strict=True):
@@ -52,7 +52,7 @@ def test_keys_quantised_token_by_token_would_not_survive_an_outlier():
     """What the layout is for: with a scale for each token, the other channels of the keys are lost."""
     keys, values = pair_of(length=32)
     keys[..., 3] *= 100
-    with layer_of(values, keys, 32, codec=Quantised(4)) as layer:
+    with layer_of(values, keys, 32, codec=PageQuantizer(4)) as layer:
         # As values, which have a scale for each token.
         got = layer.assembled().values
     others = torch.arange(16) != 3
@@ -64,7 +64,7 @@ def test_attention_to_one_coded_page():
     """A page alone is read as it was decoded, without a copy in between."""
     keys, values = pair_of(length=32)
     query = torch.randn(2, 4, 1, 16, generator=torch.Generator().manual_seed(1))
-    with layer_of(keys, values, 32, codec=Quantised(8)) as layer:
+    with layer_of(keys, values, 32, codec=PageQuantizer(8)) as layer:
         got = attend(layer, query, None, 0.25)
     whole = [part.repeat_interleave(2, dim=1) for part in (keys, values)]
     expected = torch.nn.functional.scaled_dot_product_attention(query, *whole, scale=0.25)
@@ -74,7 +74,7 @@ def test_attention_to_one_coded_page():
 def test_what_no_code_is_good_enough_for_is_kept():
     keys, values = pair_of(length=32)
     values[0, 0, 3, 5] = torch.inf
-    with layer_of(keys, values, 8, codec=Quantised(4)) as layer:
+    with layer_of(keys, values, 8, codec=PageQuantizer(4)) as layer:
         assert [block.coded for block in layer.blocks] == [False, True, True, True]
         assert layer.store.kept_raw == 1
         assert torch.equal(layer.assembled().values[:, :, :8], values[:, :, :8])
@@ -82,8 +82,8 @@ def test_what_no_code_is_good_enough_for_is_kept():
 
 def test_coded_pages_are_coded_once_and_pass_through_the_disk():
     keys, values = pair_of(length=80)
-    with store_of(device_pages=6, resident_pages=1, page_tokens=8, codec=Quantised(4)) as store:
-        layer = PagedLayer(store, FullAttention(), Order())
+    with store_of(device_pages=6, resident_pages=1, page_tokens=8, codec=PageQuantizer(4)) as store:
+        layer = PagedLayer(store, FullAttention(), AppendOrder())
         layer.append(keys, values)
         first = layer.assembled()
         coded = store.pools[1]
@@ -138,7 +138,7 @@ def test_retrieval_finds_the_token_that_is_asked_for():
         rows = torch.tensor([2, 0, 1])
         layer.select(rows)
         torch.testing.assert_close(attend(layer, query[rows], None, 1.0), exact[rows], rtol=1e-2, atol=1e-2)
-        twin = layer.copied(Order())
+        twin = layer.copied(AppendOrder())
         torch.testing.assert_close(attend(twin, query[rows], None, 1.0), exact[rows], rtol=1e-2, atol=1e-2)
 
 

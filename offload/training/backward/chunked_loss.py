@@ -25,7 +25,7 @@ class _Call(threading.local):
     active = False
     hidden: torch.Tensor | None = None
     """What the head gave."""
-    told = False
+    given = False
     """The loss was asked for, of what the head gave."""
 
 
@@ -41,7 +41,8 @@ class ChunkedLoss:
     """
 
     def __init__(self, model: nn.Module, tokens: int, backward_begins: Callable[[], None]) -> None:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        given: Any = model
+        head = given.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if type(head) is not nn.Linear or getattr(model, "loss_function", None) is not ForCausalLMLoss:
             raise ConfigError(
                 f"loss_chunk={tokens} needs a causal language model with a plain linear head and transformers' own loss; "
@@ -64,16 +65,16 @@ class ChunkedLoss:
         def with_loss(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("labels") is None:
                 return forward(*args, **kwargs)
-            self._call.active, self._call.told = True, False
+            self._call.active, self._call.given = True, False
             try:
                 output = forward(*args, **kwargs)
             except (RuntimeError, IndexError, ValueError) as error:
-                if self._call.hidden is not None and not self._call.told:
+                if self._call.hidden is not None and not self._call.given:
                     raise self._refusal() from error
                 raise
             finally:
                 self._call.active, self._call.hidden = False, None
-            if not self._call.told:
+            if not self._call.given:
                 raise self._refusal()
             # They were never there.
             output.logits = None
@@ -84,7 +85,7 @@ class ChunkedLoss:
     def _in_head(self, forward: Forward) -> Forward:
         def hidden_or_loss(hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
             if targets is not None:
-                loss: torch.Tensor = _LossOfChunks.apply(
+                loss: torch.Tensor = _LossOfChunks.apply(  # type: ignore[no-untyped-call]
                     hidden, self._head.weight, self._head.bias, targets, self._tokens, self._backward_begins
                 )
                 return loss
@@ -116,7 +117,7 @@ class ChunkedLoss:
         """As transformers' ForCausalLMLoss, of hidden states."""
         if logits is not self._call.hidden:
             raise self._refusal()
-        self._call.told = True
+        self._call.given = True
         if shift_labels is None:
             assert labels is not None
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -241,7 +241,7 @@ class TiedUse:
             if self.collect is None or not torch.is_grad_enabled() or not self.parameter.requires_grad:
                 return forward(*args, **kwargs)
             held: dict[str, Any] = self._module._parameters
-            held[self._name] = _OwnGradient.apply(self.parameter, self.collect)
+            held[self._name] = _OwnGradient.apply(self.parameter, self.collect)  # type: ignore[no-untyped-call]
             try:
                 return forward(*args, **kwargs)
             finally:

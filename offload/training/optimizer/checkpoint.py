@@ -52,13 +52,13 @@ class Checkpoints:
         ConfigError: if it is no folder, or in use.
     """
 
-    def __init__(self, folder: str | Path, managed: StreamedTraining, model: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, training_state: StreamedTraining, model: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"{folder} is a file; name a folder for checkpoints")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.copied = False
-        self._managed = managed
+        self._managed = training_state
         self._model = dict(model)
         self._last: StateSnapshot | None = None
         self._saving: threading.Thread | None = None

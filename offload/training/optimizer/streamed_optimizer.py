@@ -24,11 +24,12 @@ from offload.storage.blocks import BlockKey
 from offload.storage.errors import DiskFull, SessionError, TrainingError, gib
 from offload.storage.state_file import StateFile
 from offload.storage.transfer import Link
-from offload.training.backward.gradients import HostGradients, TiedUse, gradient_bytes, gradient_dtype
+from offload.training.backward.gradients import HostGradients, TiedUse, gradient_dtype
 from offload.training.memory import layout_of, trained
 from offload.training.optimizer.cpu_states import CpuStates
 from offload.training.optimizer.nvme_states import BUFFER_COUNT, NvmeStates
 from offload.training.optimizer.states import States, StateSnapshot
+from offload.training.optimizer.trainable_set import TrainableSet
 from offload.training.optimizer.trained_weights import OUTSIDE, TrainedWeights
 from offload.training.optimizer.update_rules import UpdateRule, rule_of
 from offload.training.options import CPU, Training
@@ -48,7 +49,7 @@ class StreamedOptimizer(torch.optim.Optimizer):
         self._update = step
         self.steps = 0
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """One update of everything that has a gradient."""
         loss = None
         if closure is not None:
@@ -94,13 +95,11 @@ class StreamedTraining:
         machine: Machine,
         make_room: Callable[[int], None],
     ) -> None:
-        self.parameters = [value for value in model.parameters() if value.requires_grad]
-        if not self.parameters:
-            raise SessionError("nothing is to be trained: no parameter requires a gradient")
-        if any(parameter.grad is not None for parameter in self.parameters):
+        self.trainable = TrainableSet.of(model)
+        if any(parameter.grad is not None for parameter in self.trainable):
             raise SessionError(
-                "there are gradients already, which were added up otherwise than this optimizer does; ask for "
-                "session.optimizer before the first backward, or give offload(..., training=Training(...))"
+                "parameters already have gradients that this optimizer did not accumulate; ask for session.optimizer before "
+                "the first backward, or give offload(..., training=Training(...))"
             )
         self.training = training
         self._model = model
@@ -122,13 +121,13 @@ class StreamedTraining:
         self._clears = False
         """Gradients are forgotten as soon as they are used."""
         self._overlaps = False
-        self.weights = TrainedWeights(model, self.parameters, structure, placement, executor, machine.host.reader)
+        self.weights = TrainedWeights(model, self.trainable.parameters, structure, placement, executor, machine.host.reader)
         blocks = self.weights.blocks
         self.layout = layout_of(
             [(key, [trained(home.name, home.parameter) for home in homes]) for key, homes in blocks.items()], training
         )
         self.weights.layout = self.layout
-        self.optimizer = StreamedOptimizer(self.parameters, self._rule.defaults, self._update)
+        self.optimizer = StreamedOptimizer(self.trainable.parameters, self._rule.defaults, self._update)
         executor.settle()
         make_room(self._host_bytes())
         self._look_at_the_disk()
@@ -152,9 +151,9 @@ class StreamedTraining:
             TrainingError: if it is no number; nothing was changed.
         """
         if max_grad_norm is None:
-            norm = float(torch.nn.utils.get_total_norm([value.grad for value in self.parameters if value.grad is not None]))
+            norm = float(torch.nn.utils.get_total_norm([value.grad for value in self.trainable if value.grad is not None]))
         else:
-            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm))
+            norm = float(torch.nn.utils.clip_grad_norm_(self.trainable.parameters, max_grad_norm))
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the norm of the gradients is {norm}: the weights are left as they were. Give a smaller learning rate, or "
@@ -268,8 +267,7 @@ class StreamedTraining:
         return gradient.reshape(-1)[piece.start : piece.stop].to(like.device, like.dtype)
 
     def _check_parameters(self) -> None:
-        known = {id(parameter) for parameter in self.parameters}
-        if {id(value) for value in self._model.parameters() if value.requires_grad} != known:
+        if not self.trainable.is_of(self._model):
             raise SessionError(
                 "other parameters require a gradient than when session.optimizer was first asked for; decide what is trained "
                 "before that"
@@ -288,16 +286,16 @@ class StreamedTraining:
 
     @property
     def gradient_bytes(self) -> int:
-        return gradient_bytes(self.parameters, self.training.masters)
+        return self.trainable.gradient_bytes(self.training.masters)
 
     @property
     def peak_bytes(self) -> int:
         """Bytes that gradients and states hold at most: one gradient more while it is added."""
-        return self._host_bytes() + max(value.nbytes for value in self.parameters)
+        return self._host_bytes() + max(value.nbytes for value in self.trainable)
 
     def trains_most_of(self, weight_bytes: int) -> bool:
         """Whether most of a model's weights are trained."""
-        return 2 * sum(value.nbytes for value in self.parameters) > weight_bytes
+        return 2 * self.trainable.nbytes > weight_bytes
 
     def _host_bytes(self) -> int:
         """Bytes that gradients and states will hold."""
@@ -313,7 +311,7 @@ class StreamedTraining:
             key: [(home.name, home.parameter) for home in homes if home.parameter.data.device.type == "cpu"]
             for key, homes in blocks.items()
         }
-        for parameter in self.parameters:
+        for parameter in self.trainable:
             # Those on the device stay there, and are added up in the same dtype.
             parameter.grad_dtype = gradient_dtype(parameter, self.training.masters)
         self._host_ledger.charge("gradients", self.gradient_bytes)

@@ -121,10 +121,10 @@ class TrainedWeights:
                 blocks.setdefault(OUTSIDE, []).append(home)
         for unit in structure.units:
             for parameter in unit.parameters.values():
-                home = self._placement.home_of(parameter) if id(parameter) in left else None
-                if home is not None:
+                placed = self._placement.home_of(parameter) if id(parameter) in left else None
+                if placed is not None:
                     left.discard(id(parameter))
-                    blocks.setdefault(unit.key, []).append(home)
+                    blocks.setdefault(unit.key, []).append(placed)
                     self._units[unit.key] = unit
         return blocks
 

@@ -8,10 +8,12 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from offload.scheduler.sub_groups import Moment
+from offload.storage.codecs.base import Codec
+from offload.storage.codecs.power_blocks import BLOCK, PowerBlocks
 from offload.training.options import ADAMW8BIT, SGD, Training
 
-_SHARED = 256
-"""Elements of a moment in 8 bits that share a scale."""
+_MEANS, _SQUARES = PowerBlocks(torch.int8, 2), PowerBlocks(torch.uint8, 4)
+"""The moments of AdamW in 8 bits."""
 
 
 class UpdateRule(Protocol):
@@ -22,8 +24,11 @@ class UpdateRule(Protocol):
         defaults: of its settings, as a torch optimizer's `param_groups` hold them.
     """
 
-    moments: tuple[Moment, ...]
-    defaults: dict[str, Any]
+    @property
+    def moments(self) -> tuple[Moment, ...]: ...
+
+    @property
+    def defaults(self) -> dict[str, Any]: ...
 
     def step(
         self,
@@ -82,9 +87,9 @@ class AdamW8bit(AdamW):
 
     moments = (
         Moment("exp_avg", "int8"),
-        Moment("exp_avg_scale", "float32", _SHARED),
+        Moment("exp_avg_scale", "float32", BLOCK),
         Moment("exp_avg_sq", "uint8"),
-        Moment("exp_avg_sq_scale", "float32", _SHARED),
+        Moment("exp_avg_sq_scale", "float32", BLOCK),
     )
 
     def step(
@@ -95,41 +100,20 @@ class AdamW8bit(AdamW):
         count: int,
         settings: Mapping[str, Any],
     ) -> None:
-        means = [
-            _coarse(levels, scale, 127, 2) for levels, scale in zip(moments["exp_avg"], moments["exp_avg_scale"], strict=True)
-        ]
-        squares = [
-            _coarse(levels, scale, 255, 4)
-            for levels, scale in zip(moments["exp_avg_sq"], moments["exp_avg_sq_scale"], strict=True)
-        ]
+        means = _decoded(_MEANS, moments["exp_avg"], moments["exp_avg_scale"])
+        squares = _decoded(_SQUARES, moments["exp_avg_sq"], moments["exp_avg_sq_scale"])
         floats = [gradient.float() for gradient in gradients]
         wide = [target.float() for target in targets]
         super().step(wide, floats, {"exp_avg": means, "exp_avg_sq": squares}, count, settings)
         for index, target in enumerate(targets):
             if wide[index] is not target:
                 target.copy_(wide[index])
-            _keep(means[index], moments["exp_avg"][index], moments["exp_avg_scale"][index], 127, 2)
-            _keep(squares[index], moments["exp_avg_sq"][index], moments["exp_avg_sq_scale"][index], 255, 4)
+            _MEANS.encode(means[index], (moments["exp_avg"][index], moments["exp_avg_scale"][index]))
+            _SQUARES.encode(squares[index], (moments["exp_avg_sq"][index], moments["exp_avg_sq_scale"][index]))
 
 
-def _blocks_of(values: torch.Tensor) -> torch.Tensor:
-    """[blocks, 256], filled up with zeros."""
-    return torch.nn.functional.pad(values, (0, -len(values) % _SHARED)).view(-1, _SHARED)
-
-
-def _coarse(levels: torch.Tensor, scale: torch.Tensor, most: int, power: int) -> torch.Tensor:
-    """What the levels stand for: `scale * (level / most) ** power`, with the level's sign."""
-    share = _blocks_of(levels.float()).div_(most)
-    return (share.sign() * share.abs().pow_(power) * scale[:, None]).view(-1)[: len(levels)].contiguous()
-
-
-def _keep(values: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor, most: int, power: int) -> None:
-    """The nearest levels; nothing but zero becomes zero, since second moments are divided by."""
-    blocks = _blocks_of(values)
-    scale.copy_(blocks.abs().amax(1))
-    share = blocks.div(scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
-    found = share.abs().pow_(1 / power).mul_(most).round_().clamp_(1, most).mul_(share.sign())
-    levels.copy_(found.view(-1)[: len(levels)])
+def _decoded(codec: Codec, levels: Sequence[torch.Tensor], scales: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [codec.decode(parts, len(parts[0])).view(-1) for parts in zip(levels, scales, strict=True)]
 
 
 class Sgd:
