@@ -1,0 +1,4 @@
+"""Adapters: peft's, on a streamed model.
+
+peft  added, saved, loaded, folded into the weights
+"""

@@ -1,0 +1,6 @@
+"""`offload finetune`: recipe, data, loop.
+
+recipe  what is trained, and how long
+data    examples, packed and batched
+loop    steps, evaluations, checkpoints
+"""

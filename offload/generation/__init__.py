@@ -1,0 +1,4 @@
+"""`offload generate`: text from prompts.
+
+text  prompts in batches, completions
+"""

@@ -1,1 +1,16 @@
-"""What happened: collected, printed, saved."""
+"""What happened: plain data, and its pictures. Imports nothing above the scheduler.
+
+report      Report
+facts       tiers, links, phases
+experts     what became of experts
+training    what was trained
+kv          the KV cache in sentences
+comparison  predicted beside measured
+schema      the version of the keys, older ones renamed
+text        a table for a terminal
+html        a page
+live        a view while it runs
+perfetto    a trace for ui.perfetto.dev
+record      report and trace together
+write       to a file
+"""

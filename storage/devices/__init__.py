@@ -1,0 +1,6 @@
+"""What computes, and copies to it.
+
+base  the protocol
+cpu   the CPU: its memory is the host's
+cuda  a CUDA card: streams, events, page locks
+"""

@@ -1,1 +1,6 @@
-"""Ways to read a file into memory."""
+"""What reads files.
+
+base   the protocol
+posix  preadv on O_DIRECT
+gds    kvikio, GPUDirect Storage
+"""

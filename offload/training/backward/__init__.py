@@ -1,0 +1,9 @@
+"""Backward through streamed blocks.
+
+recompute           a layer computed again
+saved_tensors       a layer that is not: what autograd saved of it
+module_wrapper      onloads a unit whose backward is to come
+activation_offload  layer inputs in CPU memory or on NVMe
+gradients           gradients in CPU memory
+chunked_loss        the loss some tokens at a time
+"""
