@@ -1,21 +1,22 @@
 """Bytes and their movement between tiers. Knows nothing of models.
 
-blocks       names, sizes, tiers, ranges of files
-errors       all errors
-ledger       who holds how much of a tier
-arrival      bytes on their way
-transfer     one queue a link
-read_plan    scattered tensors -> aligned places in a slot
-reader       whole units, O_DIRECT
-staging      disk -> page-locked ring -> device
-host_buffer  page-aligned CPU memory
-checkpoint   safetensors headers
-fingerprint  tells one content of a file from another
-block_file   converted and spilled weights
-state_file   optimizer state
-whole_file   files that are whole, or not there
-devices      what computes
-pages        pages on three tiers
-io_engines   what reads files
-codecs       numbers in fewer bytes
+blocks        names, sizes, tiers, ranges of files
+errors        all errors
+ledger        who holds how much of a tier
+arrival       bytes on their way
+transfer      one queue a link
+read_plan     scattered tensors -> aligned places in a slot
+reader        whole units, O_DIRECT
+staging       disk -> page-locked ring -> device
+staging_ring  buffers that bytes pass through
+host_buffer   page-aligned CPU memory
+checkpoint    safetensors headers
+fingerprint   tells one content of a file from another
+block_file    converted and spilled weights
+state_file    optimizer state
+whole_file    files that are whole, or not there
+devices       what computes
+pages         pages on three tiers
+io_engines    what reads files
+codecs        numbers in fewer bytes
 """

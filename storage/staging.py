@@ -13,6 +13,7 @@ from offload.storage.devices.base import Device, Event
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.read_plan import ReadPlan
 from offload.storage.reader import DiskReader
+from offload.storage.staging_ring import StagingRing
 from offload.storage.transfer import Transfer
 
 
@@ -73,9 +74,7 @@ class StagedReader:
     def __init__(self, reader: DiskReader, device: Device, buffers: Sequence[HostBuffer]) -> None:
         self.reader = reader
         self.device = device
-        self._free: queue.Queue[tuple[HostBuffer, Event | None]] = queue.Queue()
-        for buffer in buffers:
-            self._free.put((buffer, None))
+        self._ring = StagingRing.of(buffers)
         self._requested: queue.Queue[StagedTransfer | None] = queue.Queue()
         self._thread = threading.Thread(target=self._feed, name="offload-staging", daemon=True)
         self._thread.start()
@@ -97,7 +96,8 @@ class StagedReader:
             if transfer.cancelled:
                 transfer.issued.set()
                 continue
-            buffer, last_copy = self._free.get()
+            buffer = self._ring.wait_take(transfer.read_plan.slot_bytes)
+            last_copy = self._ring.after(buffer)
             if last_copy is not None:
                 # The device may still be copying out of this buffer.
                 last_copy.synchronize()
@@ -115,5 +115,5 @@ class StagedReader:
 
     def _read_over(self, transfer: StagedTransfer, buffer: HostBuffer, read: Transfer) -> None:
         transfer.error = read.error
-        self._free.put((buffer, transfer.copied))
+        self._ring.give(buffer, transfer.copied)
         transfer.issued.set()

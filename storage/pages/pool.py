@@ -20,6 +20,7 @@ from offload.storage.errors import BudgetExceeded, OffloadError, ReadError, gib
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.pages.file import PageFile
 from offload.storage.pages.slots import PageSlots
+from offload.storage.staging_ring import StagingRing
 from offload.storage.transfer import Link, Transfer
 
 STAGING_PAGES = 4
@@ -108,9 +109,8 @@ class PagePool:
         self.device = device
         self.page_bytes = page_bytes
         self.slots = PageSlots(device.allocate, page_bytes, device_pages)
-        staging = 0 if device.shares_host_memory else STAGING_PAGES
         self.host = PageSlots(self._locked_memory, page_bytes, host_pages)
-        self._staging = PageSlots(self._locked_memory, page_bytes, staging)
+        self._staging = StagingRing(self._locked_memory, device.unlock_pages, STAGING_PAGES)
         self.unlocked_bytes = 0
         """Bytes of CPU memory that could not be page-locked."""
         self.onloaded_bytes = 0
@@ -237,9 +237,9 @@ class PagePool:
         for page in self._leaving:
             if page.leaving is not None:
                 page.leaving.cancel()
-        for slots in (self.host, self._staging):
-            for buffer in slots.close():
-                self.device.unlock_pages(buffer)
+        for buffer in self.host.close():
+            self.device.unlock_pages(buffer)
+        self._staging.close()
         self.slots.close()
         if self._file is not None:
             self._file.close()
@@ -282,16 +282,16 @@ class PagePool:
                 self._slots_leaving += 1
             transfer.when_over(lambda: self._left(slot))
         else:
-            staging = self._staging.wait_take()
+            staging = self._staging.wait_take(self.page_bytes)
             after = self._staging.after(staging)
             if after is not None:
                 after.synchronize()
-            copied = self.device.copy_out(self._staging.tensor(staging), source, "KV page")
+            copied = self.device.copy_out(staging.tensor[: self.page_bytes], source, "KV page")
             self.slots.give(slot, copied)
 
             def write() -> None:
                 copied.synchronize()
-                file.write(place, self._staging.memory(staging))
+                file.write(place, staging.memory[: self.page_bytes])
 
             transfer = self._writes.submit(self.page_bytes, [write], name="KV page")
             transfer.when_over(lambda: self._staging.give(staging))
@@ -311,15 +311,15 @@ class PagePool:
             memory = self.slots.memory(slot)
             fetch.read = self._reads.submit(self.page_bytes, [lambda: file.read(place, memory)], name="KV page")
             return
-        staging = self._staging.wait_take()
+        staging = self._staging.wait_take(self.page_bytes)
         last = self._staging.after(staging)
 
         def read() -> None:
             if last is not None:
                 # The device may still be copying out of it.
                 last.synchronize()
-            file.read(place, self._staging.memory(staging))
-            fetch.copied = self.device.copy_in(target, self._staging.tensor(staging), after, "KV page")
+            file.read(place, staging.memory[: self.page_bytes])
+            fetch.copied = self.device.copy_in(target, staging.tensor[: self.page_bytes], after, "KV page")
 
         fetch.read = self._reads.submit(self.page_bytes, [read], name="KV page")
         fetch.read.when_over(lambda: self._staging.give(staging, fetch.copied))

@@ -15,6 +15,7 @@ import torch
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
 from offload.storage.devices.base import Device, Event
 from offload.storage.host_buffer import HostBuffer
+from offload.storage.staging_ring import StagingRing
 from offload.storage.state_file import StateFile
 from offload.storage.transfer import Link, Transfer
 
@@ -39,12 +40,19 @@ class OffloadedTensor(Protocol):
 
 
 class ActivationStore:
-    """Puts tensors by; one that it was given before is not kept again."""
+    """Offloads tensors; one that it was given before is not offloaded again.
 
-    _buffers: "_Buffers"
+    Args:
+        charge: called with bytes of CPU memory that are held, and with those given back (negative).
+    """
 
-    def __init__(self, device: Device) -> None:
+    _buffers: StagingRing
+
+    def __init__(self, device: Device, charge: Callable[[int], None]) -> None:
+        self.pageable = False
+        """Its memory could not be page-locked."""
         self._device = device
+        self._charge = charge
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[OffloadedTensor]]] = {}
 
     def takes(self, value: object) -> bool:
@@ -70,57 +78,19 @@ class ActivationStore:
         self._known[id(tensor)] = weakref.ref(tensor), weakref.ref(kept)
         return kept
 
-    @property
-    def pageable(self) -> bool:
-        """Its memory could not be page-locked."""
-        return self._buffers.pageable
-
     def close(self) -> None:
         """Give memory and files back."""
 
     def _offload(self, tensor: torch.Tensor) -> OffloadedTensor:
         raise NotImplementedError
 
-
-class _Buffers:
-    """Host memory that is used again; exact sizes do not matter, but no more than `limit` buffers are made (0: any number)."""
-
-    def __init__(self, device: Device, charge: Callable[[int], None], limit: int) -> None:
-        self._device, self._charge, self._limit = device, charge, limit
-        self.pageable = False
-        """They could not be page-locked."""
-        self._free: list[HostBuffer] = []
-        self._made: list[HostBuffer] = []
-        self._lock = threading.Lock()
-
-    def take(self, nbytes: int) -> HostBuffer | None:
-        """The smallest free one that is large enough; None if no more may be made."""
-        with self._lock:
-            large = [buffer for buffer in self._free if buffer.nbytes >= nbytes]
-            fitting = min(large, key=lambda buffer: buffer.nbytes, default=None)
-            if fitting is not None:
-                self._free.remove(fitting)
-                return fitting
-            if self._limit and len(self._made) >= self._limit:
-                if not self._free:
-                    return None
-                self._discard(self._free.pop())
-            self._charge(align_up(nbytes, BLOCK_ALIGNMENT_BYTES))
-            buffer = HostBuffer(nbytes)
-            self.pageable = not self._device.lock_pages(buffer) and not self._device.shares_host_memory
-            self._made.append(buffer)
-            return buffer
-
-    def give_back(self, buffer: HostBuffer) -> None:
-        with self._lock:
-            self._free.append(buffer)
-
-    def close(self) -> None:
-        while self._made:
-            self._discard(self._made[-1])
+    def _locked_buffer(self, nbytes: int) -> HostBuffer:
+        self._charge(align_up(nbytes, BLOCK_ALIGNMENT_BYTES))
+        buffer = HostBuffer(nbytes)
+        self.pageable = not self._device.lock_pages(buffer) and not self._device.shares_host_memory
+        return buffer
 
     def _discard(self, buffer: HostBuffer) -> None:
-        self._made.remove(buffer)
         self._device.unlock_pages(buffer)
         self._charge(-buffer.nbytes)
 
@@ -137,8 +107,8 @@ class CpuActivations(ActivationStore):
     """
 
     def __init__(self, device: Device, charge: Callable[[int], None]) -> None:
-        super().__init__(device)
-        self._buffers = _Buffers(device, charge, 0)
+        super().__init__(device, charge)
+        self._buffers = StagingRing(self._locked_buffer, self._discard)
         self._leaving: deque[tuple[torch.Tensor, Event]] = deque()
         """On their way out: their memory must not be used for anything else."""
 
@@ -158,7 +128,7 @@ class CpuActivations(ActivationStore):
 
 
 class _InHost:
-    def __init__(self, device: Device, buffers: _Buffers, buffer: HostBuffer, tensor: torch.Tensor, left: Event) -> None:
+    def __init__(self, device: Device, buffers: StagingRing, buffer: HostBuffer, tensor: torch.Tensor, left: Event) -> None:
         self._device = device
         self._values = _as(buffer, tensor)
         self._source = weakref.ref(tensor)
@@ -190,10 +160,10 @@ class _InHost:
         return target, event
 
 
-def _release(buffers: _Buffers, buffer: HostBuffer, last_use: list[Event]) -> None:
+def _release(buffers: StagingRing, buffer: HostBuffer, last_use: list[Event]) -> None:
     # A copy from it may still be under way on the device.
     last_use[0].synchronize()
-    buffers.give_back(buffer)
+    buffers.give(buffer)
 
 
 class NvmeActivations(ActivationStore):
@@ -206,10 +176,10 @@ class NvmeActivations(ActivationStore):
     """
 
     def __init__(self, device: Device, folder: str, reads: Link, writes: Link, charge: Callable[[int], None]) -> None:
-        super().__init__(device)
+        super().__init__(device, charge)
         self._folder = folder
         self._reads, self._writes = reads, writes
-        self._buffers = _Buffers(device, charge, INPUT_BUFFERS)
+        self._buffers = StagingRing(self._locked_buffer, self._discard, INPUT_BUFFERS)
         self._file: StateFile | None = None
         self._end = 0
         self._free: dict[int, list[int]] = {}
@@ -286,7 +256,7 @@ class _OnDisk:
 
         def forget() -> None:
             with lock:
-                buffers.give_back(outgoing.pop())
+                buffers.give(outgoing.pop())
 
         return forget
 
@@ -321,7 +291,7 @@ class _OnDisk:
             transfer.wait()
             return self._copied(buffer)
         finally:
-            self._store._buffers.give_back(buffer)
+            self._store._buffers.give(buffer)
 
     def _start(self, wait: bool) -> tuple[HostBuffer, Transfer] | None:
         store = self._store
@@ -344,4 +314,4 @@ class _OnDisk:
         if self._coming is not None:
             buffer, transfer = self._coming
             transfer.cancel()
-            self._store._buffers.give_back(buffer)
+            self._store._buffers.give(buffer)

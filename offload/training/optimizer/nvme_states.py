@@ -2,7 +2,6 @@
 stepped there, and written behind, into the file that the step writes: beside the one that a checkpoint names, which is never
 written to."""
 
-import queue
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from offload.scheduler.sub_groups import StateLayout, SubGroup
 from offload.storage.blocks import BlockKey
 from offload.storage.errors import SessionError
 from offload.storage.host_buffer import HostBuffer
+from offload.storage.staging_ring import StagingRing
 from offload.storage.state_file import StateFile
 from offload.storage.transfer import Link, Transfer
 from offload.training.optimizer.states import StateGroup, StateSnapshot, Weights, read_weights, views
@@ -59,7 +59,7 @@ class NvmeStates:
     _released: list[StateFile] = field(default_factory=list)
     """No checkpoint needs them any more; the present weights and states may still be in them."""
     _target: StateFile | None = None
-    _buffers: "queue.SimpleQueue[HostBuffer]" = field(default_factory=queue.SimpleQueue)
+    _buffers: StagingRing = field(init=False)
     _ahead: dict[SubGroup, _Ahead] = field(default_factory=dict)
     _pending: list[_Pending] = field(default_factory=list)
     _coming: deque[SubGroup] = field(default_factory=deque)
@@ -69,8 +69,7 @@ class NvmeStates:
         self._last_of = {group.block: group for group in self.layout.groups}
         self.nbytes = BUFFER_COUNT * self.layout.largest_bytes
         self.charge(self.nbytes)
-        for _ in range(BUFFER_COUNT):
-            self._buffers.put(HostBuffer(self.layout.largest_bytes))
+        self._buffers = StagingRing.of([HostBuffer(self.layout.largest_bytes) for _ in range(BUFFER_COUNT)])
 
     def begin(self) -> None:
         if self._target is None:
@@ -81,7 +80,7 @@ class NvmeStates:
     def take(self, group: SubGroup) -> StateGroup:
         while group not in self._ahead:
             # One comes back when its write is over.
-            self._start_next(self._buffers.get())
+            self._start_next(self._buffers.wait_take(self.layout.largest_bytes))
         ahead = self._ahead.pop(group)
         if ahead.transfer is not None:
             ahead.transfer.wait()
@@ -116,7 +115,7 @@ class NvmeStates:
         ]
         nbytes = group.weights.nbytes + group.states.nbytes
         transfer = self.writes.submit(nbytes, parts, name=f"{group.block} states")
-        transfer.when_over(lambda: self._buffers.put(buffer))
+        transfer.when_over(lambda: self._buffers.give(buffer))
         self._pending.append(_Pending(group.block, self._last_of[group.block] is group, transfer))
         self._read_ahead()
 
@@ -155,11 +154,11 @@ class NvmeStates:
 
     def restore(self, file: StateFile) -> StateSnapshot:
         self._frozen.append(file)
-        staging = self._buffers.get()
+        staging = self._buffers.wait_take(self.layout.largest_bytes)
         for group in self.layout.groups:
             read_weights(file, group, staging, self.weights)
             self.written[group.block] = file
-        self._buffers.put(staging)
+        self._buffers.give(staging)
         for block in self.written:
             self.weights.moved(block, file)
         return _Written(file, self)
@@ -188,9 +187,8 @@ class NvmeStates:
 
     def _read_ahead(self) -> None:
         while self._coming:
-            try:
-                buffer = self._buffers.get_nowait()
-            except queue.Empty:
+            buffer = self._buffers.take(self.layout.largest_bytes)
+            if buffer is None:
                 return
             self._start_next(buffer)
 
