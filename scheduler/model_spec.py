@@ -154,7 +154,7 @@ class ModelSpec:
 
     Attributes:
         blocks: in the order in which the model runs them, as far as its structure tells.
-        windows: the sets of blocks that are in use at the same moment.
+        co_resident_blocks: the sets of blocks that are in use at the same moment.
         pinned_bytes: buffers, and parameters that no block holds; they always stay on the device.
         kv_bytes_per_token: of one sequence, in the layers that keep all tokens; 0 if the model keeps no KV cache or its config
             does not tell.
@@ -222,7 +222,7 @@ class Workload:
 
     def kv_bytes(self, model: ModelSpec) -> int:
         """On the device."""
-        # What a window keeps of a prompt is a part of a tensor that goes with the next pass.
+        # What a sliding window keeps of a prompt is a part of a tensor that goes with the next pass.
         sliding = sum(
             min(self.total_tokens, tokens + self.tokens_at_once) * token_bytes
             for tokens, token_bytes in model.kv_sliding_windows

@@ -19,7 +19,7 @@ class PhaseTimes:
         batch_size, pass_tokens: the shape of the first prompt, all its chunks together.
         context_tokens: summed over the passes: positions that the KV cache held.
         first_seconds: of the first pass; in prefill, of the first prompt.
-        compute_seconds: inside windows, after the waiting.
+        compute_seconds: inside modules, after the waiting.
         overhead_seconds: the runtime's: asking for blocks, binding and releasing them.
         wait_seconds: for blocks that had not arrived, by link.
     """

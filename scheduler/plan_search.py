@@ -269,7 +269,7 @@ def _memory(
 
 
 def _layers_apart(model: ModelSpec) -> list[PlacedBlock]:
-    """The layers that share no window with another block."""
+    """The layers that are needed together with no other block."""
     shared = {key for module in model.co_resident_blocks if len(module) > 1 for key in module}
     return [block for block in model.layers if block.key not in shared]
 

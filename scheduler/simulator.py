@@ -85,7 +85,7 @@ class Simulation:
         return self.now - begun
 
     def _compute_between(self, work: PassWork) -> None:
-        """The model's code outside of the windows: masks, positions. Most of it comes before the first one."""
+        """The model's code outside of the modules: masks, positions. Most of it comes before the first one."""
         span = self._cost.module(work.between)
         begin = max(self._device_free, self.now)
         self.now += span.submit_seconds

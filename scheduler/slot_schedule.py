@@ -1,6 +1,6 @@
 """Which block is loaded into which slots, and when: events in, instructions out.
 
-The executor and a simulator feed this the same events (a window opens, a window closes) and carry out the same
+The executor and a simulator feed this the same events (a module opens, a module closes) and carry out the same
 instructions. Nothing here waits or copies.
 """
 

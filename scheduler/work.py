@@ -1,4 +1,4 @@
-"""What one pass of a model does, window by window: counted, not guessed from formulas of architectures."""
+"""What one pass of a model does, module by module: counted, not guessed from formulas of architectures."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -77,8 +77,8 @@ class PassWork:
         phase: `prefill` or `decode`.
         batch_size: sequences.
         tokens: of each sequence in this pass.
-        windows: in the order in which they were called.
-        between: what is computed outside of all windows.
+        modules: in the order in which they were called.
+        between: what is computed outside of all modules.
         temporary_bytes: the most that is held at once beside weights and KV cache.
         between_bytes: of that, what lies between the layers.
         context_tokens: of each sequence, what the KV cache holds before it, where that is known.
@@ -117,7 +117,7 @@ class PassWork:
         return replace(self, tokens=tokens, modules=modules, between=self.between.of_tokens(share))
 
     def in_micro_batches(self, parts: int, keys: frozenset[BlockKey]) -> "PassWork":
-        """The same, with the batch taken apart inside the windows of `keys`."""
+        """The same, with the batch split inside the modules of `keys`."""
         if parts == 1:
             return self
         modules = (

@@ -1,4 +1,4 @@
-"""Blocks from disk into host memory: the landing recipe, run by the disk link's threads."""
+"""Blocks from disk into host memory: a read plan, run by the disk link's threads."""
 
 import ctypes
 import os
@@ -53,7 +53,7 @@ class DiskReader:
         then: Callable[[], None] | None = None,
         name: str = "",
     ) -> Transfer:
-        """Start filling `memory`, which starts at a multiple of the engine's unit and holds `landing.slot_bytes`.
+        """Start filling `memory`, which starts at a multiple of the engine's unit and holds `read_plan.slot_bytes`.
 
         Args:
             then: runs in a link thread when the tensors are in place.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from offload.kv.state_offload import bring_back
+from offload.kv.state_offload import onload_state
 from offload.kv.transformers_cache import PagedCacheLayer
 from offload.storage.block_file import BlockFile, BlockFileWriter, check_folder, key_of, path_of
 from offload.storage.errors import CorruptCheckpoint, DiskFull, ReadError
@@ -148,8 +148,8 @@ def _state_of(layer: Any, start: int, end: int) -> Parts:
         assert layer.keys is not None
         assert layer.values is not None
         return {"keys": layer.keys[:, :, start:end], "values": layer.values[:, :, start:end]}
-    bring_back(layer)
-    own = {name: value for name, value in vars(layer).items() if not name.startswith("_shelf")}
+    onload_state(layer)
+    own = {name: value for name, value in vars(layer).items() if not name.startswith("_state_offloader")}
     return dict(_tensors(own, ""))
 
 

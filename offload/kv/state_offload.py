@@ -34,14 +34,14 @@ class StateOffloader:
         made: dict[str, Any] = {name: _turned(name) for name in _UPDATES if hasattr(kind, name)}
         made |= {"__getattr__": _missing, "__del__": _gone, "__deepcopy__": _uncopied}
         # Not a kind of its own to transformers, which notes the kinds of layers.
-        layer.__class__ = type(f"Shelved{kind.__name__}", (kind,), made | {"_layer_type": None})
-        layer.__dict__["_shelf"] = self
+        layer.__class__ = type(f"Offloaded{kind.__name__}", (kind,), made | {"_layer_type": None})
+        layer.__dict__["_state_offloader"] = self
 
     def close(self) -> None:
         """Nothing is added to an open page any more: states have pages of their own."""
 
     def on_layer_start(self, layer: Any) -> None:
-        """This layer computes: the one before is put away."""
+        """This layer computes: the one before is offloaded."""
         before, self._last = self._last, layer
         if before is not None and before is not layer and self._store.is_open:
             self.offload(before)
@@ -56,11 +56,11 @@ class StateOffloader:
         kinds = [(name, key, torch.empty_like(tensor, device="meta")) for name, key, tensor in states]
         self._away[id(layer)] = pages, kinds
         for name in dict.fromkeys(name for name, _, _ in states):
-            layer.__dict__.setdefault("_put_away", {})[name] = layer.__dict__.pop(name)
-            if isinstance(held := layer.__dict__["_put_away"][name], dict):
+            layer.__dict__.setdefault("_offloaded_state", {})[name] = layer.__dict__.pop(name)
+            if isinstance(held := layer.__dict__["_offloaded_state"][name], dict):
                 held.update({key: None for other, key, _ in kinds if other == name})
             else:
-                layer.__dict__["_put_away"][name] = None
+                layer.__dict__["_offloaded_state"][name] = None
 
     def onload(self, layer: Any) -> None:
         """All of it; nothing happens if it is there."""
@@ -70,7 +70,7 @@ class StateOffloader:
         device = self._store.raw.device.torch_device
         with torch.no_grad():
             whole = torch.cat([self._store.give_back(page) for page in pages])
-        held, place = layer.__dict__.pop("_put_away"), 0
+        held, place = layer.__dict__.pop("_offloaded_state"), 0
         layer.__dict__.update(held)
         for name, key, kind in kinds:
             nbytes = kind.numel() * kind.element_size()
@@ -91,21 +91,21 @@ class StateOffloader:
                 self._store.give_back(page, wanted=False)
 
 
-def bring_back(layer: Any) -> None:
+def onload_state(layer: Any) -> None:
     """The state of a layer is there, wherever it was."""
-    if "_shelf" in vars(layer):
+    if "_state_offloader" in vars(layer):
         layer._state_offloader.onload(layer)
 
 
 def _missing(self: Any, name: str) -> Any:
-    if name in self.__dict__.get("_put_away", ()):
-        bring_back(self)
+    if name in self.__dict__.get("_offloaded_state", ()):
+        onload_state(self)
         return self.__dict__[name]
     raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
 def _gone(self: Any) -> None:
-    if "_shelf" in vars(self):
+    if "_state_offloader" in vars(self):
         self._state_offloader.forget(self)
 
 
@@ -117,7 +117,7 @@ def _turned(name: str) -> Any:
     """A method of the layer's own class, whose call is the layer's turn."""
 
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state_offloader = self.__dict__["_shelf"]
+        state_offloader = self.__dict__["_state_offloader"]
         state_offloader.onload(self)
         state_offloader.on_layer_start(self)
         return getattr(super(type(self), self), name)(*args, **kwargs)
@@ -130,7 +130,7 @@ def _states(layer: Any) -> Any:
     for name, value in vars(layer).items():
         if isinstance(value, torch.Tensor) and value.numel() > 1:
             yield name, None, value
-        elif isinstance(value, dict) and name != "_put_away":
+        elif isinstance(value, dict) and name != "_offloaded_state":
             for key, item in value.items():
                 if isinstance(item, torch.Tensor):
                     yield name, key, item

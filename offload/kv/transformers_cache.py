@@ -120,7 +120,7 @@ class PagedLayers:
     Args:
         policy: makes what one layer remembers of the policy.
         in_segments: as of `PagedCacheLayer`.
-        shelf: for the state of layers of other kinds; None where it stays on the device.
+        state_offloader: for the state of layers of other kinds; None where it stays on the device.
     """
 
     def __init__(

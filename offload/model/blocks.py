@@ -31,7 +31,7 @@ class HasParameters(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Unit:
-    """A module whose call is a window: while it runs, its parameters are on the device.
+    """A module that is onloaded: while it runs, its parameters are on the device.
 
     Attributes:
         key: the module's path in the model; also the key of the block that it owns.
@@ -59,7 +59,7 @@ class Structure:
 
     Attributes:
         units: in the order of the model's definition.
-        pinned: parameters of modules that contain blocks or units; they always stay on the device.
+        always_resident: parameters of modules that contain blocks or units; they always stay on the device.
         by_leaf: True if there is no repeated list, so that single leaf modules are streamed.
     """
 
@@ -134,7 +134,7 @@ def _mark_tables(units: list[Unit]) -> None:
 def _modules_to_call(
     module: nn.Module, path: str, by_submodule: frozenset[BlockKey]
 ) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
-    """The modules whose calls are windows, below an ancestor of blocks."""
+    """The modules that are onloaded, below an ancestor of blocks."""
     repeated = _is_repeated_list(module)
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name

@@ -23,7 +23,7 @@ _MOST_PIECES = 8
 _Run = tuple[int, int, int]
 """Bytes of one source tensor: which, from where, how many."""
 
-_Recipe = dict[str, list[_Run]]
+_ByteRuns = dict[str, list[_Run]]
 """The runs of each parameter, in the order in which they follow one another."""
 
 Convert = Callable[[Any], dict[str, Any]]
@@ -54,7 +54,7 @@ class SingleExperts:
         count = self._count(layer_name)
         assert count is not None
         first = self._sources(mapping, count, 0)
-        recipe = self._recipe(mapping, first, convert)
+        recipe = self._byte_runs(mapping, first, convert)
         if recipe is None:
             return None
         found: dict[str, list[list[FileRange]]] = {name: [] for name in recipe}
@@ -122,7 +122,7 @@ class SingleExperts:
             mapping.collected_tensors = kept
         return {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
 
-    def _recipe(self, mapping: Any, sources: dict[str, list[torch.Tensor]], convert: Convert) -> _Recipe | None:
+    def _byte_runs(self, mapping: Any, sources: dict[str, list[torch.Tensor]], convert: Convert) -> _ByteRuns | None:
         """Find the runs of bytes of one expert, for each parameter. None if it is not so simple.
 
         Found by converting numbers that tell where they come from; layers that are alike share it.

@@ -85,10 +85,10 @@ def _untouched(address: int, nbytes: int) -> bool:
 
 @dataclass(slots=True, eq=False)
 class ParameterHome:
-    """A parameter, and the CPU tensor that holds its values outside of its windows.
+    """A parameter, and the CPU tensor that holds its values while it is not on the device.
 
     Attributes:
-        tensor: a real tensor of the parameter's shape; `parameter.data` whenever no window is open, unless the
+        tensor: a real tensor of the parameter's shape; `parameter.data` whenever it is not onloaded, unless the
             only copy is on the device: then it is that copy.
         original: what `parameter.data` becomes when the session ends; None if those bytes were given up, and the
             values are copied into new memory then.
@@ -126,7 +126,7 @@ class ParameterHome:
         self.version = self.parameter._version
 
     def notice_changes(self) -> None:
-        """See what the user did to the parameter since the last window: written in place, or given other data.
+        """See what the user did to the parameter since it was last onloaded: written in place, or given other data.
 
         Raises:
             SessionError: if it has another dtype or shape by now.
@@ -154,13 +154,13 @@ class ParameterHome:
         self.modified, self.version = False, self.parameter._version
 
     def bind(self, view: torch.Tensor) -> None:
-        """A window opens: the parameter is in the slot now."""
+        """Point the parameter into the slot."""
         if self.modified:
             view.copy_(self.device_part)
         self.parameter.data = view
 
     def unbind(self) -> None:
-        """A window closes; what the window wrote to the parameter is kept."""
+        """Point the parameter to its home again; what was written to it in the slot is kept."""
         if self.parameter._version != self.version:
             self.version = self.parameter._version
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The windows of experts: which are needed is known when the router has spoken; they are brought, computed with, and kept."""
+"""Experts while they compute: which are needed is known when the router has spoken; they are loaded, used, and cached."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -114,7 +114,7 @@ class KvSizes:
 
     Attributes:
         token_bytes: keys and values of one token, in all layers that keep every token.
-        windows: (tokens, bytes a token) of the layers that keep so many tokens at most.
+        sliding_windows: (tokens, bytes a token) of the layers that keep so many tokens at most.
         shape: of the layers that keep every token in transformers' plain way, which pages can take the place of.
     """
 

@@ -1,4 +1,4 @@
-"""A pass of the model without values: what each window computes, and how much memory is held at most.
+"""A pass of the model without values: what each module computes, and how much memory is held at most.
 
 Runs the model's own code on torch's meta device, so that no formula of an architecture is needed.
 """

@@ -8,7 +8,7 @@ _OPERATIONS = 80
 
 
 def estimated_pass(spec: ModelSpec, phase: str, batch_size: int, tokens: int) -> PassWork:
-    """Every window once, two FLOPs a weight and row; attention is not counted."""
+    """Every module once, two FLOPs a weight and row; attention is not counted."""
     blocks = {block.key: block for block in spec.blocks}
     modules = tuple(
         ModuleWork(keys[0], keys, _work([blocks[key] for key in keys], batch_size * tokens))

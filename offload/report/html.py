@@ -56,7 +56,7 @@ th { font-weight: 600; color: var(--faint); font-size: 13px; } td.n, th.n { text
 """
 
 
-def as_page(record: Record) -> str:
+def as_html(record: Record) -> str:
     """The whole page."""
     report = record.report
     title = f"{report['model']} on {report['device']}"

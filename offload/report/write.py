@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from offload.report.html import as_page
+from offload.report.html import as_html
 from offload.report.record import Record
 
 _SPANS_KEPT = 20_000
@@ -13,7 +13,7 @@ _SPANS_KEPT = 20_000
 def write_record(record: Record, path: str) -> None:
     """As a page if the name ends in .html, else as JSON."""
     if path.endswith((".html", ".htm")):
-        Path(path).write_text(as_page(record))
+        Path(path).write_text(as_html(record))
         return
     trace = record.trace.to_dict()
     trace["dropped_spans"] += max(0, len(trace["spans"]) - _SPANS_KEPT)

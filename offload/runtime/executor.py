@@ -18,9 +18,9 @@ from offload.storage.errors import SessionError
 
 
 class LayerExecutor:
-    """Carries out what the schedule decides, window by window.
+    """Carries out what the schedule decides, module by module.
 
-    A window is opened by the thread that computes, used, and closed by it; the loads run elsewhere. One thread at a
+    Blocks are opened by the thread that computes, used, and closed by it; the loads run elsewhere. One thread at a
     time: a second one waits in `lock`.
 
     Args:
@@ -56,7 +56,7 @@ class LayerExecutor:
         return self._device.torch_device
 
     def arrange(self, slot_bytes: int, slot_count: int, blocks: Sequence[StreamedBlock]) -> None:
-        """Take new slots for these blocks, and give the old ones back first. No window may be open.
+        """Take new slots for these blocks, and give the old ones back first. No block may be open.
 
         Args:
             slot_bytes: size of one slot.
@@ -78,7 +78,7 @@ class LayerExecutor:
         return None if self._arena is None else self._arena.tensor
 
     def lend(self, nbytes: int) -> memoryview | None:
-        """Host memory of `nbytes` until the next window opens: that of the slots, which are empty then.
+        """Host memory of `nbytes` until the next block is opened: that of the slots, which are empty then.
 
         None where the slots are on a device of their own, or smaller.
         """
@@ -93,7 +93,7 @@ class LayerExecutor:
         """The blocks `keys` are needed: returns when compute may be submitted that uses them.
 
         Raises:
-            ReadError: if the disk failed; no window is open then.
+            ReadError: if the disk failed; no block is open then.
         """
         held = [key for key in keys if key in self.blocks]
         if not held:
@@ -150,7 +150,7 @@ class LayerExecutor:
         self._device.synchronize()
 
     def close_all(self) -> None:
-        """Close windows that an exception or an interrupt left open, and settle."""
+        """Close blocks that an exception or an interrupt left open, and settle."""
         for key in self.blocks:
             while self._schedule.is_open(key):
                 self._leave([key])

@@ -17,7 +17,7 @@ class HybridLinear:
     """One linear module of a divided layer.
 
     Args:
-        module: its weight is the device's rows while the layer's window is open.
+        module: its weight is the device's rows while the layer is onloaded.
         weight, bias: their homes in CPU memory, whole; no bias, no home.
     """
 

@@ -1,4 +1,4 @@
-"""Windows: a module's parameters are on the device while its `forward` runs.
+"""Onload scopes: a module's parameters are on the device while its `forward` runs.
 
 `forward` is wrapped on the instance, with try and finally, and not hooked: a post-hook does not run after Ctrl-C, nor
 when activation checkpointing stops a recomputation early, and the slot would stay taken.
@@ -51,7 +51,7 @@ class ForwardWrap:
 
 
 class _Wrapped:
-    """A forward with a window around it, which looks like the one it wraps (signature, name) but is never copied."""
+    """A forward in an onload scope, which looks like the one it wraps (signature, name) but is never copied."""
 
     _torchdynamo_disable = True
 
@@ -73,7 +73,7 @@ class _Wrapped:
 
 
 class OnloadedModule:
-    """The window of one unit: open while its module computes."""
+    """The onload scope of one unit: open while its module computes."""
 
     trains = False
     """Backward passes through it."""
@@ -128,7 +128,7 @@ class OnloadedModule:
             return forward(*args, **kwargs)
 
     def _own(self, output: Any) -> Any:
-        """What a window returns must not lie in its slot, which is about to hold other values."""
+        """What a module returns must not lie in its slot, which is about to hold other values."""
         if isinstance(output, torch.Tensor):
             return output.clone() if self._executor.in_slots(output) else output
         if type(output) in (tuple, list):
@@ -142,7 +142,7 @@ class OnloadedModule:
 
 
 class CpuModule:
-    """The window of a unit that the CPU computes, from its home in CPU memory: what it works on crosses the link instead.
+    """The scope of a unit that the CPU computes, from its home in CPU memory: what it works on crosses the link instead.
 
     Its part of a KV cache stays in CPU memory, since it is made there.
     """
@@ -166,7 +166,7 @@ class CpuModule:
 
 
 class AroundParts:
-    """The call of a block whose sub-modules have the windows: what it computes around them is noted as its own."""
+    """The call of a block whose sub-modules are onloaded: what it computes around them is noted as its own."""
 
     def __init__(self, key: BlockKey, clock: PassClock) -> None:
         self._key = key
@@ -202,13 +202,13 @@ def _unpack(saved: Any) -> torch.Tensor:
 
 
 class ModuleWrappers:
-    """The windows of all units of a model, until undone.
+    """Wraps all units of a model, until undone.
 
     Args:
         around: the modules whose sub-modules are units.
         plan: says what the CPU computes, and how many sequences a layer computes at once.
         divided: products that the device and the CPU share, by block.
-        on_device: makes the window of a unit that the device computes.
+        on_device: makes the wrapper of a unit that the device computes.
         told: of what is slower than planned, and why.
     """
 

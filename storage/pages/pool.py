@@ -34,7 +34,7 @@ class Page:
     Attributes:
         place: its slot on the device or in CPU memory, or its place in the file.
         references: caches that hold it; the last one frees it.
-        pins: readers and writers at this moment; a pinned page stays where it is.
+        users: readers and writers at this moment; a page in use stays where it is.
     """
 
     pool: "PagePool"
@@ -142,7 +142,7 @@ class PagePool:
         return bool(self._slots_leaving or self.slots.free)
 
     def allocate(self) -> Page:
-        """A page in device memory, for compute to write; pinned.
+        """A page in device memory, for compute to write; in use.
 
         Raises:
             BudgetExceeded: if every slot is in use.

@@ -452,10 +452,10 @@ def test_the_state_of_other_layers_goes_down_too(name, monkeypatch):
                 assert torch.equal(session.model.generate(**given, **way), theirs)
             cache = session.kv_cache()
             session.model(input_ids=ids, past_key_values=cache)
-            away = [layer for layer in cache.layers if "_put_away" in vars(layer)]
+            away = [layer for layer in cache.layers if "_offloaded_state" in vars(layer)]
             assert away and session._kv.paged.written_bytes > 0
             # Whoever looks finds it.
-            found = getattr(away[0], next(iter(vars(away[0])["_put_away"])))
-            assert isinstance(found, (torch.Tensor, dict)) and "_put_away" not in vars(away[0])
+            found = getattr(away[0], next(iter(vars(away[0])["_offloaded_state"])))
+            assert isinstance(found, (torch.Tensor, dict)) and "_offloaded_state" not in vars(away[0])
             del cache, away, found
             assert sum(session._kv.paged.store._bytes.values()) == 0

@@ -220,7 +220,7 @@ def test_what_cannot_be_shared_is_told(name):
     options = {"device": "cpu", "cpu_memory": PLENTY, "batch_size": 4, "max_tokens": 100, "exactness": "rounding"}
     with offload(make(name), shared_prefix=70, **options) as session:
         assert not session.plan.kv.memory_bytes and not session.shares_prefixes
-        assert any("is computed and read for each" in sentence for sentence in session.report().fallbacks)
+        assert any("computed and read once per sequence" in sentence for sentence in session.report().fallbacks)
 
 
 def test_prompts_in_chunks_equal_a_plain_run_in_chunks():

@@ -1,4 +1,4 @@
-"""The window of a unit while a model is trained."""
+"""The onload scope of a unit while a model is trained."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

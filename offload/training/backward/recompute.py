@@ -149,7 +149,7 @@ class RecomputeFrame:
     Args:
         key, uses: of the unit, and of the blocks that hold its weights.
         module: whose parameters must be as they were.
-        forward: of the unit, without a window.
+        forward: of the unit, without its onload scope.
     """
 
     def __init__(

@@ -230,7 +230,7 @@ class StreamedTraining:
             self._coming.extend(self.layout.groups)
             self._late = {group.block for group in self.layout.groups}
             self._counted.clear()
-        # It has no window that would wait for it.
+        # No module waits for it when it is onloaded.
         self.ensure((OUTSIDE,))
 
     def _step_next(self) -> None:
