@@ -179,7 +179,7 @@ def trained(request: argparse.Namespace, session: Any, model: Any) -> dict[str, 
     estimate = session.estimate(1)
     parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
     report = session.report()
-    kinds = ("resident weights", "trained weights", "gradients", "optimizer states")
+    kinds = ("resident weights", "trained weights", "gradients", "optimizer state")
     held = sum(report.tiers["cpu"].at_peak_bytes.get(kind, 0) for kind in kinds)
     return {
         "step_seconds": seconds[WARM_UP:],

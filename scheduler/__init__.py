@@ -20,5 +20,6 @@ expert_policies  and which goes
 expert_cost      load a miss, or compute it on the CPU
 expert_replay    policies on recorded choices
 routing          recorded choices
+renamed          attributes that had another name
 sub_groups       how an optimizer's work is cut
 """

@@ -1,14 +1,15 @@
 """What was decided, frozen."""
 
 import json
-import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import ClassVar
 
 from offload.scheduler.kv_pages import PagedKv
 from offload.scheduler.model_spec import ModelSpec, PlacedBlock, Workload
 from offload.scheduler.plan_json import SCHEMA, SCHEMA_1, sections_from_json
 from offload.scheduler.plan_sections import BlockPlan, ExpertsPlan, KvPlan, SplitsPlan, WeightsPlan
+from offload.scheduler.renamed import Renamed
 from offload.storage.blocks import BlockKey
 from offload.storage.errors import PlanError, gib
 
@@ -35,27 +36,22 @@ DEVICE_ALONE = HostCompute()
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Renamed):
     """What lives where and how the rest moves.
 
     Attributes:
         activation_bytes: device memory kept free for activations.
     """
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        old: f"{section}.{new}" for section, names in SCHEMA_1.items() for old, new in names.items()
+    }
+
     weights: WeightsPlan
     experts: ExpertsPlan = field(default_factory=ExpertsPlan)
     kv: KvPlan = field(default_factory=KvPlan)
     splits: SplitsPlan = field(default_factory=SplitsPlan)
     activation_bytes: int = 0
-
-    def __getattr__(self, name: str) -> Any:
-        """Answer to the flat names of version 0.1, with a warning."""
-        for section, names in SCHEMA_1.items():
-            if name in names:
-                new = f"{section}.{names[name]}"
-                warnings.warn(f"Plan.{name} is deprecated: use Plan.{new}", DeprecationWarning, stacklevel=2)
-                return getattr(getattr(self, section), names[name])
-        raise AttributeError(f"a Plan has no {name!r}")
 
     @property
     def host_compute(self) -> HostCompute:

@@ -84,7 +84,7 @@ class SubGroup:
 
     Attributes:
         weights: where the new weights go.
-        states: where the optimizer's states lie.
+        states: where optimizer state lie.
     """
 
     block: BlockKey
@@ -142,7 +142,7 @@ def lay_out(
     A block's weights lie one after another, as they are streamed; then its states, a region for each sub-group.
 
     Args:
-        moments: the optimizer's states.
+        moments: optimizer state.
         master_dtype: of a copy that is stepped instead of a weight of fewer bytes; None to step the weights.
     """
     placed: list[SubGroup] = []

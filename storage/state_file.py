@@ -1,4 +1,4 @@
-"""A file that this process writes again and again: optimizer states, trained weights, what layers were given."""
+"""A file that this process writes again and again: optimizer state, trained weights, what layers were given."""
 
 import errno
 import fcntl

@@ -79,8 +79,8 @@ def _print(planned: PlanResult, asked: PlanRequest) -> None:
     prediction, plan = planned.prediction, planned.plan
     print(f"{planned.model}: {gib(planned.weight_bytes)} of weights, on {planned.hardware}")
     print(
-        f"{asked.batch_size} x ({asked.prompt_tokens} + {asked.new_tokens} tokens): first token after "
-        f"{duration(prediction.prefill_seconds)}, then {duration(prediction.seconds_per_token)} each, "
+        f"{asked.batch_size} x ({asked.prompt_tokens} + {asked.new_tokens} tokens): time to first token (TTFT) "
+        f"{duration(prediction.prefill_seconds)}, then {duration(prediction.seconds_per_token)} a token (TPOT), "
         f"{prediction.tokens_per_second:.2f} tokens/s in all; bound by {prediction.bound}\n"
     )
     print_table(_places(planned))

@@ -1,9 +1,11 @@
 """What became of single experts in a session."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from offload.report.schema import Renamed
+from offload.report.schema import RENAMED
+from offload.scheduler.renamed import Renamed
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class ExpertUse(Renamed):
         recall, recall_at_2k: of what was asked for, the share that was predicted, by as many guesses and by twice as many.
     """
 
-    SECTION: ClassVar[str] = "experts"
+    RENAMED: ClassVar[Mapping[str, str]] = RENAMED["experts"]
 
     policy: str
     misses: str

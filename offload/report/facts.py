@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from offload.report.schema import Renamed
+from offload.report.schema import RENAMED
 from offload.scheduler.phases import BACKWARD, DECODE, PREFILL, STANDALONE, PhaseTimes
+from offload.scheduler.renamed import Renamed
 from offload.storage.ledger import MemoryLedger
 
 
@@ -71,7 +72,7 @@ class LinkUse:
 class PhaseUse(Renamed):
     """Where the time of one phase went."""
 
-    SECTION: ClassVar[str] = "decode"
+    RENAMED: ClassVar[Mapping[str, str]] = RENAMED["decode"]
 
     passes: int
     tokens: int

@@ -2,16 +2,18 @@
 
 import json
 import resource
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from offload.report.comparison import Comparison
 from offload.report.experts import ExpertUse
 from offload.report.facts import LinkUse, Peak, PhaseUse, TierUse
-from offload.report.schema import SCHEMA, Renamed, upgraded
+from offload.report.schema import RENAMED, SCHEMA, upgraded
 from offload.report.training import TrainingReport
 from offload.scheduler.phases import BACKWARD, DECODE, PREFILL, STANDALONE
 from offload.scheduler.prediction import WhatIf
+from offload.scheduler.renamed import Renamed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class Report(Renamed):
         experts: what became of experts that were brought one by one; None where none were.
         fallbacks: a sentence for everything that was slower than it could be, and why.
     """
+
+    RENAMED: ClassVar[Mapping[str, str]] = RENAMED[""]
 
     model: str
     device: str

@@ -1,12 +1,11 @@
 """The version of a report's keys, and how older ones read."""
 
-import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 SCHEMA = 2
 
-_RENAMED: dict[str, dict[str, str]] = {
+RENAMED: dict[str, dict[str, str]] = {
     "": {"outside": "standalone"},
     "blocks": {"gathered_by_row": "row_fetched", "divided": "cpu_gpu_split"},
     "parts": {"host_percent": "cpu_percent"},
@@ -21,25 +20,6 @@ _RENAMED: dict[str, dict[str, str]] = {
     "training.estimate": {"kept_bytes": "activation_bytes", "kept_on": "activation_tier"},
 }
 """Keys of schema 1 that have another name now, by the section they are in."""
-
-
-class Renamed:
-    """Answers to field names of schema 1, with a warning.
-
-    Attributes:
-        SECTION: where the report has the fields.
-    """
-
-    __slots__ = ()
-    SECTION: ClassVar[str] = ""
-
-    def __getattr__(self, name: str) -> Any:
-        new = _RENAMED[self.SECTION].get(name)
-        if new is None:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}")
-        kind = type(self).__name__
-        warnings.warn(f"{kind}.{name} is deprecated: use {kind}.{new}", DeprecationWarning, stacklevel=2)
-        return getattr(self, new)
 
 
 def upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,7 +37,7 @@ def upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(content: Mapping[str, Any], section: str) -> dict[str, Any]:
-    names = _RENAMED.get(section, {})
+    names = RENAMED.get(section, {})
     result = {}
     for old, value in content.items():
         name = names.get(old, old)
@@ -66,4 +46,4 @@ def _renamed(content: Mapping[str, Any], section: str) -> dict[str, Any]:
     return result
 
 
-_SECTIONS = {name for name in _RENAMED if name} | {name.partition(".")[0] for name in _RENAMED if name}
+_SECTIONS = {name for name in RENAMED if name} | {name.partition(".")[0] for name in RENAMED if name}

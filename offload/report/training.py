@@ -1,9 +1,11 @@
 """What a training learned, and what it took: a part of the report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from offload.report.schema import Renamed
+from offload.report.schema import RENAMED
+from offload.scheduler.renamed import Renamed
 from offload.storage.errors import duration, gib
 
 
@@ -21,7 +23,7 @@ class TrainingEstimate(Renamed):
         step_seconds: predicted; None without a hardware profile.
     """
 
-    SECTION: ClassVar[str] = "training.estimate"
+    RENAMED: ClassVar[Mapping[str, str]] = RENAMED["training.estimate"]
 
     trained: int
     gradient_bytes: int
@@ -36,7 +38,7 @@ class TrainingEstimate(Renamed):
         placed = [f"gradients {gib(self.gradient_bytes)} and optimizer {gib(self.state_bytes)} in CPU memory"]
         if self.disk_bytes:
             placed.append(f"states and weights {gib(self.disk_bytes)} on NVMe")
-        placed.append(f"layers' inputs {gib(self.activation_bytes)} ({self.activation_tier})")
+        placed.append(f"layer inputs {gib(self.activation_bytes)} ({self.activation_tier})")
         time = "run `offload probe` once to have it predicted" if self.step_seconds is None else duration(self.step_seconds)
         return (
             f"{self.trained:,} parameters are trained: {'; '.join(placed)}\n"
@@ -55,7 +57,7 @@ class TrainingReport(Renamed):
         step_seconds: the median of a step.
     """
 
-    SECTION: ClassVar[str] = "training"
+    RENAMED: ClassVar[Mapping[str, str]] = RENAMED["training"]
 
     method: str
     estimate: TrainingEstimate

@@ -17,7 +17,7 @@ _PROBE_SHARE = 0.05
 """The report's own measurement reads at most this part of what the session streamed."""
 
 
-_RESERVED = ("layers' inputs", "KV cache", "activations")
+_RESERVED = ("layer inputs", "KV cache", "activations")
 
 _BESIDE_BYTES = 14 << 20
 """On the CPU: stacks of threads, caches of kernels, Python's objects of a session."""

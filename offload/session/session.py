@@ -1,11 +1,11 @@
 """The context manager. It owns the lifetime of everything that a session takes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from offload.runtime.placement import Placement
 from offload.runtime.prefill_chunks import PrefillChunks
 from offload.scheduler.model_spec import ActivationSizes
 from offload.scheduler.plan import Plan
+from offload.scheduler.renamed import Renamed
 from offload.scheduler.routing import Routing
 from offload.scheduler.trace import Trace
 from offload.session.components import components_of
@@ -42,7 +43,7 @@ from offload.storage.block_file import make_folder
 from offload.storage.errors import ConfigError, ProfileError, SessionError
 
 
-class Session(TrainingMethods):
+class Session(TrainingMethods, Renamed):
     """An offloaded model, from `with` to the end of its block. Made by `offload`.
 
     Example:
@@ -52,6 +53,12 @@ class Session(TrainingMethods):
                 output = session.model.generate(**inputs, max_new_tokens=100)
                 print(session.report())
     """
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "keeps_beginnings": "caches_prefixes",
+        "shares_beginnings": "shares_prefixes",
+        "outlook": "training_estimate",
+    }
 
     def __init__(self, request: Request) -> None:
         self._request = request

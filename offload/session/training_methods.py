@@ -1,6 +1,5 @@
 """What a session that trains offers beside the model."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,11 +69,6 @@ class TrainingMethods:
         plan, spec, workload = opened.residency.plan, opened.residency.spec, opened.given.workload
         predictor = opened.prepared.predictor
         return estimate_training(training.optimize(), opened.model, plan, spec, workload, predictor, micro_batches, layer_major)
-
-    def outlook(self, micro_batches: int = 1, layer_major: bool = True) -> TrainingEstimate:
-        """Deprecated: the name of `training_estimate` in version 0.1."""
-        warnings.warn("Session.outlook is deprecated: use Session.training_estimate", DeprecationWarning, stacklevel=2)
-        return self.training_estimate(micro_batches, layer_major)
 
     def save(self, folder: str | Path, progress: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint of what is trained, to resume from, in place of the folder's last one.

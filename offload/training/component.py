@@ -30,7 +30,7 @@ from offload.training.optimizer.checkpoint import Checkpoints, identity_of
 from offload.training.optimizer.streamed_optimizer import StreamedTraining, folder_of
 from offload.training.options import CPU, NVME, Training
 
-INPUTS = "layers' inputs"
+INPUTS = "layer inputs"
 """The category of what layers keep for backward."""
 
 Loss = Callable[[], torch.Tensor]
@@ -165,7 +165,7 @@ class TrainingComponent(Component):
                 "name a file later: each checkpoint is a copy"
             )
         if self._inputs is not None and self._inputs.pageable:
-            said.append("CPU memory for layers' inputs could not be page-locked: their copies do not overlap with compute")
+            said.append("CPU memory for layer inputs could not be page-locked: their copies do not overlap with compute")
         return said
 
     @property
@@ -244,7 +244,7 @@ class TrainingComponent(Component):
             return
         ledger = self._machine.host.ledger
         with ExitStack() as stack:
-            for category in ("gradients", "optimizer states"):
+            for category in ("gradients", "optimizer state"):
                 stack.callback(ledger.release, category, ledger.held_bytes(category))
             stack.callback(self.streamed_training.close)
 

@@ -55,7 +55,7 @@ class TrainingMemory:
         if budget <= self.host_bytes:
             ways = ["a larger cpu_memory"] + (["state_tier='nvme'"] if training.state_tier == CPU else [])
             raise BudgetTooSmall(
-                f"training holds {gib(self.gradient_bytes)} of gradients and {gib(self.state_bytes)} of the optimizer's states "
+                f"training holds {gib(self.gradient_bytes)} of gradients and {gib(self.state_bytes)} of optimizer state "
                 f"in CPU memory, whose budget is {gib(budget)}; give {', or '.join(ways)}, or train adapters",
                 self.host_bytes,
             )

@@ -24,16 +24,16 @@ class Training:
     """How a session trains: `offload(model, training=Training(...))`.
 
     Attributes:
-        full: all weights are trained, so that room for their gradients and the optimizer's states is set aside at once.
+        full: all weights are trained, so that room for their gradients and optimizer state is set aside at once.
         optimizer: `adamw` (torch's fused kernel), `adamw8bit` (its moments in 8 bits, so not the same steps) or `sgd`.
         learning_rate, betas, eps, weight_decay, momentum: of the optimizer.
         master_dtype: `float32` steps a copy of every weight of 16 bits, and adds gradients up in it; `none` steps the weights.
-        state_tier: where the optimizer's states live: `cpu` or `nvme`. With `nvme`, streamed weights live there too.
+        state_tier: where optimizer state lives: `cpu` or `nvme`. With `nvme`, streamed weights live there too.
         activation_tier: where what backward needs of a layer waits. `recompute`: its inputs stay on the device, the rest
             is computed again. `cpu`, `nvme`: the inputs wait there. `gpu`: all of it stays, and nothing is computed again.
         loss_chunk: tokens whose logits are there at once; 0 for all. Of level *rounding*: sums are in another order.
         state_dir: where state files are written; by default the session's disk folder.
-        micro_batches: whose layers' inputs are held at once (`session.backward`), for what is set aside.
+        micro_batches: micro-batches whose layer inputs are alive at once (`session.backward`); sizes the reserved memory.
         sub_group_elements: of the parameters that are updated at once.
     """
 

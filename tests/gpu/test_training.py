@@ -1,4 +1,4 @@
-"""Full fine-tuning on a real card: copies out, gradients on their way to CPU memory, layers' inputs on each tier."""
+"""Full fine-tuning on a real card: copies out, gradients on their way to CPU memory, layer inputs on each tier."""
 
 import warnings
 

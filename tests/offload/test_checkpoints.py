@@ -84,7 +84,7 @@ def test_the_disk_holds_one_checkpoint_and_the_next(tier, tmp_path):
             session._parts.components["training"]._checkpoints.wait()
             held.append(held_bytes(session._parts.components["training"].streamed_training.layout.nbytes))
         assert (
-            session.machine.host.disk_ledger.held_bytes("optimizer states")
+            session.machine.host.disk_ledger.held_bytes("optimizer state")
             <= 2 * session._parts.components["training"].streamed_training.layout.nbytes
         )
         assert max(held) <= 2 * session._parts.components["training"].streamed_training.layout.nbytes

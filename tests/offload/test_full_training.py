@@ -467,7 +467,7 @@ def test_adapters_and_where_inputs_wait(tier, residency, monkeypatch, tmp_path):
     with offload(
         str(checkpoint), device="cpu", cpu_memory="64MiB", training=Training(activation_tier=tier), **RESERVE
     ) as session:
-        # What adapters, their optimizer and layers' inputs take comes on top.
+        # What adapters, their optimizer and layer inputs take comes on top.
         budget += (1 << 16) + session._parts.prepared.memory.activation_bytes
     steps = micro_batches(6, 2)
     training = Training(**FAST, activation_tier=tier, state_dir=str(states))
@@ -661,7 +661,7 @@ def state_bytes_a_parameter(dtype):
         _ = session.optimizer
         session.model(**micro_batches(1, 1)[0][0]).loss.backward()
         held = session.report().tiers["cpu"].at_peak_bytes
-        counted = sum(held[name] for name in ("resident weights", "gradients", "optimizer states"))
+        counted = sum(held[name] for name in ("resident weights", "gradients", "optimizer state"))
         return counted / sum(value.numel() for value in model.parameters())
 
 

@@ -72,6 +72,8 @@ def test_old_names_answer_with_a_warning():
         _ = plan.kv_byte
     with offload(make("llama"), device="cpu", cpu_memory="1MiB") as session:
         report = session.report()
+        with pytest.warns(DeprecationWarning, match="use Session.training_estimate"):
+            assert session.outlook == session.training_estimate
     with pytest.warns(DeprecationWarning, match="standalone"):
         assert report.outside is report.standalone
     with pytest.warns(DeprecationWarning, match="overhead_seconds"):

@@ -122,7 +122,7 @@ class CpuActivations(ActivationStore):
             self._leaving.popleft()[1].synchronize()
         buffer = self._buffers.take(tensor.nbytes)
         assert buffer is not None
-        event = self._device.copy_out(_as(buffer, tensor), tensor, "layers' inputs")
+        event = self._device.copy_out(_as(buffer, tensor), tensor, "layer inputs")
         self._leaving.append((tensor, event))
         return _InHost(self._device, self._buffers, buffer, tensor, event)
 
@@ -155,7 +155,7 @@ class _InHost:
     def _start(self) -> tuple[torch.Tensor, Event]:
         self._left.synchronize()
         target = torch.empty_like(self._values, device=self._device.torch_device)
-        event = self._device.copy_in(target, self._values, self._device.record(), "layers' inputs")
+        event = self._device.copy_in(target, self._values, self._device.record(), "layer inputs")
         self._last_use[0] = event
         return target, event
 
@@ -197,7 +197,7 @@ class NvmeActivations(ActivationStore):
     def _offload(self, tensor: torch.Tensor) -> "_OnDisk":
         while len(self._leaving) >= _IN_FLIGHT or (buffer := self._buffers.take(tensor.nbytes)) is None:
             self._leaving.popleft().wait()
-        event = self._device.copy_out(_as(buffer, tensor), tensor, "layers' inputs")
+        event = self._device.copy_out(_as(buffer, tensor), tensor, "layer inputs")
         nbytes = align_up(tensor.nbytes, BLOCK_ALIGNMENT_BYTES)
         place = self._allocate(nbytes)
         kept = _OnDisk(self, tensor, buffer, event, place, nbytes)
@@ -211,7 +211,7 @@ class NvmeActivations(ActivationStore):
             leaving.clear()
             file.write(place, buffer.memory[:nbytes])
 
-        kept.written = self._writes.submit(nbytes, [write], name="layers' inputs")
+        kept.written = self._writes.submit(nbytes, [write], name="layer inputs")
         self._leaving.append(kept.written)
         kept.written.when_over(kept.forget_buffer())
         return kept
@@ -303,7 +303,7 @@ class _OnDisk:
             return None
         file = store._opened()
         target = buffer.memory[: self._nbytes]
-        return buffer, store._reads.submit(self._nbytes, [lambda: file.read(self._place, target)], name="layers' inputs")
+        return buffer, store._reads.submit(self._nbytes, [lambda: file.read(self._place, target)], name="layer inputs")
 
     def _copied(self, buffer: HostBuffer) -> torch.Tensor:
         target = torch.empty_like(self._like, device=self._store._device.torch_device)

@@ -1,4 +1,4 @@
-"""Checkpoints of training: what is trained, the optimizer's states, and how far it was.
+"""Checkpoints of training: what is trained, optimizer state, and how far it was.
 
     training.json                names the other, says how far training was, and what the other's checksums are
     offload-checkpoint-*.bin     weights and states, whole, and never written to again

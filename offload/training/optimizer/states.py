@@ -1,4 +1,4 @@
-"""Where the optimizer's states live: what every such place gives, and what all of them share."""
+"""Where optimizer state lives: what every such place gives, and what all of them share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

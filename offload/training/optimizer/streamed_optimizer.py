@@ -34,7 +34,7 @@ from offload.training.optimizer.trained_weights import OUTSIDE, TrainedWeights
 from offload.training.optimizer.update_rules import UpdateRule, rule_of
 from offload.training.options import CPU, Training
 
-_STATES = "optimizer states"
+_STATES = "optimizer state"
 
 
 class StreamedOptimizer(torch.optim.Optimizer):
