@@ -202,8 +202,14 @@ def docstrings(found: list[Module]) -> list[str]:
 
 
 def session(found: list[Module]) -> list[str]:
-    """`Session` is short, and sets every attribute when it is made."""
-    wrong = []
+    """`Session` is short, sets every attribute when it is made, and names no component."""
+    wrong = [
+        f"{module.place} names {name}"
+        for module in found
+        if module.name == f"{PACKAGE}.session.session"
+        for _, name in _names(module.tree)
+        if re.fullmatch(r"\w+Component", name)
+    ]
     for module, owner, function in _methods(found):
         if owner.name != "Session" or function.name == "__init__":
             continue
@@ -230,7 +236,7 @@ RULES = {
     f"no constructor past {MOST_PARAMETERS} parameters": wide_constructors,
     "each class name once": repeated_classes,
     "docstrings begin with a sentence": docstrings,
-    "Session is short, and sets its attributes when it is made": session,
+    "Session is short, sets its attributes when it is made, and names no component": session,
     "the field's names": old_names,
 }
 

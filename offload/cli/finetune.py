@@ -88,7 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--epochs", type=int, default=1, metavar="N", help="passes over the data (default: 1)")
     add("--max-steps", type=int, default=0, metavar="N", help="stop after N steps (default: all)")
-    add("--sequence-length", type=int, default=512, metavar="N", help="truncate examples to N tokens (default: 512)")
+    add(
+        "--sequence-length",
+        type=int,
+        default=512,
+        metavar="N",
+        help="most tokens of an example: longer texts are cut into several, longer answers refused (default: 512)",
+    )
     add("--packing", action="store_true", help="pack several examples into one sequence, with attention masked between them")
     add("--batch-size", type=int, default=1, metavar="N", help="examples in one micro-batch (default: 1)")
     add("--gradient-accumulation", type=int, default=1, metavar="N", help="micro-batches per optimizer step (default: 1)")

@@ -2,6 +2,8 @@
 
 session           Session: its lifetime and its public methods
 training_methods  the methods of Session for training
+cache_methods     the methods of Session for the KV cache
+expert_methods    the methods of Session for experts
 request           what was asked
 prepare           request + model -> plan: the one way, for sessions and for `offload plan`
 preview           `offload plan`: a plan without loading

@@ -1,7 +1,7 @@
 """The context manager. It owns the lifetime of everything that a session takes."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -11,10 +11,8 @@ import torch
 from torch import nn
 
 from offload.config import Budgets, Progress, process_bytes, resolve_budgets
-from offload.kv.component import KvComponent
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
-from offload.moe.component import ExpertComponent
 from offload.planning.describe import takes_tokens
 from offload.planning.fit import ExpertGranularity
 from offload.probe import kept_profile, suits
@@ -30,9 +28,10 @@ from offload.runtime.prefill_chunks import PrefillChunks
 from offload.scheduler.model_spec import ActivationSizes
 from offload.scheduler.plan import Plan
 from offload.scheduler.renamed import Renamed
-from offload.scheduler.routing import Routing
 from offload.scheduler.trace import Trace
+from offload.session.cache_methods import CacheMethods
 from offload.session.components import components_of
+from offload.session.expert_methods import ExpertMethods
 from offload.session.opened import Opened
 from offload.session.prepare import PlanInput, activations_of, fit_input, goal_of, prepare, workload_of
 from offload.session.reporting import Reporter, Subject
@@ -43,7 +42,7 @@ from offload.storage.block_file import make_folder
 from offload.storage.errors import ConfigError, ProfileError, SessionError
 
 
-class Session(TrainingMethods, Renamed):
+class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
     """An offloaded model, from `with` to the end of its block. Made by `offload`.
 
     Example:
@@ -124,67 +123,11 @@ class Session(TrainingMethods, Renamed):
         machine.copies.collect()
         return machine.host.recorder.trace
 
-    def routing(self) -> Routing:
-        """Return which experts each token chose so far, layer by layer: empty unless experts are cached one by one."""
-        experts = self._parts.component(ExpertComponent)
-        if experts is None:
-            return Routing("", 0, 0, ())
-        if not experts.log.is_whole:
-            self._parts.machine.notes.warn(
-                "the run was too long to keep which experts all of its tokens chose: the later ones are left out"
-            )
-        return experts.log.routing()
-
-    def kv_cache(self, prefix: Sequence[int] | torch.Tensor | str = (), batch_size: int = 1) -> Any:
-        """Make a cache for `model.generate(past_key_values=...)`, or for calls of the model: kept as the session was asked to.
-
-        Where all keys and values stay on the device it is transformers' own.
-
-        Args:
-            prefix: token ids that prompts begin with: computed now, or loaded from `prefix_cache`, whose whole blocks are used
-                only. `get_seq_length()` of the cache tells how many it holds; a prompt must have more.
-            batch_size: sequences that begin so.
-
-        Raises:
-            SessionError: outside of the context.
-
-        Example:
-            ::
-
-                ids = tokenizer("You are a helpful assistant.").input_ids
-                cache = session.kv_cache(prefix=ids)
-                session.model.generate(input_ids=question, past_key_values=cache)
-        """
-        if not self._inside:
-            raise SessionError("a KV cache lives in a session: enter it first, `with offload(...) as session:`")
-        if isinstance(prefix, str) or (isinstance(prefix, torch.Tensor) and prefix.dim() > 1 and len(prefix) != 1):
-            raise ConfigError("prefix= is the token ids of one prefix, such as tokenizer(text)['input_ids']")
-        if isinstance(prefix, torch.Tensor):
-            prefix = prefix.flatten().tolist()
-        cache = self._kv.new_cache(self.model)
-        return self._kv.prefill(cache, prefix, batch_size, self._parts.root.prompt_goes_on) if len(prefix) else cache
-
-    @property
-    def caches_prefixes(self) -> bool:
-        """A prompt's prefix may be on disk, or is to be: `kv_cache(prefix=...)` is worth its while for one prompt too."""
-        return self._request.kv.prefix_dir is not None
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """The prefix that all sequences of a batch have in common is kept and read once."""
-        return self._kv.shares_prefixes
-
     @property
     def _parts(self) -> Opened:
         if self._opened is None:
             raise SessionError("there is nothing to report yet: enter the session first, `with offload(...) as session:`")
         return self._opened
-
-    @property
-    def _kv(self) -> KvComponent:
-        component = self._parts.component(KvComponent)
-        assert component is not None
-        return component
 
     def _find(self) -> CheckpointLoader | None:
         """Find the checkpoint, downloaded if need be; None for a model that the user holds."""
