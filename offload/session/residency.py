@@ -167,9 +167,9 @@ class Residency:
         self._machine.ledger.set(_ACTIVATIONS, 0)
 
     def _give_up_for(self, plan: Plan) -> None:
-        self._executor.free()
         for component in self.components:
             component.free_slots()
+        self._executor.free()
         self._machine.ledger.set(_SLOTS, 0)
         given_up = len(self.plan.weights.resident) - len(plan.weights.resident)
         self.placement.give_up(plan, self.structure)
