@@ -87,6 +87,12 @@ def offload(
         loading: for a path, what `from_pretrained` takes (`dtype`, `revision`, `trust_remote_code`, `subfolder`, ...) and
             attributes of the config (`rope_parameters`, ...), as there. What offload decides (`device_map`, ...) is refused.
 
+    Example:
+        ::
+
+            with offload("org/model", gpu_memory="8GiB", cpu_memory="24GiB") as session:
+                output = session.model.generate(**inputs, max_new_tokens=100)
+
     Raises (on entering):
         ConfigError: for a request that contradicts itself.
         CheckpointError: for a checkpoint that cannot be streamed.

@@ -35,6 +35,14 @@ class Training:
         state_dir: where state files are written; by default the session's disk folder.
         micro_batches: micro-batches whose layer inputs are alive at once (`session.backward`); sizes the reserved memory.
         sub_group_elements: of the parameters that are updated at once.
+
+    Example:
+        ::
+
+            training = Training(full=True, optimizer="adamw8bit", learning_rate=1e-5, state_tier="nvme")
+            with offload("org/model", gpu_memory="8GiB", training=training) as session:
+                session.backward([lambda: session.model(**batch).loss])
+                session.step(max_grad_norm=1.0)
     """
 
     full: bool = False
