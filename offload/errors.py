@@ -1,43 +1,4 @@
 """The errors that offload raises on purpose; all are an `OffloadError`."""
 
-from offload.storage.errors import (
-    BudgetExceeded,
-    BudgetTooSmall,
-    CheckpointChanged,
-    CheckpointError,
-    ConfigError,
-    CorruptCheckpoint,
-    DiskFolderError,
-    DiskFull,
-    MissingShard,
-    OffloadError,
-    PlanError,
-    PlatformError,
-    ProfileError,
-    ReadError,
-    SessionError,
-    StaleSlot,
-    TrainingError,
-    UnsupportedCheckpoint,
-)
-
-__all__ = [
-    "BudgetExceeded",
-    "BudgetTooSmall",
-    "CheckpointChanged",
-    "CheckpointError",
-    "ConfigError",
-    "CorruptCheckpoint",
-    "DiskFolderError",
-    "DiskFull",
-    "MissingShard",
-    "OffloadError",
-    "PlanError",
-    "PlatformError",
-    "ProfileError",
-    "ReadError",
-    "SessionError",
-    "StaleSlot",
-    "TrainingError",
-    "UnsupportedCheckpoint",
-]
+from offload.storage.errors import *  # noqa: F403
+from offload.storage.errors import __all__ as __all__

@@ -3,6 +3,28 @@
 Each message says what was asked, what there is, and what to change.
 """
 
+__all__ = [
+    "BudgetExceeded",
+    "BudgetTooSmall",
+    "CheckpointChanged",
+    "CheckpointError",
+    "ConfigError",
+    "CorruptCheckpoint",
+    "DiskFolderError",
+    "DiskFull",
+    "MissingShard",
+    "OffloadError",
+    "PlanError",
+    "PlatformError",
+    "ProfileError",
+    "ReadError",
+    "SessionError",
+    "StaleSlot",
+    "TrainingError",
+    "UnsupportedCheckpoint",
+]
+"""The errors, without the helpers that word them."""
+
 
 def gib(count: int) -> str:
     """A byte count for people: `1.50 GiB`, `12.3 MiB`, `512 B`."""
