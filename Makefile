@@ -17,7 +17,6 @@ quick: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
 	$(BIN)/python -m benchmarks.house
 
 types: .venv/installed-dev
