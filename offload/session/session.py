@@ -154,8 +154,6 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
             machine.notes.warn(note)
         placement = Placement(machine, loaded.places)
         stack.callback(placement.close)
-        if activations is None:
-            activations = activations_of(model, given.workload)
         _note_activations(machine, model, activations)
         granularity = ExpertGranularity.PER_EXPERT if loaded.experts else given.granularity
         prepared = prepare(model, given, placement.slot_bytes, activations, granularity)
@@ -213,10 +211,11 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
     def _load(
         self, stack: ExitStack, loader: CheckpointLoader | None, budgets: Budgets, progress: Progress
     ) -> tuple[LoadedModel, ActivationSizes | None]:
-        """Load the model, after its outline was found to fit; with what a pass of the outline holds."""
+        """Load the model, after its outline was found to fit; with what a pass holds."""
         if loader is None:
-            assert isinstance(self._request.target, nn.Module)
-            return LoadedModel(self._request.target, {}), None
+            model = self._request.target
+            assert isinstance(model, nn.Module)
+            return LoadedModel(model, {}), activations_of(model, self._given(model, budgets).workload)
         outline, activations, shapes = loader.outline(), None, {}
         if outline is not None:
             # What cannot fit is refused before anything is loaded.
@@ -227,6 +226,8 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         loaded = loader.load(self._request.disk_dir, progress, shapes)
         for file in loaded.files:
             stack.callback(file.close)
+        if outline is None:
+            activations = activations_of(loaded.model, self._given(loaded.model, budgets).workload)
         return loaded, activations
 
     def _machine(self, stack: ExitStack, loader: CheckpointLoader | None, budgets: Budgets, progress: Progress) -> Machine:
