@@ -13,7 +13,7 @@ from offload.runtime.recorder import Recorder
 from offload.runtime.shared_lock import SharedLock
 from offload.storage.blocks import Tier
 from offload.storage.devices.base import Device
-from offload.storage.errors import BudgetTooSmall, gib
+from offload.storage.errors import BudgetTooSmall, ConfigError, gib
 from offload.storage.io_engines.base import ReadEngine
 from offload.storage.io_engines.gds import choose_engine
 from offload.storage.io_engines.posix import PosixEngine
@@ -87,8 +87,13 @@ class Machine:
         """The budgets of one more session: what is asked for of what is free, else all of that.
 
         Raises:
+            ConfigError: if a GPU budget is asked for on a machine whose CPU computes.
             BudgetTooSmall: if more is asked for than is free.
         """
+        if gpu_memory is not None and not self.discrete:
+            raise ConfigError(
+                "gpu_memory was given, and the machine's device is the CPU, which has one budget: give cpu_memory only"
+            )
         device_name = "gpu_memory" if self.discrete else "cpu_memory"
         asked = parse_bytes(gpu_memory if self.discrete else cpu_memory, device_name)
         device_bytes = _of_what_is_free(device_name, asked, self.ledger)

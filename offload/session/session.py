@@ -126,7 +126,9 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
     @property
     def _parts(self) -> Opened:
         if self._opened is None:
-            raise SessionError("there is nothing to report yet: enter the session first, `with offload(...) as session:`")
+            raise SessionError(
+                "there is no model and nothing to report yet: enter the session first, `with offload(...) as session:`"
+            )
         return self._opened
 
     def _find(self) -> CheckpointLoader | None:

@@ -39,6 +39,8 @@ def test_a_session_gets_what_the_others_leave():
         with pytest.raises(BudgetTooSmall):
             offload(make("gpt2"), machine=machine, cpu_memory="16KiB").__enter__()
         assert machine.ledger.used_bytes == held
+        with pytest.raises(ConfigError, match="one budget"):
+            offload(make("gpt2"), machine=machine, gpu_memory="1MiB").__enter__()
     with pytest.raises(ConfigError, match="its own"):
         offload(make("llama"), machine=machine, device="cpu")
 
