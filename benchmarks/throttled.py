@@ -169,22 +169,25 @@ class ThrottledDevice:
     def unlock_pages(self, buffer: object) -> None:
         pass
 
-    def copy_in(self, target, source, after, name=""):
+    def copy_in(self, copies, after=(), name=""):
         event = PacedEvent()
-        self._asked.put((target, source, after, event, name))
+        self._asked.put((copies, after, event, name))
         return event
 
     def _copy_all(self) -> None:
         while True:
-            target, source, after, event, name = self._asked.get()
-            if after is not None:
-                after.synchronize()
+            copies, after, event, name = self._asked.get()
+            for earlier in after:
+                if earlier is not None:
+                    earlier.synchronize()
+            nbytes = sum(source.nbytes for _, source in copies)
             begun = time.perf_counter()
-            until = self._pace.reserve(source.nbytes)
+            until = self._pace.reserve(nbytes)
             with torch.inference_mode(False), torch.no_grad():
-                target.copy_(source)
+                for target, source in copies:
+                    target.copy_(source)
             sleep_until(until)
-            self.ended.append(Copy(name, begun, time.perf_counter(), source.nbytes))
+            self.ended.append(Copy(name, begun, time.perf_counter(), nbytes))
             event.passed.set()
 
     def ended_copies(self):

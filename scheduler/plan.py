@@ -156,6 +156,8 @@ class Plan(Renamed):
             raise PlanError(f"the plan places {twice[0]} twice")
         if stray := sorted(set(self.weights.in_host_memory) - set(self.weights.streamed)):
             raise PlanError(f"the plan streams {stray[0]} from CPU memory, and it is not among the streamed blocks")
+        if stray := sorted(set(self.weights.tables_in_host_memory) - set(self.weights.row_fetched)):
+            raise PlanError(f"the plan takes the rows of {stray[0]} from CPU memory, and it is not among those read by row")
         if stray := sorted(set(self.weights.cpu_gpu_split) - set(self.weights.in_host_memory)):
             raise PlanError(f"the plan divides {stray[0]}, and it is not among the blocks that are streamed from CPU memory")
         if solid := [key for key in self.weights.cpu_gpu_split if not blocks[key].divisible]:

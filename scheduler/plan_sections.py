@@ -42,6 +42,7 @@ class WeightsPlan:
         streamed: blocks that pass through the slots, in the order of the model.
         in_host_memory: those of them that come from CPU memory; the others come from disk.
         row_fetched: embeddings of which only the rows in use are read.
+        tables_in_host_memory: those of them whose rows come from CPU memory; the others' come from disk.
         computed_on_host: blocks that live in CPU memory and are computed there; their weights never cross the link.
         cpu_gpu_split: of `in_host_memory`, the layers that device and CPU compute together.
         cpu_percent: of the rows of their products, what the CPU computes.
@@ -58,6 +59,7 @@ class WeightsPlan:
     streamed: tuple[BlockKey, ...] = ()
     in_host_memory: tuple[BlockKey, ...] = ()
     row_fetched: tuple[BlockKey, ...] = ()
+    tables_in_host_memory: tuple[BlockKey, ...] = ()
     computed_on_host: tuple[BlockKey, ...] = ()
     cpu_gpu_split: tuple[BlockKey, ...] = ()
     cpu_percent: int = 0
@@ -68,6 +70,11 @@ class WeightsPlan:
     resident_bytes: int = 0
     streamed_bytes: int = 0
     blocks: tuple[BlockPlan, ...] = ()
+
+    @property
+    def held_in_host_memory(self) -> tuple[BlockKey, ...]:
+        """All blocks that live in CPU memory beside a device."""
+        return (*self.in_host_memory, *self.tables_in_host_memory, *self.computed_on_host)
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def _with_expert_slots(plan: Plan, model: ModelSpec, experts: ExpertsSpec, budge
         return plan
     blocks = plan.parts_of(model)
     largest = max((block.slot_bytes for block in model.blocks), default=0)
-    taken = sum(blocks[key].slot_bytes for key in (*plan.weights.in_host_memory, *plan.weights.computed_on_host))
+    taken = sum(blocks[key].slot_bytes for key in plan.weights.held_in_host_memory)
     left = host_bytes - taken - (plan.weights.staging_count + 1) * largest
     in_host = max(0, min(left // experts.slot_bytes, experts.total))
     staging = 0 if in_host == experts.total else _EXPERT_STAGING
@@ -283,6 +283,19 @@ def _host_blocks(model: ModelSpec, streamed: Sequence[PlacedBlock], host_bytes: 
     return chosen, staging
 
 
+def _host_tables(model: ModelSpec, tables: Sequence[PlacedBlock], left_bytes: int) -> set[BlockKey]:
+    """The tables that fit beside all streamed blocks: a row from memory takes no request to the disk."""
+    # What is loaded once, to stay, passes through a buffer.
+    left_bytes -= max((block.slot_bytes for block in model.blocks), default=0)
+    chosen: set[BlockKey] = set()
+    if model.experts is None:
+        for block in tables:
+            if block.slot_bytes <= left_bytes:
+                left_bytes -= block.slot_bytes
+                chosen.add(block.key)
+    return chosen
+
+
 def _assemble(
     model: ModelSpec,
     workload: Workload,
@@ -294,16 +307,20 @@ def _assemble(
 ) -> Plan:
     outside = [block for block in model.blocks if block.key not in resident]
     streamed = [block for block in outside if block.role is not BlockRole.TABLE]
-    in_host, staging_count = set(cpu_gpu_split), 0
+    tables = [block for block in outside if block.role is BlockRole.TABLE]
+    in_host, staging_count, tables_in_host = set(cpu_gpu_split), 0, set()
     if host_bytes is not None:
         rest = [block for block in streamed if block.key not in cpu_gpu_split]
         chosen, staging_count = _host_blocks(model, rest, host_bytes)
         in_host |= chosen
+        if not staging_count:
+            tables_in_host = _host_tables(model, tables, host_bytes - sum(block.slot_bytes for block in rest))
     weights = WeightsPlan(
         resident=tuple(block.key for block in model.blocks if block.key in resident),
         streamed=tuple(block.key for block in streamed),
         in_host_memory=tuple(block.key for block in streamed if block.key in in_host),
-        row_fetched=tuple(block.key for block in outside if block.role is BlockRole.TABLE),
+        row_fetched=tuple(block.key for block in tables),
+        tables_in_host_memory=tuple(block.key for block in tables if block.key in tables_in_host),
         slot_bytes=slot_bytes,
         slot_count=slot_count,
         staging_count=staging_count,

@@ -51,6 +51,7 @@ class Simulation:
         self._cpu_gpu_split = frozenset(plan.weights.cpu_gpu_split)
         self._cpu_percent = plan.weights.cpu_percent
         self._row_fetched = frozenset(plan.weights.row_fetched)
+        self._tables_in_host = frozenset(plan.weights.tables_in_host_memory)
         self._times: dict[int, tuple[Work, ComputeTime]] = {}
         self._device_free = 0.0
         self._link_free = {DISK: 0.0, H2D: 0.0}
@@ -268,9 +269,10 @@ class Simulation:
         self._device_free = max(self._device_free, self.now)
 
     def _gather(self, module: ModuleWork) -> None:
-        begin = self.now
-        self.now += self._cost.gather_seconds(module)
-        self.trace.spans.append(Span(WAIT, DISK, begin, self.now))
+        if module.key not in self._tables_in_host:
+            begin = self.now
+            self.now += self._cost.gather_seconds(module)
+            self.trace.spans.append(Span(WAIT, DISK, begin, self.now))
         self._compute_module(module, ())
 
 

@@ -107,7 +107,8 @@ class StagedReader:
         def copy() -> None:
             if not transfer.cancelled:
                 size = transfer.target.numel()
-                transfer.copied = self.device.copy_in(transfer.target, buffer.tensor[:size], transfer.after, transfer.name)
+                copies = [(transfer.target, buffer.tensor[:size])]
+                transfer.copied = self.device.copy_in(copies, [transfer.after], transfer.name)
 
         memory = buffer.memory[: transfer.read_plan.slot_bytes]
         read = self.reader.read(transfer.ranges, transfer.read_plan, memory, copy, transfer.name)

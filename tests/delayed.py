@@ -50,7 +50,7 @@ class DelayedDevice:
     def unlock_pages(self, buffer: object) -> None:
         pass
 
-    def copy_in(self, target, source, after, name=""):
+    def copy_in(self, copies, after=(), name=""):
         event = LateEvent()
         with self._lock:
             delay = self._random.uniform(0, self._longest)
@@ -58,24 +58,26 @@ class DelayedDevice:
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
 
         def copy() -> None:
-            if after is not None:
-                after.synchronize()
-            # Until it arrives, the target holds neither the old nor the new values.
-            alias = unversioned(target)
-            alias.view(-1).view(torch.uint8).fill_(0xFF)
+            for earlier in after:
+                if earlier is not None:
+                    earlier.synchronize()
+            # Until they arrive, the targets hold neither the old nor the new values.
+            for target, _ in copies:
+                unversioned(target).view(-1).view(torch.uint8).fill_(0xFF)
             time.sleep(delay)
-            alias.copy_(source)
+            for target, source in copies:
+                unversioned(target).copy_(source)
             with self._lock:
                 self.in_flight -= 1
                 now = time.perf_counter()
-                self.ended.append(Copy(name, now - delay, now, source.nbytes))
+                self.ended.append(Copy(name, now - delay, now, sum(source.nbytes for _, source in copies)))
             event.passed.set()
 
         threading.Thread(target=copy, name="delayed-copy", daemon=True).start()
         return event
 
     def copy_out(self, target, source, name=""):
-        return self.copy_in(target, source.detach(), None, name)
+        return self.copy_in([(target, source.detach())], name=name)
 
     def ended_copies(self):
         ended, self.ended = self.ended, []

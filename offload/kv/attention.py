@@ -13,7 +13,7 @@ from offload.kv.kv_block import BatchRows
 from offload.kv.layer import PagedLayer
 from offload.kv.page_layout import KeyValue
 from offload.kv.policies.base import Selection
-from offload.kv.store import Reading
+from offload.kv.reading import Reading
 
 _GATHERED_TOKENS = 512
 """Short segments are put together up to so many tokens: a product's start costs more than copying them."""

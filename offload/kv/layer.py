@@ -6,10 +6,12 @@ from functools import partial
 
 import torch
 
+from offload.kv.assembly import assemble
 from offload.kv.kv_block import BatchRows, KvBlock
 from offload.kv.page_layout import KeyValue, PageLayout
 from offload.kv.policies.base import LayerPolicy, Selection
-from offload.kv.store import KvStore, Reading
+from offload.kv.reading import Reading
+from offload.kv.store import KvStore
 from offload.storage.blocks import Tier
 from offload.storage.errors import ConfigError
 from offload.storage.pages.pool import Page
@@ -110,12 +112,13 @@ class PagedLayer:
             self.store.whole.empty((*lines, kind.key_dim), kind.dtype, device),
             self.store.whole.empty((*lines, kind.value_dim), kind.dtype, device),
         )
-        for reading in self.readings([Selection(block) for block in self.blocks]):
-            block = reading.block
-            for part, target in zip(reading.pair, whole, strict=True):
-                part = part if block.rows is None else block.rows.of(part)
-                target[:, :, block.start : block.end].copy_(part)
-            reading.done()
+        held: list[Reading] = []
+        for reading in self.readings([Selection(block) for block in self.blocks], held):
+            held.append(reading)
+            if len(held) == self.store.pages_at_once or reading.block is self.blocks[-1]:
+                assemble(held, whole)
+                self.store.done(held)
+                held.clear()
         return whole
 
     def part(self, start: int, end: int) -> KeyValue:
@@ -142,8 +145,12 @@ class PagedLayer:
         """
         return self.policy.select(self.blocks, self.length, query)
 
-    def readings(self, choices: Sequence[Selection]) -> Iterator[Reading]:
-        """The blocks, those of lower tiers brought one after another; each to be ended by `done`."""
+    def readings(self, choices: Sequence[Selection], held: Sequence[Reading] = ()) -> Iterator[Reading]:
+        """The blocks, those of lower tiers brought one after another; each to be ended by `done`.
+
+        Args:
+            held: those of them that were not ended yet; it changes meanwhile.
+        """
         blocks = [choice.block for choice in choices]
         if self.policy.reads_all:
             layers = [layer.blocks for layer in self.order]
@@ -156,7 +163,7 @@ class PagedLayer:
             if not begun and self.store.comes(block):
                 self.store.ahead(self._coming(layers, here, index))
                 begun = True
-            yield self.store.read(block, partial(self._coming, layers, here, index + 1))
+            yield self.store.read(block, partial(self._coming, layers, here, index + 1), held)
         if self.policy.reads_all:
             self.store.ahead(self._coming(layers, here, len(blocks)))
 

@@ -54,7 +54,17 @@ class PageLayout:
         Args:
             memory: uint8 [at least nbytes].
         """
+        keys, values = self.views_of_all(memory[None])
+        return KeyValue(keys[0], values[0])
+
+    def views_of_all(self, pages: torch.Tensor) -> KeyValue:
+        """Keys [pages, rows, heads, tokens, key dim] and values of several pages.
+
+        Args:
+            pages: uint8 [pages, at least nbytes].
+        """
         key_bytes = self.rows * self.heads * self.tokens * self.key_dim * self.dtype.itemsize
-        keys = memory[:key_bytes].view(self.dtype).view(self.rows, self.heads, self.tokens, self.key_dim)
-        values = memory[key_bytes : self.nbytes].view(self.dtype)
-        return KeyValue(keys, values.view(self.rows, self.heads, self.tokens, self.value_dim))
+        lines = (len(pages), self.rows, self.heads, self.tokens)
+        keys = pages[:, :key_bytes].view(self.dtype)
+        values = pages[:, key_bytes : self.nbytes].view(self.dtype)
+        return KeyValue(keys.view(*lines, self.key_dim), values.view(*lines, self.value_dim))

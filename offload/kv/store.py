@@ -11,6 +11,7 @@ from offload.kv.kv_block import KvBlock
 from offload.kv.page_layout import KeyValue, PageLayout
 from offload.kv.prefetch import PagePrefetcher
 from offload.kv.quantization import PageQuantizer
+from offload.kv.reading import Reading
 from offload.scheduler.kv_pages import PageResidency, coming
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, Tier, align_up
 from offload.storage.errors import ConfigError, gib
@@ -108,23 +109,42 @@ class KvStore:
         """The tensors of a page that is being filled."""
         return block.shape.views(self.raw.tensor(block.page))
 
-    def read(self, block: KvBlock, upcoming: Callable[[], Iterator[Page]] | None = None) -> "Reading":
+    def read(
+        self, block: KvBlock, upcoming: Callable[[], Iterator[Page]] | None = None, held: Sequence[Reading] = ()
+    ) -> Reading:
         """Begin to read a block, wherever it is.
 
         Args:
             upcoming: pages that will be read after this one, of lower tiers; None where that is not known.
+            held: what is being read at the same time.
         """
         page = block.page
         if page.tier is Tier.DEVICE:
-            return Reading(self, block, page.pool.tensor(page), None)
+            return self._reading(block, page.pool.tensor(page))
         if self.cpu_attends and page.tier is Tier.CPU and not block.coded:
-            return Reading(self, block, page.pool.tensor(page), None)
+            return self._reading(block, page.pool.tensor(page))
         if not self._stream.has(page):
             self._make_room(page.pool, None)
-        fetch = self._stream.take(page)
+        in_use = sum(reading.is_lent for reading in held)
+        fetch = self._stream.take(page, in_use)
         if upcoming is not None:
-            self._stream.ahead(upcoming(), in_use=1)
-        return Reading(self, block, fetch.wait(), fetch)
+            self._stream.ahead(upcoming(), in_use + 1)
+        return self._reading(block, fetch.wait(), fetch)
+
+    def _reading(self, block: KvBlock, memory: torch.Tensor, fetch: PageFetch | None = None) -> Reading:
+        return Reading(block, self.decode(memory, block.shape) if block.coded else block.shape.views(memory), fetch)
+
+    @property
+    def pages_at_once(self) -> int:
+        """As many of the ring's pages as may be read together."""
+        return self._stream.batch_pages
+
+    def done(self, readings: Sequence[Reading]) -> None:
+        """The compute that reads them was submitted."""
+        lent = [reading for reading in readings if reading.is_lent]
+        after = self.raw.device.record() if lent else None
+        for reading in lent:
+            reading.done(after)
 
     def ahead(self, pages: Iterator[Page]) -> None:
         self._stream.ahead(pages)
@@ -262,25 +282,3 @@ class KvStore:
         self._stays(layer, page)
         block.page, block.coded = page, True
         return True
-
-
-class Reading:
-    """A block that can be read, until `done`."""
-
-    def __init__(self, store: KvStore, block: KvBlock, memory: torch.Tensor, fetch: PageFetch | None) -> None:
-        shape = block.shape
-        pair = store.decode(memory, shape) if block.coded else shape.views(memory)
-        self.block = block
-        self.pair = KeyValue(pair.keys[:, :, : block.tokens], pair.values[:, :, : block.tokens])
-        """Keys and values of the page's rows, which may be other ones than the batch's."""
-        self._fetch = fetch
-
-    @property
-    def is_lent(self) -> bool:
-        """Its memory is given back by `done`."""
-        return self._fetch is not None
-
-    def done(self) -> None:
-        """The compute that reads it was submitted."""
-        if self._fetch is not None:
-            self._fetch.release()

@@ -62,11 +62,12 @@ class ExpertForward:
         """Begun to be brought before the others."""
         self.computed_elsewhere: frozenset[int] = frozenset()
         """Experts that the CPU computes, from CPU memory."""
-        self._needed, self._rows, self._rule = list(needed), rows, rule
+        self._needed, self._rule = list(needed), rule
+        self.rows = rows
 
     def begin(self) -> None:
         """Give what is needed its slots, and start to bring it. Whatever comes of it, `end` is to follow."""
-        self._begin(self._left_to_load(self._needed, self._rows, self._rule) if self._rule.most_tokens else self._needed)
+        self._begin(self._left_to_load(self._needed, self.rows, self._rule) if self._rule.most_tokens else self._needed)
 
     def in_order_of_arrival(self, name: str, experts: Sequence[int]) -> Sequence[int]:
         """The same experts, those first that are there."""

@@ -5,7 +5,8 @@ rows. Only where it takes an expert out of the tensor, or multiplies by groups, 
 where it is. So sorting, gating, biases, norms and the one sum over a token's choices are the plain model's, on the same shapes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +21,11 @@ class ExpertWeights(Protocol):
 
     Attributes:
         asynchronous: the device waits for copies by itself, and wants few large products.
+        rows: how many tokens chose each of them.
     """
 
     asynchronous: bool
+    rows: Mapping[int, int]
 
     def in_order_of_arrival(self, name: str, experts: Sequence[int]) -> Sequence[int]:
         """The same experts, those first that are computed elsewhere or there."""
@@ -104,7 +107,8 @@ def _taken(function: Any, weight: SlotTensor, _: Any, index: Any) -> torch.Tenso
     experts = index.tolist()
     pool, slots = weight._weights.slots(weight._name, experts)
     if all(expert in slots for expert in experts):
-        picked = pool[torch.tensor([slots[expert] for expert in experts], device=weight.device)]
+        places = torch.tensor([slots[expert] for expert in experts])
+        picked = pool[places.to(weight.device, non_blocking=True)]
         return picked.transpose(-2, -1) if weight._flipped else picked
     rows = torch.empty((len(experts), *weight.shape[1:]), dtype=weight.dtype, device=weight.device)
     for expert in dict.fromkeys(experts):
@@ -116,7 +120,7 @@ def _grouped(function: Any, weight: SlotTensor, *args: Any, **kwargs: Any) -> to
     """Rows, sorted by expert, times each its expert's weight: `function` itself, on the weights where they are."""
     rows = args[0]
     offsets = kwargs["offs"] if "offs" in kwargs else args[2]
-    ends = offsets.tolist()
+    ends = _ends(weight._weights.rows, offsets, rows.shape[0])
     begins = [0, *ends[:-1]]
     present = [expert for expert, (begin, end) in enumerate(zip(begins, ends, strict=True)) if end > begin]
     source = weight._weights
@@ -128,11 +132,19 @@ def _grouped(function: Any, weight: SlotTensor, *args: Any, **kwargs: Any) -> to
     for expert in source.in_order_of_arrival(weight._name, [item for item in present if item not in products]):
         part = fetched[expert] if expert in fetched else rows[begins[expert] : ends[expert]]
         one = _one(weight, expert).unsqueeze(0)
-        count = torch.tensor([len(part)], dtype=offsets.dtype, device=one.device)
+        count = torch.full((1,), len(part), dtype=offsets.dtype, device=one.device)
         products[expert] = _call(function, part, one, count, "offs" in kwargs).to(rows.device)
     left = rows.shape[0] - (ends[-1] if ends else 0)
     rest = [rows.new_empty((left, weight.shape[-1]))] if left else []
     return torch.cat([*(products[expert] for expert in present), *rest])
+
+
+def _ends(rows: Mapping[int, int], offsets: torch.Tensor, count: int) -> list[int]:
+    """Where each expert's rows end: as the choices say, which are known, so that the device is not waited for."""
+    if sum(rows.values()) != count:
+        # Some rows belong to no expert.
+        return offsets.tolist()
+    return list(accumulate(rows.get(expert, 0) for expert in range(len(offsets))))
 
 
 def _call(function: Any, rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, named: bool) -> torch.Tensor:
@@ -150,9 +162,9 @@ def _together(
     for run in _runs(sorted((slot, expert) for expert, slot in slots.items())):
         first, last = run[0][0], run[-1][0]
         sizes = {slot: ends[expert] - begins[expert] for slot, expert in run}
-        sums = torch.tensor([sizes.get(slot, 0) for slot in range(first, last + 1)]).cumsum(0, dtype=torch.int32)
+        sums = torch.tensor(list(accumulate(sizes.get(slot, 0) for slot in range(first, last + 1))), dtype=torch.int32)
         selected = torch.cat([rows[begins[expert] : ends[expert]] for _, expert in run])
-        result = _call(function, selected, tensor[first : last + 1], sums.to(rows.device), True)
+        result = _call(function, selected, tensor[first : last + 1], sums.to(rows.device, non_blocking=True), True)
         for (_, expert), part in zip(run, result.split([sizes[slot] for slot, _ in run]), strict=True):
             products[expert] = part
     return products

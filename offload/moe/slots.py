@@ -93,7 +93,7 @@ class HostExperts:
         first, last = self._unit.layout.tensors[tensors[0]], self._unit.layout.tensors[tensors[-1]]
         begin, end = first.offset, last.offset + last.nbytes
         source = self._buffer.tensor[expert * self._stride + begin : expert * self._stride + end]
-        copied = self._device.copy_in(region.tensor[begin:end], source, after, f"{self._unit.key}.{expert}")
+        copied = self._device.copy_in([(region.tensor[begin:end], source)], [after], f"{self._unit.key}.{expert}")
         return CopyArrival(self._device, [copied])
 
 
@@ -107,8 +107,8 @@ class HomeExperts:
         copies = []
         for tensor, home in ((self._unit.layout.tensors[index], self._homes[index]) for index in tensors):
             target = region.tensor[tensor.offset : tensor.offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            copies.append(self._device.copy_in(target, home.tensor[expert].detach(), after, f"{self._unit.key}.{expert}"))
-        return CopyArrival(self._device, copies)
+            copies.append((target, home.tensor[expert].detach()))
+        return CopyArrival(self._device, [self._device.copy_in(copies, [after], f"{self._unit.key}.{expert}")])
 
 
 class ExpertSlots:

@@ -162,8 +162,10 @@ class ExpertStreaming:
 
     def _run(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         self._see_changes(layer)
-        choices = index.detach().to("cpu").numpy()
-        shares = weights.detach().to("cpu", torch.float64).numpy()
+        # Both by one wait: a whole number is exact as a float64.
+        both = torch.cat([value.detach().to(torch.float64).reshape(-1) for value in (index, weights)]).cpu().numpy()
+        choices = both[: index.numel()].astype(numpy.int64).reshape(index.shape)
+        shares = both[index.numel() :].reshape(weights.shape)
         self.cache.policy.note(layer, choices, shares)
         uniques, first, counts = numpy.unique(choices, return_index=True, return_counts=True)
         needed: list[int] = uniques[numpy.argsort(first)].tolist()

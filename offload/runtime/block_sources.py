@@ -90,7 +90,7 @@ class HostSource:
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         size = self._buffer.nbytes
-        copied = self._device.copy_in(region.tensor[:size], self._buffer.tensor[:size], after, self._key)
+        copied = self._device.copy_in([(region.tensor[:size], self._buffer.tensor[:size])], [after], self._key)
         return CopyArrival(self._device, [copied])
 
 
@@ -105,8 +105,7 @@ class DividedSource:
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         targets = views_of(self._homes, self.offsets, region.tensor)
         parts = [home.device_part for home in self._homes]
-        copies = [self._device.copy_in(target, part, after, self._key) for target, part in zip(targets, parts, strict=True)]
-        return CopyArrival(self._device, copies)
+        return CopyArrival(self._device, [self._device.copy_in(list(zip(targets, parts, strict=True)), [after], self._key)])
 
 
 def views_of(homes: Sequence[ParameterHome], offsets: Sequence[int], memory: torch.Tensor) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from offload.model.homes import ParameterHome
+from offload.runtime.row_upload import RowUpload
 from offload.storage.blocks import BlockKey, FileRange
 from offload.storage.errors import StaleSlot
 from offload.storage.reader import DiskReader
@@ -22,13 +23,15 @@ class EmbeddingTable:
         source: where the rows lie on disk; None to take them from the home in CPU memory.
     """
 
-    def __init__(self, key: BlockKey, home: ParameterHome, reader: DiskReader | None, source: FileRange | None) -> None:
+    def __init__(
+        self, key: BlockKey, home: ParameterHome, reader: DiskReader, source: FileRange | None, upload: RowUpload
+    ) -> None:
         self.key = key
         self.homes = [home]
         self.was_read_whole = False
         self.waited_seconds = 0.0
         """Seconds spent waiting for rows from disk, since this was last set to 0."""
-        self._reader, self._source = reader, source
+        self._reader, self._source, self._upload = reader, source, upload
 
     @property
     def on_disk(self) -> bool:
@@ -39,35 +42,38 @@ class EmbeddingTable:
         """The looked-up rows, [*indices.shape, width], on the device of `indices`."""
         home = self.homes[0]
         home.notice_changes()
-        unique, places = torch.unique(indices, return_inverse=True)
-        if len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < len(home.tensor):
-            raise IndexError(
-                f"{home.name} has {len(home.tensor)} rows, and row {int(unique[-1])} or {int(unique[0])} was looked up"
-            )
-        if self._reader is None or self._source is None or home.modified:
-            rows = home.tensor[unique.cpu()]
-        else:
-            rows = self._read(unique.cpu(), home.tensor)
-        return rows.to(indices.device)[places]
+        # The one wait: which rows they are is on the device.
+        wanted = indices.to("cpu", torch.int64).reshape(-1)
+        if len(wanted) and not 0 <= (least := int(wanted.min())) <= (most := int(wanted.max())) < len(home.tensor):
+            raise IndexError(f"{home.name} has {len(home.tensor)} rows, and row {most} or {least} was looked up")
+        table, fetched = home.tensor, wanted
+        if self._source is not None and not home.modified:
+            unique, fetched = torch.unique(wanted, return_inverse=True)
+            table = self._read(self._source, unique, home.tensor)
+
+        def fill(rows: torch.Tensor) -> None:
+            with torch.no_grad():
+                torch.index_select(table, 0, fetched, out=rows)
+
+        rows = self._upload.run((len(wanted), table.shape[1]), table.dtype, fill)
+        return rows.view(*indices.shape, table.shape[1])
 
     def whole(self, device: torch.device) -> torch.Tensor:
         """The whole table, for a forward that does otherwise than look rows up."""
         home = self.homes[0]
         home.notice_changes()
         self.was_read_whole = True
-        if self._reader is None or self._source is None or home.modified:
+        if self._source is None or home.modified:
             return home.tensor.to(device)
         table = torch.empty(home.tensor.shape, dtype=home.tensor.dtype)
         self._reader.read_rows(self._source, [0], table.nbytes, table)
         return table.to(device)
 
-    def _read(self, unique: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        assert self._reader is not None
-        assert self._source is not None
+    def _read(self, source: FileRange, unique: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         rows = torch.empty((len(unique), table.shape[1]), dtype=table.dtype)
         width = table.shape[1] * table.element_size()
         begun = time.perf_counter()
-        self._reader.read_rows(self._source, unique.tolist(), width, rows, self.key)
+        self._reader.read_rows(source, unique.tolist(), width, rows, self.key)
         self.waited_seconds += time.perf_counter() - begun
         return rows
 

@@ -22,6 +22,7 @@ from offload.runtime.block_sources import (
 from offload.runtime.embedding_rows import EmbeddingTable
 from offload.runtime.hybrid_linear import HybridLinear
 from offload.runtime.machine import Machine
+from offload.runtime.row_upload import RowUpload
 from offload.runtime.spilling import spill
 from offload.runtime.weights import ResidentBlock, StreamedBlock
 from offload.scheduler.model_spec import DivisibleWeight
@@ -65,6 +66,8 @@ class Placement:
         self._spills: list[BlockFile] = []
         self._staged: StagedReader | None = None
         self._homes: dict[str, ParameterHome] = {}
+        self._tables_in_memory: set[BlockKey] = set()
+        self._rows = RowUpload(self._device)
 
     def source_of(self, name: str, parameter: nn.Parameter) -> FileRange | None:
         """The file that holds the parameter's present values; None if only memory does."""
@@ -100,6 +103,11 @@ class Placement:
                 )
             for key in plan.weights.computed_on_host:
                 self.on_host[key] = self._to_cpu(units[key])
+            for key in plan.weights.tables_in_host_memory:
+                buffer, _ = self._live_in_host_memory(units[key], "embedding tables")
+                self._memory.keep(buffer, locked=False)
+                self._tables_in_memory.add(key)
+            in_host |= self._tables_in_memory
         self.spill([units[key] for key in (*plan.weights.streamed, *plan.weights.row_fetched) if key not in in_host])
         from_disk = [units[key] for key in plan.weights.streamed if key not in in_host]
         self._open_staging(from_disk, plan.weights.staging_count)
@@ -154,9 +162,10 @@ class Placement:
         Raises:
             BudgetExceeded: if there is no room for it.
         """
-        buffer, offsets = self._live_in_host_memory(unit, category)
-        self._memory.keep(buffer)
         homes = self.homes_of(unit)
+        if unit.key not in self._tables_in_memory:
+            buffer, offsets = self._live_in_host_memory(unit, category)
+            self._memory.keep(buffer)
         for home in homes:
             home.modified = False
             home.version = home.parameter._version
@@ -174,6 +183,7 @@ class Placement:
             places: where, and a view of the bytes, by name.
         """
         homes = self.homes_of(unit)
+        self._tables_in_memory.discard(unit.key)
         for home in homes:
             if home.name in places:
                 self._known[home.name], view = places[home.name]
@@ -243,6 +253,7 @@ class Placement:
         """Give files, threads and page locks back. After `restore`."""
         if self._staged is not None:
             self._staged.close()
+        self._rows.close()
         self._memory.close()
         for file in self._spills:
             file.close()
@@ -288,7 +299,7 @@ class Placement:
             staged, places = self._read_to_host(unit, self.host_ledger, "staging")
             sources = views_of(homes, places, staged.tensor)
         for view, source in zip(views_of(homes, offsets, buffer.tensor), sources, strict=True):
-            self._device.copy_in(view, source, None, unit.key).synchronize()
+            self._device.copy_in([(view, source)], name=unit.key).synchronize()
         if all(on_disk):
             self.host_ledger.release("staging", staged.nbytes)
         block = ResidentBlock(unit.key, homes, buffer, offsets)
@@ -366,7 +377,8 @@ class Placement:
 
     def _table(self, unit: Unit) -> EmbeddingTable:
         home = self.homes_of(unit)[0]
-        return EmbeddingTable(unit.key, home, self._reader, self._known.get(home.name))
+        source = None if unit.key in self._tables_in_memory else self._known.get(home.name)
+        return EmbeddingTable(unit.key, home, self._reader, source, self._rows)
 
     def _open_staging(self, units: Sequence[Unit], count: int) -> None:
         if self._device.shares_host_memory or self._staged is not None or not units:

@@ -161,7 +161,7 @@ class Planner:
 def _host_bytes(plan: Plan, spec: ModelSpec) -> int:
     """CPU memory beside a device: weights that live there, and staging."""
     blocks = {block.key: block for block in spec.blocks}
-    held = sum(blocks[key].slot_bytes for key in (*plan.weights.in_host_memory, *plan.weights.computed_on_host))
+    held = sum(blocks[key].slot_bytes for key in plan.weights.held_in_host_memory)
     largest = max((blocks[key].slot_bytes for key in plan.weights.streamed), default=0)
     experts = (plan.experts.in_host_memory + plan.experts.staging_count) * plan.experts.slot_bytes
     return held + plan.weights.staging_count * largest + experts + plan.kv.host_bytes

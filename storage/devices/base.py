@@ -1,6 +1,7 @@
 """What the runtime asks of the device that computes."""
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -60,12 +61,15 @@ class Device(Protocol):
     def unlock_pages(self, buffer: object) -> None:
         """Undo `lock_pages`."""
 
-    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None, name: str = "") -> Event:
-        """Start copying host bytes to the device, once `after` is passed; the event marks the end of the copy.
+    def copy_in(
+        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event | None] = (), name: str = ""
+    ) -> Event:
+        """Start copying host bytes to the device, once all of `after` are passed; the event marks the end of all copies.
 
-        The version that autograd sees of `target`'s memory stays: other threads compute with other parts of it meanwhile.
+        The version that autograd sees of a target's memory stays: other threads compute with other parts of it meanwhile.
 
         Args:
+            copies: (target, source) of each.
             name: of the block, for the trace.
         """
 
@@ -114,6 +118,6 @@ def copy_bytes_per_second(device: Device, target: torch.Tensor, source: torch.Te
     best = float("inf")
     for _ in range(_ROUNDS):
         begun = time.perf_counter()
-        device.copy_in(target, source, None, "measurement").synchronize()
+        device.copy_in([(target, source)], name="measurement").synchronize()
         best = min(best, time.perf_counter() - begun)
     return source.nbytes / best

@@ -1,6 +1,7 @@
 """The CPU as the device that computes: its memory is the host's."""
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -48,8 +49,11 @@ class CpuDevice:
     def unlock_pages(self, buffer: object) -> None:
         pass
 
-    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None, name: str = "") -> Event:
-        unversioned(target).copy_(source)
+    def copy_in(
+        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event | None] = (), name: str = ""
+    ) -> Event:
+        for target, source in copies:
+            unversioned(target).copy_(source)
         return DONE
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor, name: str = "") -> Event:

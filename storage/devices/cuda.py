@@ -1,7 +1,9 @@
-"""A CUDA card: one copy stream beside the stream that computes. The only file that names `torch.cuda`."""
+"""A CUDA card: two copy streams beside the stream that computes. The only file that names `torch.cuda`."""
 
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,10 @@ from offload.storage.host_buffer import HostBuffer
 
 _EVENTS_KEPT = 4096
 """Timed events are read in batches: reading one that is still pending would stop the host."""
+_ANCHOR_MILLISECONDS = 60_000.0
+"""Times between events are float32 milliseconds: after hours they would be whole milliseconds."""
+_PORTABLE = 1
+"""`cudaHostRegisterPortable`: locked for every card of the process."""
 
 
 @dataclass(slots=True)
@@ -35,33 +41,55 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self.name = str(self.torch_device)
         self.hardware_name = torch.cuda.get_device_name(self.torch_device)
-        self._copies = torch.cuda.Stream(self.torch_device)
-        self._copies_out = torch.cuda.Stream(self.torch_device)
-        self._pending_copies: deque[tuple[str, torch.cuda.Event, torch.cuda.Event, int]] = deque()
+        self._index = index
+        # torch's own streams and events: those of `torch.cuda` ask Python for the present device at each call.
+        self._copies = torch.Stream(self.torch_device)
+        self._copies_out = torch.Stream(self.torch_device)
+        self._pending_copies: deque[tuple[str, torch.Event, torch.Event, int]] = deque()
         self._ended_copies: list[Copy] = []
-        self._pending_stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._pending_stalls: deque[tuple[torch.Event, torch.Event]] = deque()
         self._ended_stalls: list[tuple[float, float]] = []
         self._locked: set[int] = set()
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         # Where the card's clock and the host's meet.
-        self._zero = _timed_event()
-        self._zero.record(torch.cuda.current_stream(self.torch_device))
-        self._zero.synchronize()
-        self._zero_seconds = time.perf_counter()
+        self._anchor = self._timed_event()
+        self._anchor.record(self._computing)
+        self._anchor.synchronize()
+        self._anchor_seconds = time.perf_counter()
+
+    @property
+    def _computing(self) -> torch.Stream:
+        """The stream that this thread computes on."""
+        return torch.accelerator.current_stream(self._index)
+
+    @contextmanager
+    def _on(self, stream: torch.Stream) -> Iterator[None]:
+        """What this thread submits goes to `stream`, and is no part of what autograd sees."""
+        before = self._computing
+        with torch.inference_mode(False), torch.no_grad():
+            torch.accelerator.set_stream(stream)
+            try:
+                yield
+            finally:
+                torch.accelerator.set_stream(before)
+
+    def _timed_event(self) -> torch.Event:
+        return torch.Event(self.torch_device, enable_timing=True)
 
     def allocate(self, nbytes: int) -> CudaBuffer:
         with torch.inference_mode(False):
             buffer = CudaBuffer(torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device), nbytes)
         # torch hands out memory that was freed in the compute stream's order: kernels queued there may still write to it.
-        self._copies.wait_stream(torch.cuda.current_stream(self.torch_device))
+        self._copies.wait_stream(self._computing)
         return buffer
 
     def lock_pages(self, buffer: object) -> bool:
         assert isinstance(buffer, HostBuffer)
-        runtime = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(buffer.address, buffer.nbytes, 0)) == 0:
-            self._locked.add(buffer.address)
-            return True
+        # In the card's own context: registering in the present device's would make one on another card.
+        with torch.cuda.device(self.torch_device):
+            if int(torch.cuda.cudart().cudaHostRegister(buffer.address, buffer.nbytes, _PORTABLE)) == 0:
+                self._locked.add(buffer.address)
+                return True
         # The refusal stays behind as the last CUDA error and would be raised by the next unrelated call.
         try:
             torch.cuda.synchronize(self.torch_device)
@@ -76,25 +104,28 @@ class CudaDevice:
             self._locked.remove(buffer.address)
             torch.cuda.cudart().cudaHostUnregister(buffer.address)
 
-    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Event | None, name: str = "") -> Event:
-        begun, ended = _timed_event(), _timed_event()
-        with torch.inference_mode(False), torch.cuda.stream(self._copies):
-            if after is not None:
-                assert isinstance(after, torch.cuda.Event)
-                self._copies.wait_event(after)
+    def copy_in(
+        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event | None] = (), name: str = ""
+    ) -> Event:
+        begun, ended = self._timed_event(), self._timed_event()
+        with self._on(self._copies):
+            for event in dict.fromkeys(after):
+                if event is not None:
+                    assert isinstance(event, torch.Event)
+                    self._copies.wait_event(event)
             begun.record(self._copies)
-            unversioned(target).copy_(source, non_blocking=True)
+            for target, source in copies:
+                unversioned(target).copy_(source, non_blocking=True)
             ended.record(self._copies)
-        self._pending_copies.append((name, begun, ended, source.nbytes))
+        self._pending_copies.append((name, begun, ended, sum(source.nbytes for _, source in copies)))
         return ended
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor, name: str = "") -> Event:
-        computed = torch.cuda.Event()
-        computed.record(torch.cuda.current_stream(self.torch_device))
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._copies_out):
+        computed, ended = torch.Event(self.torch_device), torch.Event(self.torch_device)
+        computed.record(self._computing)
+        with self._on(self._copies_out):
             self._copies_out.wait_event(computed)
             unversioned(target).copy_(source, non_blocking=True)
-            ended = torch.cuda.Event()
             ended.record(self._copies_out)
         return ended
 
@@ -110,16 +141,18 @@ class CudaDevice:
             self._ended_copies.append(Copy(name, begin_seconds, begin_seconds + begun.elapsed_time(ended) / 1000, nbytes))
 
     def record(self) -> Event:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.torch_device))
+        event = torch.Event(self.torch_device)
+        event.record(self._computing)
         return event
 
     def wait(self, event: Event) -> None:
-        assert isinstance(event, torch.cuda.Event)
-        stream = torch.cuda.current_stream(self.torch_device)
+        assert isinstance(event, torch.Event)
+        stream = self._computing
         if event.query():
+            # It is over, and costs nothing; said all the same, for whoever checks the order.
+            stream.wait_event(event)
             return
-        begun, ended = _timed_event(), _timed_event()
+        begun, ended = self._timed_event(), self._timed_event()
         begun.record(stream)
         stream.wait_event(event)
         ended.record(stream)
@@ -140,21 +173,23 @@ class CudaDevice:
             begin_seconds = self._seconds_at(begun)
             self._ended_stalls.append((begin_seconds, begin_seconds + begun.elapsed_time(ended) / 1000))
 
-    def _seconds_at(self, event: torch.cuda.Event) -> float:
-        """An event's moment on the host's clock."""
-        return self._zero_seconds + float(self._zero.elapsed_time(event)) / 1000
+    def _seconds_at(self, event: torch.Event) -> float:
+        """The moment of an event that is over on the host's clock."""
+        since = self._anchor.elapsed_time(event)
+        seconds = self._anchor_seconds + since / 1000
+        if since > _ANCHOR_MILLISECONDS:
+            self._anchor, self._anchor_seconds = event, seconds
+        return seconds
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
     def free_bytes(self) -> int:
-        free, _ = torch.cuda.mem_get_info(self.torch_device)
-        reusable = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
-        return int(free + reusable)
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        reserved = torch.cuda.memory_reserved(self.torch_device)
+        # What torch may take at all (`set_per_process_memory_fraction`).
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(self.torch_device))
+        return max(0, min(free, allowed - reserved) + reserved - torch.cuda.memory_allocated(self.torch_device))
 
     def peak_bytes(self) -> int | None:
         return int(torch.cuda.max_memory_allocated(self.torch_device))
-
-
-def _timed_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)

@@ -8,7 +8,7 @@ nothing is synchronised but what is waited for.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -55,8 +55,8 @@ class PageFetch:
 
     def __init__(self, pool: "PagePool", page: Page, slot: int) -> None:
         self.page = page
+        self.slot = slot
         self._pool = pool
-        self._slot = slot
         self.read: Transfer | None = None
         self.copied: Event | None = None
 
@@ -66,11 +66,11 @@ class PageFetch:
             self._pool.wait_for(self.read)
         if self.copied is not None:
             self._pool.device.wait(self.copied)
-        return self._pool.slots.tensor(self._slot)
+        return self._pool.slots.tensor(self.slot)
 
-    def release(self) -> None:
-        """The compute that reads it was submitted."""
-        self._end(self._pool.device.record())
+    def release(self, after: Event | None = None) -> None:
+        """The compute that reads it was submitted: all of it, or what `after` was recorded behind."""
+        self._end(after or self._pool.device.record())
 
     def cancel(self) -> None:
         """It is not wanted any more."""
@@ -80,7 +80,7 @@ class PageFetch:
 
     def _end(self, after: Event | None) -> None:
         self.page.users -= 1
-        self._pool.slots.give(self._slot, after)
+        self._pool.slots.give(self.slot, after)
 
 
 class PagePool:
@@ -204,25 +204,52 @@ class PagePool:
             page.tier, page.place = Tier.DISK, place
         self.written_bytes += self.page_bytes
 
-    def fetch(self, page: Page) -> PageFetch:
-        """Start bringing a page of a lower tier into a slot.
+    def fetch(self, pages: Sequence[Page]) -> list[PageFetch]:
+        """Start bringing pages of lower tiers into slots; those in CPU memory by one submission.
 
         Raises:
             BudgetExceeded: if every slot is in use.
         """
-        self._settle(page)
+        fetches = [self._begin(page) for page in pages]
+        self._copy([fetch for fetch in fetches if fetch.page.tier is Tier.CPU])
+        for fetch in fetches:
+            if fetch.page.tier is Tier.DISK:
+                self._read(fetch, self.slots.tensor(fetch.slot), self.slots.after(fetch.slot))
+        return fetches
+
+    def _begin(self, page: Page) -> PageFetch:
+        if page.tier is not Tier.CPU:
+            self._settle(page)
         if page.lost is not None:
             raise ReadError(f"a page of the KV cache could not be written before ({page.lost}), and is lost") from page.lost
         fetch = PageFetch(self, page, self._slot())
         page.users += 1
-        after = self.slots.after(fetch._slot)
-        target = self.slots.tensor(fetch._slot)
-        if page.tier is Tier.CPU:
-            fetch.copied = self.device.copy_in(target, self.host.tensor(page.place), after, "KV page")
-        else:
-            self._read(fetch, target, after)
         self.onloaded_bytes += self.page_bytes
         return fetch
+
+    def _copy(self, fetches: Sequence[PageFetch]) -> None:
+        """Neighbours on both sides are one copy: what a copy costs beside its bytes is as much as that of a small page."""
+        if not fetches:
+            return
+        after = [event for fetch in fetches for event in (self.slots.after(fetch.slot), fetch.page.copied)]
+        runs: list[list[PageFetch]] = []
+        for fetch in fetches:
+            last = runs[-1][-1] if runs else None
+            if (
+                last is not None
+                and self.slots.follows(fetch.slot, last.slot)
+                and self.host.follows(fetch.page.place, last.page.place)
+            ):
+                runs[-1].append(fetch)
+            else:
+                runs.append([fetch])
+        copied = self.device.copy_in(
+            [(self.slots.span(run[0].slot, len(run)), self.host.span(run[0].page.place, len(run))) for run in runs],
+            after,
+            "KV pages",
+        )
+        for fetch in fetches:
+            fetch.copied = copied
 
     def wait_for(self, transfer: Transfer) -> None:
         if transfer.over:
@@ -306,7 +333,7 @@ class PagePool:
             self._slots_leaving -= 1
 
     def _read(self, fetch: PageFetch, target: torch.Tensor, after: Event | None) -> None:
-        file, place, slot = self.file, fetch.page.place, fetch._slot
+        file, place, slot = self.file, fetch.page.place, fetch.slot
         if self.device.shares_host_memory:
             memory = self.slots.memory(slot)
             fetch.read = self._reads.submit(self.page_bytes, [lambda: file.read(place, memory)], name="KV page")
@@ -319,7 +346,7 @@ class PagePool:
                 # The device may still be copying out of it.
                 last.synchronize()
             file.read(place, staging.memory[: self.page_bytes])
-            fetch.copied = self.device.copy_in(target, staging.tensor[: self.page_bytes], after, "KV page")
+            fetch.copied = self.device.copy_in([(target, staging.tensor[: self.page_bytes])], [after], "KV page")
 
         fetch.read = self._reads.submit(self.page_bytes, [read], name="KV page")
         fetch.read.when_over(lambda: self._staging.give(staging, fetch.copied))

@@ -81,8 +81,16 @@ class PageSlots:
 
     def tensor(self, slot: int) -> torch.Tensor:
         """uint8 [page_bytes]."""
+        return self.span(slot, 1)
+
+    def follows(self, slot: int, before: int) -> bool:
+        """True if `slot` lies right behind `before`, in the same memory."""
+        return slot == before + 1 and bool(slot % self._chunk_pages)
+
+    def span(self, slot: int, count: int) -> torch.Tensor:
+        """uint8 [count * page_bytes] of slots of which each follows the one before."""
         start = slot % self._chunk_pages * self.page_bytes
-        return self._buffers[slot // self._chunk_pages].tensor[start : start + self.page_bytes]
+        return self._buffers[slot // self._chunk_pages].tensor[start : start + count * self.page_bytes]
 
     def memory(self, slot: int) -> memoryview:
         """The same for the disk; on the host only."""

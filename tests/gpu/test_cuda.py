@@ -64,7 +64,7 @@ class TestCuda(DeviceContract):
         del freed
         buffer = device.allocate(nbytes)
         assert buffer.tensor.data_ptr() == address
-        device.copy_in(buffer.tensor[:nbytes], source.tensor, None)
+        device.copy_in([(buffer.tensor[:nbytes], source.tensor)])
         torch.cuda.synchronize()
         assert bool((buffer.tensor[:nbytes] == 1).all())
         device.unlock_pages(source)
@@ -129,14 +129,16 @@ def test_slots_are_safe_when_one_side_is_slow(slow, saved, monkeypatch):
     real = CudaDevice.copy_in
     cycles = 20_000_000
 
-    def delayed(self, target, source, after, name=""):
-        with torch.cuda.stream(self._copies):
-            if after is not None:
-                self._copies.wait_event(after)
-            target.view(-1).view(torch.uint8).fill_(0xFF)
+    def delayed(self, copies, after=(), name=""):
+        with self._on(self._copies):
+            for event in after:
+                if event is not None:
+                    self._copies.wait_event(event)
+            for target, _ in copies:
+                target.view(-1).view(torch.uint8).fill_(0xFF)
             if slow == "copies":
                 torch.cuda._sleep(cycles)
-        return real(self, target, source, after, name)
+        return real(self, copies, after, name)
 
     monkeypatch.setattr(CudaDevice, "copy_in", delayed)
     folder, plain, spec = saved("llama", torch.float32)

@@ -32,7 +32,7 @@ class DeviceContract:
         source.tensor.copy_(torch.arange(1 << 20) % 251)
         locked = device.lock_pages(source)
         target = device.allocate(1 << 20).tensor[: 1 << 20]
-        device.copy_in(target, source.tensor, None).synchronize()
+        device.copy_in([(target, source.tensor)]).synchronize()
         assert torch.equal(target.cpu(), source.tensor)
         if locked:
             device.unlock_pages(source)
@@ -47,7 +47,7 @@ class DeviceContract:
 
         def pack(tensor):
             # What a link's thread does at any moment.
-            device.copy_in(second, source.tensor, device.record()).synchronize()
+            device.copy_in([(second, source.tensor)], [device.record()]).synchronize()
             device.copy_out(source.tensor, second).synchronize()
             return tensor
 
@@ -63,7 +63,7 @@ class DeviceContract:
         target = device.allocate(1 << 20).tensor[: 1 << 20]
         for value in range(20):
             source.tensor.fill_(value)
-            event = device.copy_in(target, source.tensor, device.record())
+            event = device.copy_in([(target, source.tensor)], [device.record()])
             device.wait(event)
             total = (target == value).sum()
             assert int(total) == 1 << 20
@@ -75,8 +75,8 @@ class DeviceContract:
         second.tensor.fill_(2)
         target = device.allocate(1 << 20).tensor[: 1 << 20]
         for _ in range(10):
-            first = device.copy_in(target, source.tensor, None)
-            device.copy_in(target, second.tensor, first).synchronize()
+            first = device.copy_in([(target, source.tensor)])
+            device.copy_in([(target, second.tensor)], [first]).synchronize()
             assert int(target.sum()) == 2 << 20
 
     def test_figures(self, device):

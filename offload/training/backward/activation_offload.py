@@ -155,7 +155,7 @@ class _InHost:
     def _start(self) -> tuple[torch.Tensor, Event]:
         self._left.synchronize()
         target = torch.empty_like(self._values, device=self._device.torch_device)
-        event = self._device.copy_in(target, self._values, self._device.record(), "layer inputs")
+        event = self._device.copy_in([(target, self._values)], [self._device.record()], "layer inputs")
         self._last_use[0] = event
         return target, event
 
@@ -307,7 +307,7 @@ class _OnDisk:
 
     def _copied(self, buffer: HostBuffer) -> torch.Tensor:
         target = torch.empty_like(self._like, device=self._store._device.torch_device)
-        self._store._device.copy_in(target, _as(buffer, self._like), self._store._device.record()).synchronize()
+        self._store._device.copy_in([(target, _as(buffer, self._like))], [self._store._device.record()]).synchronize()
         return target
 
     def __del__(self) -> None:
