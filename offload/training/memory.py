@@ -14,6 +14,7 @@ from offload.scheduler.sub_groups import StateLayout, Trained, lay_out
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
 from offload.storage.errors import BudgetTooSmall, gib
 from offload.training.backward.activation_offload import INPUT_BUFFERS
+from offload.training.backward.gradient_transfer import ring_bytes
 from offload.training.backward.gradients import gradient_bytes
 from offload.training.optimizer.nvme_states import BUFFER_COUNT
 from offload.training.optimizer.update_rules import rule_of
@@ -61,7 +62,7 @@ class TrainingMemory:
             )
         if budgets.host_bytes is None:
             return replace(budgets, device_bytes=budget - self.host_bytes)
-        return replace(budgets, host_bytes=budget - self.host_bytes)
+        return replace(budgets, host_bytes=max(1, budget - self.host_bytes - ring_bytes(self.gradient_bytes)))
 
     def check(self, plan: Plan, training: Training, budgets: Budgets, weight_bytes: int) -> None:
         """Weights that are stepped in CPU memory live there.

@@ -49,8 +49,10 @@ class Retrieve(FullAttention):
         self._budget = budget
         self._starts: list[int] = []
         """Where those pages begin that have bounds."""
-        self._chunk_page: list[int] = []
-        """The index of the page of each chunk."""
+        self._chunks: list[int] = []
+        """How many chunks each of them has."""
+        self._owners: torch.Tensor | None = None
+        """int64 [chunks]: the index of the page of each chunk, beside the bounds."""
         self._bounds: torch.Tensor | None = None
         """[2, batch, heads, chunks, key dim]: least and largest."""
 
@@ -59,8 +61,10 @@ class Retrieve(FullAttention):
         bounds = torch.stack([torch.stack([chunk.amin(dim=2), chunk.amax(dim=2)]) for chunk in chunks], dim=3)
         limit = torch.finfo(_CODE).max
         bounds = bounds.clamp(-limit, limit).to(_CODE)
-        self._chunk_page += [len(self._starts)] * len(chunks)
+        owners = torch.full((len(chunks),), len(self._starts), device=bounds.device)
         self._starts.append(block.start)
+        self._chunks.append(len(chunks))
+        self._owners = owners if self._owners is None else torch.cat([self._owners, owners])
         if self._bounds is not None:
             bounds = torch.cat([self._bounds.view(torch.uint8), bounds.view(torch.uint8)], dim=3).view(_CODE)
         self._bounds = bounds
@@ -96,7 +100,7 @@ class Retrieve(FullAttention):
         count = min(len(candidates), room // max(sizes))
         if not count:
             return {}
-        numbers = torch.tensor([number for number, _ in candidates], device=query.device)
+        numbers = torch.tensor([number for number, _ in candidates]).to(query.device, non_blocking=True)
         best = self._page_scores(query)[:, numbers].topk(count, dim=1).indices
         seen = torch.zeros(len(query), len(candidates), dtype=torch.bool, device=query.device).scatter(1, best, True)
         used = seen.any(dim=0).tolist()
@@ -105,21 +109,25 @@ class Retrieve(FullAttention):
     def _page_scores(self, query: torch.Tensor) -> torch.Tensor:
         """[batch, pages]: the largest share of attention that any head and token of the query could give one of its chunks."""
         assert self._bounds is not None
+        assert self._owners is not None
         batch, _, _, dim = query.shape
         least, largest = self._bounds.float()
         grouped = query.float().reshape(batch, least.shape[1], -1, dim)
         products = grouped.relu() @ largest.transpose(-1, -2) - (-grouped).relu() @ least.transpose(-1, -2)
         shares = (products * dim**-0.5).softmax(dim=-1).amax(dim=(1, 2))
-        owners = torch.tensor(self._chunk_page, device=query.device).expand(batch, -1)
+        owners = self._owners.expand(batch, -1)
         return torch.zeros(batch, len(self._starts), device=query.device).scatter_reduce(1, owners, shares, "amax")
 
     def truncated(self, blocks: Sequence[KvBlock]) -> None:
         last = blocks[-1].start if blocks else -1
         # Only pages at the end go. One that was cut keeps its bounds, which promise no less than what is left.
         count = sum(start <= last for start in self._starts)
-        chunks = sum(page < count for page in self._chunk_page)
-        self._starts, self._chunk_page = self._starts[:count], self._chunk_page[:chunks]
-        self._bounds = None if self._bounds is None or not count else self._bounds[:, :, :, :chunks]
+        self._starts, self._chunks = self._starts[:count], self._chunks[:count]
+        if self._bounds is None or self._owners is None or not count:
+            self._bounds = self._owners = None
+        else:
+            chunks = sum(self._chunks)
+            self._bounds, self._owners = self._bounds[:, :, :, :chunks], self._owners[:chunks]
 
     def selected(self, rows: torch.Tensor) -> None:
         if self._bounds is not None:
@@ -127,5 +135,6 @@ class Retrieve(FullAttention):
 
     def copied(self) -> "Retrieve":
         other = Retrieve(self._budget)
-        other._starts, other._chunk_page, other._bounds = list(self._starts), list(self._chunk_page), self._bounds
+        other._starts, other._chunks = list(self._starts), list(self._chunks)
+        other._owners, other._bounds = self._owners, self._bounds
         return other

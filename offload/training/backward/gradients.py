@@ -14,7 +14,9 @@ from torch import nn
 
 from offload.runtime.module_wrappers import Forward, ForwardWrap
 from offload.storage.blocks import BlockKey, align_up
+from offload.storage.devices.base import Device
 from offload.storage.host_buffer import HostBuffer
+from offload.training.backward.gradient_transfer import GradientTransfer, ring_bytes
 
 Named = tuple[str, nn.Parameter]
 
@@ -48,13 +50,14 @@ class HostGradients:
     """Takes what backward makes.
 
     Args:
-        apart: the device has memory of its own, so that autograd must not add to what lies in CPU memory.
+        device: with memory of its own, so that autograd must not add to what lies in CPU memory; None where it is the CPU's.
         dtype: that gradients are added up in where it is finer; None for the parameter's own.
     """
 
-    def __init__(self, discrete: bool, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, device: Device | None, dtype: torch.dtype | None = None) -> None:
         self.nbytes = 0
-        self._discrete = discrete
+        self._device = device
+        self._transfer: GradientTransfer | None = None
         self._dtype = dtype
         self._collecting = False
         self._taken: dict[int, _Accumulated] = {}
@@ -80,6 +83,9 @@ class HostGradients:
         """Leave the parameters to autograd again, without gradients."""
         while self._handles:
             self._handles.pop().remove()
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
         for taken in self._taken.values():
             taken.parameter.grad = None
             taken.parameter.grad_dtype = taken.parameter.dtype
@@ -92,7 +98,7 @@ class HostGradients:
             return
         self._collecting = True
         for taken in self._taken.values():
-            if not self._discrete and not taken.others:
+            if self._device is None and not taken.others:
                 continue
             held = taken.parameter.grad
             if held is None:
@@ -113,6 +119,8 @@ class HostGradients:
         if not self._collecting:
             return
         self._collecting = False
+        if self._transfer is not None:
+            self._transfer.finish()
         for taken in self._taken.values():
             if taken.hidden:
                 taken.hidden = False
@@ -164,7 +172,7 @@ class HostGradients:
                 if in_place:
                     return
             if taken.hidden:
-                taken.filled = _add(taken.first, gradient, taken.filled)
+                taken.filled = self._add(taken.first, gradient, taken.filled)
                 parameter.grad = None
             elif not in_place:
                 taken.view.copy_(gradient)
@@ -175,7 +183,7 @@ class HostGradients:
     def _further(self, use: _FurtherUse) -> Callable[[torch.Tensor], None]:
         def collect(gradient: torch.Tensor) -> None:
             self.begin_within_backward()
-            use.filled = _add(use.tensor, gradient, use.filled)
+            use.filled = self._add(use.tensor, gradient, use.filled)
 
         return collect
 
@@ -198,6 +206,16 @@ class HostGradients:
         taken.parameter.grad = taken.view
         taken.version = taken.view._version
 
+    def _add(self, total: torch.Tensor, gradient: torch.Tensor, filled: bool) -> bool:
+        if self._device is not None and gradient.layout is torch.strided:
+            self._transfer = self._transfer or GradientTransfer(self._device, ring_bytes(self.nbytes))
+            self._transfer.add(total, gradient, filled)
+        elif filled:
+            total.add_(gradient.to(total.device))
+        else:
+            total.copy_(gradient)
+        return True
+
 
 def gradient_dtype(parameter: torch.Tensor, masters: torch.dtype | None) -> torch.dtype:
     """The dtype gradients accumulate in: the wider of the parameter's and the master's."""
@@ -206,14 +224,6 @@ def gradient_dtype(parameter: torch.Tensor, masters: torch.dtype | None) -> torc
 
 def gradient_bytes(parameters: Iterable[torch.Tensor], masters: torch.dtype | None) -> int:
     return sum(value.numel() * gradient_dtype(value, masters).itemsize for value in parameters)
-
-
-def _add(total: torch.Tensor, gradient: torch.Tensor, filled: bool) -> bool:
-    if filled:
-        total.add_(gradient.to(total.device))
-    else:
-        total.copy_(gradient)
-    return True
 
 
 class TiedUse:
