@@ -33,7 +33,8 @@ from offload.synth import synthesize
 CPU_MEMORY = "64GiB"
 PROMPT_TOKENS = 64
 LONG_PROMPT_TOKENS = 2048
-LORA_TOKENS = 512
+LORA_TOKENS = 2048
+LORA_STEPS = 4
 RAW_BYTES = 512 << 20
 
 
@@ -100,7 +101,7 @@ def prompt(tokens: int) -> torch.Tensor:
 
 
 def token_seconds(model: Any, tokens: int) -> float:
-    """Median of decode steps, each awaited; of the second time over the same lengths."""
+    """Median of decode steps, until each token is known, as in `generate`; of the second time over the same lengths."""
     times: list[float] = []
     for _ in range(2):
         times = []
@@ -110,7 +111,7 @@ def token_seconds(model: Any, tokens: int) -> float:
                 begun = time.perf_counter()
                 token = output.logits[:, -1:].argmax(-1)
                 output = model(token, past_key_values=output.past_key_values, use_cache=True)
-                torch.cuda.synchronize()
+                int(output.logits[0, -1].argmax())
                 times.append(time.perf_counter() - begun)
     return statistics.median(times[1:])
 
@@ -153,50 +154,89 @@ def accelerate(model: str, request: argparse.Namespace, hardware: HardwareProfil
 
 def windows(model: str, request: argparse.Namespace, hardware: HardwareProfile) -> dict[str, Any]:
     """What windows cost a layer where everything stays on the card."""
-    from transformers import AutoModelForCausalLM
-
     with offload(model, device="cuda", gpu_memory="16GiB", cpu_memory=CPU_MEMORY, max_tokens=128, hardware=hardware) as session:
         assert not session.plan.weights.streamed
         ours, layers = token_seconds(session.model, request.tokens), session.model.config.num_hidden_layers
-    plain = token_seconds(AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval().cuda(), request.tokens)
+    plain = token_seconds(on_card(model), request.tokens)
     return {"seconds_per_token": ours, "plain_seconds_per_token": plain, "overhead_seconds_a_layer": (ours - plain) / layers}
 
 
 def prefill(model: str, request: argparse.Namespace, hardware: HardwareProfile) -> dict[str, Any]:
-    """A long prompt: the transfers hide behind compute, or the other way round."""
+    """A long prompt: the transfers hide behind compute, or the other way round; beside the model held on the card."""
     options = {"gpu_memory": "2GiB", "cpu_memory": CPU_MEMORY, "max_tokens": LONG_PROMPT_TOKENS, "hardware": hardware}
     with torch.inference_mode(), offload(model, device="cuda", **options) as session:
-        seconds = []
-        for _ in range(3):
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-            session.model(prompt(LONG_PROMPT_TOKENS - 8), logits_to_keep=1)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begun)
-        streamed = session.plan.weights.streamed_bytes
-    taken = statistics.median(seconds[1:])
-    return {"seconds": taken, "link_share": streamed / taken / raw_bytes_per_second()}
+        taken = prompt_seconds(session.model)
+        streamed = session.plan.weights.streamed_bytes / raw_bytes_per_second()
+    with torch.inference_mode():
+        resident = prompt_seconds(on_card(model))
+    return {"seconds": taken, "resident_seconds": resident} | shares(taken, streamed, resident)
+
+
+def prompt_seconds(model: Any) -> float:
+    """Median, until the first token is known."""
+    ids, seconds = prompt(LONG_PROMPT_TOKENS - 8), []
+    for _ in range(6):
+        begun = time.perf_counter()
+        int(model(ids, logits_to_keep=1).logits[0, -1].argmax())
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:])
+
+
+def on_card(model: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval().cuda()
+
+
+def shares(taken: float, link: float, compute: float) -> dict[str, float]:
+    """How near it comes to the link's time, and to the larger of it and of what the card computes without any transfers."""
+    return {"link_share": link / taken, "bound_share": max(link, compute) / taken}
 
 
 def lora(model: str, request: argparse.Namespace, hardware: HardwareProfile) -> dict[str, Any]:
-    """A step of LoRA: the weights cross the link twice."""
+    """A step of LoRA: the weights cross the link twice; beside one with all weights on the card and checkpointed layers."""
     from peft import LoraConfig, get_peft_model
 
-    options = {"gpu_memory": "2GiB", "cpu_memory": CPU_MEMORY, "max_tokens": LORA_TOKENS, "hardware": hardware}
+    adapters = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    ids = prompt(LORA_TOKENS)
+    options = {"gpu_memory": "3GiB", "cpu_memory": CPU_MEMORY, "max_tokens": LORA_TOKENS, "hardware": hardware}
     with offload(model, device="cuda", training=Training(), **options) as session:
-        adapted = get_peft_model(session.model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")).train()
-        ids = prompt(LORA_TOKENS)
-        seconds = []
-        for _ in range(4):
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
+        adapted = get_peft_model(session.model, adapters).train()
+
+        def step() -> None:
             session.backward([lambda: adapted(input_ids=ids, labels=ids, use_cache=False).loss])
             session.step(1.0, overlap=True)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begun)
-        streamed = session.plan.weights.streamed_bytes
-    taken = statistics.median(seconds[1:])
-    return {"seconds_a_step": taken, "link_share": 2 * streamed / taken / raw_bytes_per_second()}
+
+        taken = step_seconds(step)
+        streamed = 2 * session.plan.weights.streamed_bytes / raw_bytes_per_second()
+        report = session.report().to_dict()
+    plain = get_peft_model(on_card(model), adapters).train()
+    plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW([value for value in plain.parameters() if value.requires_grad], fused=True)
+
+    def plain_step() -> None:
+        loss = plain(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    resident = step_seconds(plain_step)
+    return (
+        {"seconds_a_step": taken, "resident_seconds_a_step": resident} | shares(taken, streamed, resident) | {"report": report}
+    )
+
+
+def step_seconds(step: Callable[[], None]) -> float:
+    """Of several steps, one after another."""
+    step()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(LORA_STEPS):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / LORA_STEPS
 
 
 CASES: dict[str, Callable[..., dict[str, Any]]] = {

@@ -4,13 +4,14 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from offload.scheduler.hardware import HardwareProfile
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
 from offload.storage.errors import BudgetTooSmall, gib
 
 Item = TypeVar("Item")
+Page = TypeVar("Page", bound=Hashable)
 
 _LARGEST_PAGE_BYTES = 2 << 20
 """Larger ones move no faster, and each layer holds one that is being filled."""
@@ -220,7 +221,7 @@ def paged_ways(
     return found
 
 
-class PageResidency:
+class PageResidency(Generic[Page]):
     """Which full pages stay on the device: any fixed set would do, since all are read in turn; an even one among layers
     gives the link something to do while every layer computes.
 
@@ -230,15 +231,15 @@ class PageResidency:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._layers: dict[Hashable, deque[Hashable]] = {}
-        self._layer_of: dict[Hashable, Hashable] = {}
+        self._layers: dict[Hashable, deque[Page]] = {}
+        self._layer_of: dict[Page, Hashable] = {}
 
-    def add(self, layer: Hashable, page: Hashable) -> None:
+    def add(self, layer: Hashable, page: Page) -> None:
         """A page of a layer is full, and on the device."""
         self._layers.setdefault(layer, deque()).append(page)
         self._layer_of[page] = layer
 
-    def remove(self, page: Hashable) -> None:
+    def remove(self, page: Page) -> None:
         """A page is freed; nothing happens if it had gone already."""
         layer = self._layer_of.pop(page, None)
         if layer is not None:
@@ -246,8 +247,8 @@ class PageResidency:
             if not self._layers[layer]:
                 del self._layers[layer]
 
-    def next_to_go(self, anyway: bool = False) -> Hashable | None:
-        """The page to move down now, taken off the list; None if all may stay.
+    def next_to_go(self, anyway: bool = False) -> tuple[Hashable, Page] | None:
+        """The page to move down now and its layer, taken off the list; None if all may stay.
 
         Args:
             anyway: more room is needed than was meant.
@@ -257,7 +258,7 @@ class PageResidency:
         layer = max(self._layers, key=lambda key: len(self._layers[key]))
         page = self._layers[layer][0]
         self.remove(page)
-        return page
+        return layer, page
 
 
 def coming(layers: Sequence[Sequence[Item]], layer: int, done: int) -> Iterator[Item]:

@@ -1,5 +1,8 @@
 """A block of keys and values that is being read."""
 
+from collections.abc import Callable
+from functools import cached_property
+
 from offload.kv.kv_block import KvBlock
 from offload.kv.page_layout import KeyValue
 from offload.storage.blocks import Tier
@@ -11,15 +14,19 @@ class Reading:
     """A block that can be read, until `done`.
 
     Args:
-        pair: all of the page's tokens.
+        pair: makes the tensors of all of the page's tokens.
         fetch: what brought the page into a slot of the ring, if anything did.
     """
 
-    def __init__(self, block: KvBlock, pair: KeyValue, fetch: PageFetch | None) -> None:
+    def __init__(self, block: KvBlock, pair: Callable[[], KeyValue], fetch: PageFetch | None) -> None:
         self.block = block
-        self.pair = KeyValue(pair.keys[:, :, : block.tokens], pair.values[:, :, : block.tokens])
-        """Keys and values of the page's rows, which may be other ones than the batch's."""
+        self._pair = pair
         self._fetch = fetch
+
+    @cached_property
+    def pair(self) -> KeyValue:
+        """Keys and values of the page's rows, which may be other ones than the batch's."""
+        return KeyValue(*(part[:, :, : self.block.tokens] for part in self._pair()))
 
     @property
     def is_lent(self) -> bool:

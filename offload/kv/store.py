@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -69,10 +71,12 @@ class KvStore:
         """Memory for layers that are assembled."""
         self.peak_bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
         self._stream = PagePrefetcher(ring_pages)
-        self._residency = {raw: PageResidency(resident_pages)}
+        self._residency: dict[PagePool, PageResidency[Page]] = {raw: PageResidency(resident_pages)}
         self._codec = codec
         self._coded_pool = coded_pool
         self._bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
+        self._left_last: WeakKeyDictionary[Any, Page] = WeakKeyDictionary()
+        """Of each layer, the page that went down last."""
         self._filling: dict[Filler, None] = {}
         """Layers that fill a page, by when they began it."""
 
@@ -132,7 +136,8 @@ class KvStore:
         return self._reading(block, fetch.wait(), fetch)
 
     def _reading(self, block: KvBlock, memory: torch.Tensor, fetch: PageFetch | None = None) -> Reading:
-        return Reading(block, self.decode(memory, block.shape) if block.coded else block.shape.views(memory), fetch)
+        pair = partial(self.decode, memory, block.shape) if block.coded else partial(block.shape.views, memory)
+        return Reading(block, pair, fetch)
 
     @property
     def pages_at_once(self) -> int:
@@ -233,8 +238,7 @@ class KvStore:
         while not pool.has_room:
             leaving = self._residency[pool].next_to_go(anyway=True)
             if leaving is not None:
-                assert isinstance(leaving, Page)
-                self._demote(leaving)
+                self._demote(*leaving)
                 continue
             other = next((layer for layer in self._filling if layer.order is not order), None)
             if other is None or pool is not self.raw:
@@ -244,11 +248,12 @@ class KvStore:
     def _stays(self, layer: object, page: Page) -> None:
         self._residency[page.pool].add(layer, page)
         while (leaving := self._residency[page.pool].next_to_go()) is not None:
-            assert isinstance(leaving, Page)
-            self._demote(leaving)
+            self._demote(*leaving)
 
-    def _demote(self, page: Page) -> None:
-        page.pool.demote(page)
+    def _demote(self, layer: object, page: Page) -> None:
+        last = self._left_last.get(layer)
+        page.pool.demote(page, last if last is not None and last.pool is page.pool else None)
+        self._left_last[layer] = page
         self._count(Tier.DEVICE, -page.pool.page_bytes)
         self._count(page.tier, page.pool.page_bytes)
 

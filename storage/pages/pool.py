@@ -182,15 +182,20 @@ class PagePool:
             case Tier.DISK:
                 self.file.give(page.place)
 
-    def demote(self, page: Page) -> None:
+    def demote(self, page: Page, behind: Page | None = None) -> None:
         """Start moving a page down: to CPU memory where there is room, else to disk. It is written once in its life.
+
+        Args:
+            behind: one that is read right before it.
 
         Raises:
             DiskFull: if there is no room; the page stays where it is.
         """
         assert page.tier is Tier.DEVICE and not page.users, "a page in use does not move"
         slot, source = page.place, self.slots.tensor(page.place)
-        place = None if self.device.shares_host_memory else self.host.take()
+        place = None
+        if not self.device.shares_host_memory:
+            place = self.host.take_behind(behind.place if behind is not None and behind.tier is Tier.CPU else None)
         if place is not None:
             after = self.host.after(place)
             if after is not None:
@@ -210,22 +215,31 @@ class PagePool:
         Raises:
             BudgetExceeded: if every slot is in use.
         """
-        fetches = [self._begin(page) for page in pages]
+        for page in pages:
+            if page.tier is not Tier.CPU:
+                self._settle(page)
+            if page.lost is not None:
+                raise ReadError(f"a page of the KV cache could not be written before ({page.lost}), and is lost") from page.lost
+        fetches = [PageFetch(self, page, slot) for page, slot in zip(pages, self._slots_for(len(pages)), strict=True)]
+        for page in pages:
+            page.users += 1
+        self.onloaded_bytes += len(pages) * self.page_bytes
         self._copy([fetch for fetch in fetches if fetch.page.tier is Tier.CPU])
         for fetch in fetches:
             if fetch.page.tier is Tier.DISK:
                 self._read(fetch, self.slots.tensor(fetch.slot), self.slots.after(fetch.slot))
         return fetches
 
-    def _begin(self, page: Page) -> PageFetch:
-        if page.tier is not Tier.CPU:
-            self._settle(page)
-        if page.lost is not None:
-            raise ReadError(f"a page of the KV cache could not be written before ({page.lost}), and is lost") from page.lost
-        fetch = PageFetch(self, page, self._slot())
-        page.users += 1
-        self.onloaded_bytes += self.page_bytes
-        return fetch
+    def _slots_for(self, count: int) -> list[int]:
+        slots = self.slots.take_together(count)
+        try:
+            while len(slots) < count:
+                slots.append(self._slot())
+        except BaseException:
+            for slot in slots:
+                self.slots.give(slot)
+            raise
+        return slots
 
     def _copy(self, fetches: Sequence[PageFetch]) -> None:
         """Neighbours on both sides are one copy: what a copy costs beside its bytes is as much as that of a small page."""

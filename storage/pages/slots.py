@@ -1,8 +1,8 @@
 """Places for pages in the memory of one tier."""
 
 import threading
-from collections import deque
-from collections.abc import Callable
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -10,6 +10,8 @@ import torch
 from offload.storage.devices.base import Event
 
 _CHUNK_BYTES = 32 << 20
+_RUN_SLOTS = 8
+"""Neighbours that are kept together where a page is to lie behind another one: they are copied in one."""
 
 
 class Buffer(Protocol):
@@ -34,7 +36,8 @@ class PageSlots:
         self._chunk_pages = max(1, _CHUNK_BYTES // page_bytes)
         self._buffers: list[Buffer] = []
         self._made = 0
-        self._free: deque[int] = deque()
+        self._free: list[int] = []
+        """In their order."""
         self._after: dict[int, Event] = {}
         self._given = threading.Condition()
 
@@ -50,14 +53,59 @@ class PageSlots:
         return self._made * self.page_bytes
 
     def take(self) -> int | None:
-        """A slot; None if all are in use."""
+        """The first free slot; None if all are in use."""
         with self._given:
-            if not self._free and self._made < self.limit:
-                count = min(self._chunk_pages, self.limit - self._made)
-                self._buffers.append(self._allocate(count * self.page_bytes))
-                self._free.extend(range(self._made, self._made + count))
-                self._made += count
-            return self._free.popleft() if self._free else None
+            if not self._free:
+                self._make()
+            return self._free.pop(0) if self._free else None
+
+    def take_behind(self, slot: int | None) -> int | None:
+        """The slot behind `slot` if it is free; else one that others may follow, or any. None if all are in use.
+
+        Args:
+            slot: None to begin a run.
+        """
+        with self._given:
+            if slot is not None:
+                place = bisect_left(self._free, slot + 1)
+                if self._free[place : place + 1] == [slot + 1]:
+                    return self._free.pop(place)
+            first = self._run()
+            if first is None and self._made < self.limit:
+                self._make()
+                first = self._run()
+            return self._free.pop(first or 0) if self._free else None
+
+    def _run(self) -> int | None:
+        """Where in the list of free slots a run begins that nobody else is in."""
+        return self._neighbours((place for place, slot in enumerate(self._free) if not slot % _RUN_SLOTS), _RUN_SLOTS)
+
+    def take_together(self, count: int) -> list[int]:
+        """As many slots, neighbours if there are such, the last ones; fewer where fewer are free."""
+        with self._given:
+            if len(self._free) < count:
+                self._make()
+            last = max(0, len(self._free) - count)
+            first = self._neighbours(range(last, -1, -1), count)
+            begin = last if first is None else first
+            taken = self._free[begin : begin + count]
+            del self._free[begin : begin + count]
+            return taken
+
+    def _neighbours(self, places: Iterable[int], count: int) -> int | None:
+        """The first of these places in the list of free slots where so many neighbours begin."""
+        free = self._free
+        return next(
+            (place for place in places if place + count <= len(free) and free[place + count - 1] - free[place] == count - 1),
+            None,
+        )
+
+    def _make(self) -> None:
+        count = min(self._chunk_pages, self.limit - self._made)
+        if count > 0:
+            self._buffers.append(self._allocate(count * self.page_bytes))
+            self._free.extend(range(self._made, self._made + count))
+            self._made += count
 
     def wait_take(self) -> int:
         """A slot, as soon as another thread gives one back."""
@@ -71,7 +119,7 @@ class PageSlots:
         with self._given:
             if after is not None:
                 self._after[slot] = after
-            self._free.append(slot)
+            insort(self._free, slot)
             self._given.notify()
 
     def after(self, slot: int) -> Event | None:
