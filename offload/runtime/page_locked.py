@@ -23,6 +23,7 @@ class PageLockedMemory:
 
     def __init__(self, device: Device, ledger: MemoryLedger, notes: Notes) -> None:
         self.buffers: list[HostBuffer] = []
+        self._copied_from: list[HostBuffer] = []
         self._device = device
         self._ledger = ledger
         self._notes = notes
@@ -40,7 +41,10 @@ class PageLockedMemory:
     def keep(self, buffer: HostBuffer, locked: bool = True) -> None:
         """Hold a buffer until `close`, page-locked if it is to be copied from."""
         self.buffers.append(buffer)
-        if locked and not self._device.lock_pages(buffer):
+        if not locked:
+            return
+        self._copied_from.append(buffer)
+        if not self._device.lock_pages(buffer):
             self._notes.warn(
                 "CPU memory could not be page-locked: copies to the device are slower and do not overlap with compute"
             )
@@ -53,8 +57,8 @@ class PageLockedMemory:
         return StagedReader(reader, self._device, buffers)
 
     def copy_bytes_per_second(self, target: torch.Tensor | None) -> float | None:
-        """Measure a copy from the largest buffer to `target` (uint8 on the device); None if there is neither."""
-        buffer = max(self.buffers, key=lambda buffer: buffer.nbytes, default=None)
+        """Measure a copy from the largest buffer that is copied from to `target` (uint8 on the device); None if there is neither."""
+        buffer = max(self._copied_from, key=lambda buffer: buffer.nbytes, default=None)
         if buffer is None or target is None:
             return None
         size = min(buffer.nbytes, target.numel())
@@ -62,6 +66,7 @@ class PageLockedMemory:
 
     def close(self) -> None:
         """Unlock all buffers, and let go of them."""
-        for buffer in self.buffers:
+        for buffer in self._copied_from:
             self._device.unlock_pages(buffer)
+        self._copied_from.clear()
         self.buffers.clear()

@@ -69,6 +69,29 @@ def test_identical_from_a_checkpoint(name, residency, host, saved, device, tmp_p
             assert bool(from_disk) == (host != "from CPU memory")
 
 
+@pytest.mark.parametrize("host", ["from disk", "from CPU memory"])
+def test_looked_up_rows_come_from_memory_where_it_has_room(host, saved, device, tmp_path):
+    folder, twin, spec = saved("gpt2")
+    budget = budget_for(spec, NONE, BATCH, MAX_TOKENS) + 16_384
+    options = {"batch_size": BATCH, "max_tokens": MAX_TOKENS, "disk_dir": tmp_path}
+    with offload(folder, gpu_memory=budget, cpu_memory=host_budget(spec, host), **options) as session, torch.inference_mode():
+        tables = session.plan.weights.row_fetched
+        assert tables
+        assert session.plan.weights.tables_in_host_memory == (tables if host == "from CPU memory" else ())
+        inputs = BY_NAME["gpt2"].inputs()
+        session.model(**inputs)
+        loaded = session.report().links["disk"].bytes
+        session.model.transformer.wte.weight[3].mul_(2.0)
+        twin.transformer.wte.weight[3].mul_(2.0)
+        try:
+            assert torch.equal(session.model(**inputs)[0], twin(**inputs)[0])
+        finally:
+            twin.transformer.wte.weight[3].div_(2.0)
+        assert (session.report().links["disk"].bytes == loaded) == (host == "from CPU memory")
+        with pytest.raises(IndexError, match="row 100000 or"):
+            session.model(input_ids=torch.tensor([[1, 100_000]]))
+
+
 def _poison_what_is_not_the_source(session):
     """Homes in CPU memory are where blocks come from; those on disk must not be read."""
     in_host = set(session.plan.weights.in_host_memory)
