@@ -46,6 +46,8 @@ class Page:
     """The write to disk that is under way."""
     copied: Event | None = None
     """The copy to CPU memory that may be under way."""
+    brought: Event | None = None
+    """The last copy to the device, which may be under way, of a page in CPU memory."""
     lost: BaseException | None = None
     """Why it is nowhere: writing it failed."""
 
@@ -178,7 +180,7 @@ class PagePool:
                 # Compute that reads it may be under way.
                 self.slots.give(page.place, self.device.record())
             case Tier.CPU:
-                self.host.give(page.place)
+                self.host.give(page.place, page.brought)
             case Tier.DISK:
                 self.file.give(page.place)
 
@@ -263,7 +265,7 @@ class PagePool:
             "KV pages",
         )
         for fetch in fetches:
-            fetch.copied = copied
+            fetch.copied = fetch.page.brought = copied
 
     def wait_for(self, transfer: Transfer) -> None:
         if transfer.over:

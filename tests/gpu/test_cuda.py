@@ -167,6 +167,8 @@ def test_backward_raises(saved):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
+    if torch.cuda.get_device_name() == "pretended card":
+        pytest.skip("the pretended card takes no time: its own clock shows overlap (tests/gpu/test_overlap.py)")
     folder = tmp_path_factory.mktemp("large") / "model"
     synthesize(str(folder), 4_000_000_000)
     return str(folder)

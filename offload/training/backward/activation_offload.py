@@ -113,13 +113,17 @@ class CpuActivations(ActivationStore):
         """On their way out: their memory must not be used for anything else."""
 
     def close(self) -> None:
-        while self._leaving:
-            self._leaving.popleft()[1].synchronize()
+        self._settle(0)
         self._buffers.close()
 
+    def _settle(self, count: int) -> None:
+        """Wait until no more than `count` are on their way out: each is held until its copy is over."""
+        while len(self._leaving) > count:
+            self._leaving[0][1].synchronize()
+            self._leaving.popleft()
+
     def _offload(self, tensor: torch.Tensor) -> "_InHost":
-        while len(self._leaving) >= _IN_FLIGHT:
-            self._leaving.popleft()[1].synchronize()
+        self._settle(_IN_FLIGHT - 1)
         buffer = self._buffers.take(tensor.nbytes)
         assert buffer is not None
         event = self._device.copy_out(_as(buffer, tensor), tensor, "layer inputs")
