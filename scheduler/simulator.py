@@ -110,7 +110,9 @@ class Simulation:
         self._own_work(module.key)
         arrivals = [self._enter(schedule.lease(key)) for key in keys]
         ended = self._compute_module(module, arrivals)
-        for lease in schedule.close(keys):
+        for lease in schedule.close(keys, phase):
+            if schedule.holds(lease):
+                self._arrivals[lease.generation] = _Arrival(0.0, ended)
             for slot in lease.slots:
                 self._slot_free[slot] = ended
         self._carry_out(schedule.look_ahead(phase))

@@ -7,6 +7,7 @@ instructions. Nothing here waits or copies.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from offload.scheduler.phases import BACKWARD
 from offload.storage.blocks import BlockKey
 
 
@@ -49,9 +50,9 @@ Phase = str
 class SlotSchedule:
     """The slots, what they hold, and what will be needed next.
 
-    The order of the blocks is learned: in each phase (prefill, decode), which block followed which. Until something was
-    seen, the order of the model is expected. Where the order changes, the block is loaded at once, and what was
-    loaded ahead in vain makes room.
+    The order of the blocks is learned: in each phase (prefill, decode), which block followed which, and at which block one
+    phase turned into another (a forward pass into its backward pass). Until something was seen, the order of the model is
+    expected. Where the order changes, the block is loaded at once, and what was loaded ahead in vain makes room.
 
     Args:
         slot_count: how many slots there are.
@@ -64,11 +65,13 @@ class SlotSchedule:
         order = list(slots_of)
         self._expected = dict(zip(order, order[1:] + order[:1], strict=True))
         self._learned: dict[tuple[BlockKey, Phase], BlockKey] = {}
+        self._turns: dict[tuple[BlockKey, Phase], Phase] = {}
         self._leases: dict[BlockKey, Lease] = {}
         self._holders: list[Lease | None] = [None] * slot_count
         self._free_count = slot_count
         self._in_use: dict[BlockKey, int] = {}
         self._last: BlockKey | None = None
+        self._last_phase: Phase = ""
         self._generation = 0
         self._next_slot = 0
 
@@ -90,31 +93,41 @@ class SlotSchedule:
             AssertionError: if the slots are too few for them, which a plan made by the planner rules out.
         """
         for key in keys:
-            if self._last is not None and key != self._last and key not in self._in_use:
-                self._learned[self._last, phase] = key
             if key not in self._in_use:
-                self._last = key
+                self._learn(key, phase)
         instructions = self._make_present(keys, phase)
         for key in keys:
             self._in_use[key] = self._in_use.get(key, 0) + 1
         return instructions
 
-    def close(self, keys: Iterable[BlockKey]) -> list[Lease]:
-        """The blocks `keys` are no longer needed; the leases that ended by this."""
-        ended = []
+    def close(self, keys: Iterable[BlockKey], phase: Phase) -> list[Lease]:
+        """The blocks `keys` are no longer needed; the leases whose use ended by this.
+
+        They end too, but for those of blocks that a backward pass comes to next: these stay where they are (`holds`). Their
+        weights are those of the forward pass, and loading them again would bring the same bytes.
+        """
+        unused = []
         for key in keys:
             self._in_use[key] -= 1
             if not self._in_use[key]:
                 del self._in_use[key]
-                ended.append(self._release(key))
-        return ended
+                unused.append(self._leases[key])
+        stay = self._next_in_backward(phase) if self._turns and unused else set()
+        for lease in unused:
+            if lease.key not in stay:
+                self._release(lease.key)
+        return unused
+
+    def holds(self, lease: Lease) -> bool:
+        """True if the lease has not ended."""
+        return self._leases.get(lease.key) is lease
 
     def look_ahead(self, phase: Phase) -> list[Instruction]:
         """Loads for what comes next, as far as there is room. Never displaces anything."""
         instructions: list[Instruction] = []
         if not self._free_count:
             return instructions
-        for key in self._upcoming(phase):
+        for key, _ in self._upcoming(phase):
             if key not in self._leases:
                 first = self._free_run(self._slots_of[key])
                 if first is None:
@@ -132,7 +145,7 @@ class SlotSchedule:
         granted: list[Load] = []
         if not missing:
             return []
-        victims = [key for key in reversed(list(self._upcoming(phase))) if key not in keys]
+        victims = [key for key, _ in reversed(list(self._upcoming(phase))) if key not in keys]
         victims += [key for key in self._leases if key not in keys and key not in victims]
         for key in missing:
             while (first := self._free_run(self._slots_of[key])) is None:
@@ -157,19 +170,46 @@ class SlotSchedule:
             instructions.append(Load(self._grant(key, first)))
         return instructions
 
-    def _upcoming(self, phase: Phase) -> Iterator[BlockKey]:
-        """What is expected to follow, nearest first, each block once."""
+    def _learn(self, key: BlockKey, phase: Phase) -> None:
+        last, before = self._last, (self._last or "", self._last_phase)
+        if last == key and phase != self._last_phase:
+            self._turns[before] = phase
+        elif last is not None and last != key:
+            self._learned[last, phase] = key
+            self._turns.pop(before, None)
+        self._last, self._last_phase = key, phase
+
+    def _upcoming(self, phase: Phase) -> Iterator[tuple[BlockKey, Phase]]:
+        """What is expected to follow and in which phase, nearest first, each block once."""
         if self._last is None:
-            yield from self._slots_of
+            yield from ((key, phase) for key in self._slots_of)
             return
-        seen = {self._last}
+        given, passed = {self._last}, set()
         key = self._last
-        while True:
+        while (key, phase) not in passed:
+            passed.add((key, phase))
+            if (key, phase) in self._turns:
+                phase = self._turns[key, phase]
+                # The other way round, the block of now is needed once more.
+                given.discard(self._last)
+                if key not in given:
+                    given.add(key)
+                    yield key, phase
             key = self._learned.get((key, phase)) or self._expected[key]
-            if key in seen:
-                return
-            seen.add(key)
-            yield key
+            if key not in given:
+                given.add(key)
+                yield key, phase
+
+    def _next_in_backward(self, phase: Phase) -> set[BlockKey]:
+        """As many of the next blocks as there are slots for, if backward needs them."""
+        room, found = self._slot_count, set()
+        for key, when in self._upcoming(phase):
+            room -= self._slots_of[key]
+            if room < 0 or phase == BACKWARD:
+                break
+            if when == BACKWARD:
+                found.add(key)
+        return found
 
     def _grant(self, key: BlockKey, first: int) -> Lease:
         self._generation += 1

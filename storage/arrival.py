@@ -43,6 +43,19 @@ class CopyArrival:
             copied.synchronize()
 
 
+class _Arrived:
+    """Bytes that are there."""
+
+    def wait(self) -> Waits:
+        return {}
+
+    def cancel(self) -> None:
+        pass
+
+
+ARRIVED = _Arrived()
+
+
 @dataclass(frozen=True, slots=True)
 class JointArrival:
     """Several that are waited for as one."""

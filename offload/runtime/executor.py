@@ -11,7 +11,7 @@ from offload.runtime.shared_lock import SharedLock
 from offload.runtime.weights import StreamedBlock
 from offload.scheduler.slot_schedule import Evict, Instruction, Lease, Load, SlotSchedule
 from offload.scheduler.trace import OWN
-from offload.storage.arrival import Arrival, JointArrival, Waits
+from offload.storage.arrival import ARRIVED, Arrival, JointArrival, Waits
 from offload.storage.blocks import BlockKey
 from offload.storage.devices.base import Device, DeviceBuffer, Event
 from offload.storage.errors import SessionError
@@ -227,7 +227,7 @@ class LayerExecutor:
                 self._clock.charge_wait(link, now - seconds, now)
 
     def _leave(self, keys: Sequence[BlockKey]) -> None:
-        for lease in self._schedule.close(keys):
+        for lease in self._schedule.close(keys, self._clock.phase):
             arrival = self._arrivals.pop(lease.generation, None)
             if lease.generation in self._bound:
                 self._bound.remove(lease.generation)
@@ -235,6 +235,8 @@ class LayerExecutor:
             elif arrival is not None:
                 # The wait was interrupted: the bytes may still be on their way.
                 arrival.cancel()
+            if self._schedule.holds(lease):
+                self._arrivals[lease.generation] = ARRIVED
             use = (lease.generation, self._device.record())
             for slot in lease.slots:
                 self._last_use[slot] = use

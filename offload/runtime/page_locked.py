@@ -57,7 +57,7 @@ class PageLockedMemory:
         return StagedReader(reader, self._device, buffers)
 
     def copy_bytes_per_second(self, target: torch.Tensor | None) -> float | None:
-        """Measure a copy from the largest buffer that is copied from to `target` (uint8 on the device); None if there is neither."""
+        """Measure a copy from the largest buffer to copy from to `target` (uint8 on the device); None without either."""
         buffer = max(self._copied_from, key=lambda buffer: buffer.nbytes, default=None)
         if buffer is None or target is None:
             return None

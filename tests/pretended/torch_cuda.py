@@ -59,7 +59,9 @@ def install(library: Path) -> Any:
     answers = _state(card) | _memory(card) | _random_numbers(generator)
     for name, value in answers.items():
         setattr(torch.cuda, name, value)
-    torch.Tensor.is_pinned = lambda self, device=None: self.device.type == "cpu" and card.is_locked(self.data_ptr(), self.nbytes)
+    torch.Tensor.is_pinned = lambda self, device=None: (
+        self.device.type == "cpu" and card.is_locked(self.data_ptr(), self.nbytes)
+    )
     torch.histc = _histc_of_integers(torch.histc)
     torch.backends.cuda.is_built = lambda: True
     return card

@@ -53,11 +53,10 @@ def test_what_stays_is_spread_evenly_and_never_too_much(steps, limit):
             held.append((layer, number))
         elif held:
             residency.remove(held.pop(layer % len(held))[1])
-        while (page := residency.next_to_go()) is not None:
+        while (leaving := residency.next_to_go()) is not None:
             counts = {key: sum(other == key for other, _ in held) for key, _ in held}
-            owner = next(key for key, item in held if item == page)
-            assert counts[owner] == max(counts.values())
-            held.remove((owner, page))
+            assert counts[leaving[0]] == max(counts.values())
+            held.remove(leaving)
         assert len(held) <= limit
 
 

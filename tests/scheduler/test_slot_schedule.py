@@ -1,5 +1,6 @@
 """The slots: never two blocks in one, never too few, whatever is asked in which order."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,7 +54,8 @@ def test_slots_have_one_owner_and_windows_have_their_block(workload):
             generations.add(lease.generation)
             check(schedule, schedule.look_ahead(phase), holders)
             assert all(holders[slot] == lease for slot in lease.slots), "a block in use was displaced"
-            for ended in schedule.close([key]):
+            for ended in schedule.close([key], phase):
+                assert not schedule.holds(ended)
                 for slot in ended.slots:
                     assert holders.pop(slot) == ended
             check(schedule, schedule.look_ahead(phase), holders)
@@ -72,7 +74,7 @@ def test_in_a_steady_order_everything_is_loaded_ahead_once(count, slots):
                 assert not now, "the block should have been there already"
             loads += len(now)
             loads += len(schedule.look_ahead("decode"))
-            schedule.close([key])
+            schedule.close([key], "decode")
             loads += len(schedule.look_ahead("decode"))
     ahead = len(schedule.forget())
     assert loads == 4 * count + ahead
@@ -84,7 +86,7 @@ def test_the_order_is_learned_by_phase():
     def step(key, phase):
         loads = [item for item in schedule.open([key], phase) if isinstance(item, Load)]
         schedule.look_ahead(phase)
-        schedule.close([key])
+        schedule.close([key], phase)
         schedule.look_ahead(phase)
         return len(loads)
 
@@ -98,16 +100,49 @@ def test_nested_and_shared_blocks_stay_until_the_last_window_closes():
     schedule = SlotSchedule(2, {"a": 1, "b": 1})
     schedule.open(["a"], "prefill")
     schedule.open(["a", "b"], "prefill")
-    assert [lease.key for lease in schedule.close(["a", "b"])] == ["b"]
+    assert [lease.key for lease in schedule.close(["a", "b"], "prefill")] == ["b"]
     assert schedule.is_open("a")
-    assert [lease.key for lease in schedule.close(["a"])] == ["a"]
+    assert [lease.key for lease in schedule.close(["a"], "prefill")] == ["a"]
 
 
 def test_a_slot_tells_its_generation():
     schedule = SlotSchedule(1, {"a": 1, "b": 1})
     schedule.open(["a"], "prefill")
     first = schedule.generation_of(0)
-    schedule.close(["a"])
+    schedule.close(["a"], "prefill")
     assert schedule.generation_of(0) == -1
     schedule.open(["b"], "prefill")
     assert schedule.generation_of(0) > first
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_backward_begins_with_what_forward_left(slots):
+    """Forward, then backward in the other order: what is in the slots at the turn is not loaded again."""
+    count = 6
+    schedule, holders = SlotSchedule(slots, dict.fromkeys(names(count), 1)), {}
+    steps = [(key, "prefill") for key in names(count)] + [(key, "backward") for key in reversed(names(count))]
+
+    def step():
+        loads, waited = 0, 0
+        for key, phase in steps:
+            now = schedule.open([key], phase)
+            check(schedule, now, holders)
+            ahead = schedule.look_ahead(phase)
+            check(schedule, ahead, holders)
+            for lease in schedule.close([key], phase):
+                if not schedule.holds(lease):
+                    del holders[lease.first_slot]
+            more = schedule.look_ahead(phase)
+            check(schedule, more, holders)
+            loads += sum(isinstance(item, Load) for item in (*now, *ahead, *more))
+            waited += any(isinstance(item, Load) for item in now)
+        return loads, waited
+
+    step(), step()
+    assert [step() for _ in range(3)] == [(2 * count - slots, 0)] * 3
+    # Evaluation in between: a forward pass that no backward pass follows.
+    steps, turned = steps[:count], steps
+    step(), step()
+    steps = turned
+    step(), step()
+    assert step() == (2 * count - slots, 0)
