@@ -3,13 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint types check clean
+.PHONY: demo test test-card quick lint types check clean
 
 demo: .venv/installed
 	$(BIN)/offload generate demo --prompt "And the king said" --max-new-tokens 60 --device cpu --cpu-memory 6MiB
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+
+# Everything in tests/gpu on a pretended CUDA card (tests/pretended); skipped where there is no g++ to build it with.
+test-card: .venv/installed-dev
+	$(BIN)/python -m pytest -p tests.pretended.plugin -n 2 --dist worksteal -m gpu tests/gpu tests/mutations
 
 quick: .venv/installed-dev
 	$(BIN)/python -m pytest tests/scheduler tests/storage

@@ -4,7 +4,7 @@ The executor and a simulator feed this the same events (a module opens, a module
 instructions. Nothing here waits or copies.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from offload.scheduler.phases import BACKWARD
@@ -135,9 +135,10 @@ class SlotSchedule:
                 instructions.append(Load(self._grant(key, first)))
         return instructions
 
-    def forget(self) -> list[Instruction]:
-        """Evict all that is not in use."""
-        return [Evict(self._release(key)) for key in list(self._leases) if key not in self._in_use]
+    def forget(self, keys: Container[BlockKey] | None = None) -> list[Instruction]:
+        """Evict what is not in use. Args: keys: of these blocks; None for all."""
+        unused = [key for key in self._leases if key not in self._in_use and (keys is None or key in keys)]
+        return [Evict(self._release(key)) for key in unused]
 
     def _make_present(self, keys: Sequence[BlockKey], phase: Phase) -> list[Instruction]:
         missing = [key for key in keys if key not in self._leases]

@@ -43,8 +43,8 @@ class CopyArrival:
             copied.synchronize()
 
 
-class _Arrived:
-    """Bytes that are there."""
+class _Nothing:
+    """There is nothing to wait for: the bytes are there."""
 
     def wait(self) -> Waits:
         return {}
@@ -53,7 +53,7 @@ class _Arrived:
         pass
 
 
-ARRIVED = _Arrived()
+ARRIVED = _Nothing()
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,15 @@ def nothing_left_behind():
     assert open_weight_files() == handles, "file handles left"
 
 
+@pytest.fixture
+def card():
+    """The pretended card's own figures; skipped on a real one."""
+    plugin = sys.modules.get("tests.pretended.plugin")
+    if plugin is None or plugin.CARD is None:
+        pytest.skip("it is about the pretended card: -p tests.pretended.plugin")
+    return plugin.CARD
+
+
 def runtime_threads() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("offload-"))
 

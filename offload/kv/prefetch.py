@@ -17,7 +17,7 @@ class PagePrefetcher:
     def __init__(self, ring_pages: int) -> None:
         self._ring_pages = ring_pages
         self.batch_pages = max(1, ring_pages // 4)
-        """Brought together where that saves submissions."""
+        """What is brought at once, since that saves submissions."""
         self._fetches: OrderedDict[Page, PageFetch] = OrderedDict()
         self._as_foreseen = False
         """What was read last was on its way."""

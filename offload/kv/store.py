@@ -76,7 +76,7 @@ class KvStore:
         self._coded_pool = coded_pool
         self._bytes: dict[Tier, int] = dict.fromkeys(Tier, 0)
         self._left_last: WeakKeyDictionary[Any, Page] = WeakKeyDictionary()
-        """Of each layer, the page that went down last."""
+        """The page of each layer that went down last."""
         self._filling: dict[Filler, None] = {}
         """Layers that fill a page, by when they began it."""
 

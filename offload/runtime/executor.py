@@ -1,7 +1,7 @@
 """The one loop: wait for the slot, compute, release, prefetch."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
 
@@ -143,6 +143,10 @@ class LayerExecutor:
                 "that they are planned for"
             )
         self.blocks[block.key] = block
+
+    def drop(self, keys: Container[BlockKey]) -> None:
+        """Drop what was loaded ahead of these blocks: their bytes are about to change where they come from."""
+        self._carry_out(self._schedule.forget(keys))
 
     def settle(self) -> None:
         """Drop everything that was loaded ahead; afterwards nothing is under way."""

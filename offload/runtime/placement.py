@@ -60,8 +60,7 @@ class Placement:
         self.host_ledger = machine.host.ledger
         self._disk_ledger = machine.host.disk_ledger
         self._known = dict(known)
-        self._disk_dir = machine.host.disk_dir
-        self._progress = machine.host.progress
+        self._disk_dir, self._progress = machine.host.disk_dir, machine.host.progress
         self._maps = FileMaps()
         self._spills: list[BlockFile] = []
         self._staged: StagedReader | None = None
@@ -95,19 +94,16 @@ class Placement:
         units = {unit.key: unit for unit in structure.units if unit.parameters}
         for name, parameter in structure.always_resident.items():
             self._hold_outside(name, parameter)
-        in_host = set(plan.weights.in_host_memory)
+        in_host = {*plan.weights.in_host_memory, *plan.weights.tables_in_host_memory}
         if not self._device.shares_host_memory:
             for key in plan.weights.in_host_memory:
-                self.streamed[key] = self._to_host_memory(
-                    units[key], plan.weights.cpu_percent if key in plan.weights.cpu_gpu_split else 0
-                )
+                percent = plan.weights.cpu_percent if key in plan.weights.cpu_gpu_split else 0
+                self.streamed[key] = self._to_host_memory(units[key], percent)
             for key in plan.weights.computed_on_host:
-                self.on_host[key] = self._to_cpu(units[key])
+                self.on_host[key] = self._to_cpu(units[key], "weights computed on the CPU")
             for key in plan.weights.tables_in_host_memory:
-                buffer, _ = self._live_in_host_memory(units[key], "embedding tables")
-                self._memory.keep(buffer, locked=False)
+                self._to_cpu(units[key], "embedding tables")
                 self._tables_in_memory.add(key)
-            in_host |= self._tables_in_memory
         self.spill([units[key] for key in (*plan.weights.streamed, *plan.weights.row_fetched) if key not in in_host])
         from_disk = [units[key] for key in plan.weights.streamed if key not in in_host]
         self._open_staging(from_disk, plan.weights.staging_count)
@@ -167,8 +163,7 @@ class Placement:
             buffer, offsets = self._live_in_host_memory(unit, category)
             self._memory.keep(buffer)
         for home in homes:
-            home.modified = False
-            home.version = home.parameter._version
+            home.accept_changes()
             self._known.pop(home.name, None)
         if unit.key in self.tables:
             self.tables[unit.key] = self._table(unit)
@@ -314,7 +309,7 @@ class Placement:
         """Into page-locked memory of the block's own, from where one copy brings it to the device.
 
         Args:
-            host_percent: of the rows of its products, those that stay for the CPU to compute with.
+            cpu_percent: of the rows of its products, those that stay for the CPU to compute with.
         """
         buffer, offsets = self._live_in_host_memory(unit, "streamed weights")
         self._memory.keep(buffer)
@@ -334,9 +329,9 @@ class Placement:
             products.append(HybridLinear(module, home, self._homes.get(f"{name.removesuffix('weight')}bias")))
         return products
 
-    def _to_cpu(self, unit: Unit) -> list[ParameterHome]:
-        """Into ordinary memory, from where the CPU computes with it."""
-        buffer, _ = self._live_in_host_memory(unit, "weights computed on the CPU")
+    def _to_cpu(self, unit: Unit, category: str) -> list[ParameterHome]:
+        """Into ordinary memory, from where the CPU computes with it, or takes rows."""
+        buffer, _ = self._live_in_host_memory(unit, category)
         self._memory.keep(buffer, locked=False)
         return self.homes_of(unit)
 
@@ -376,7 +371,7 @@ class Placement:
         return StagedSource(unit.key, self._staged, ranges, read_plan)
 
     def _table(self, unit: Unit) -> EmbeddingTable:
-        home = self.homes_of(unit)[0]
+        (home,) = self.homes_of(unit)
         source = None if unit.key in self._tables_in_memory else self._known.get(home.name)
         return EmbeddingTable(unit.key, home, self._reader, source, self._rows)
 

@@ -44,14 +44,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=WHY_NOT))
 
 
-@pytest.fixture
-def card() -> Any:
-    """The card's own figures; skipped on a real one."""
-    if CARD is None:
-        pytest.skip(WHY_NOT)
-    return CARD
-
-
 @pytest.fixture(autouse=True)
 def _nothing_freed_too_early() -> Any:
     yield

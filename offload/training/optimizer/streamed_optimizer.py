@@ -224,13 +224,13 @@ class StreamedTraining:
         self.finish()
         self._check_parameters()
         with self._executor.lock, torch.no_grad():
+            self._late = {group.block for group in self.layout.groups}
             # What was loaded ahead is stale from now on.
-            self._executor.settle()
+            self._executor.drop(self._late)
             self.weights.note_changes()
             self.states.begin()
             self._updating = True
             self._coming.extend(self.layout.groups)
-            self._late = {group.block for group in self.layout.groups}
             self._counted.clear()
         # No module waits for it when it is onloaded.
         self.ensure((OUTSIDE,))

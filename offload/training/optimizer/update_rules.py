@@ -68,8 +68,8 @@ class AdamW:
             list(moments["exp_avg"]),
             list(moments["exp_avg_sq"]),
             [],
-            # The kernel counts the step itself.
-            [torch.tensor(float(count - 1), device=target.device) for target in targets],
+            # The kernel counts the step itself. Made on the device: a copy of a number would be waited for.
+            [torch.full((), float(count - 1), device=target.device) for target in targets],
             fused=True,
             amsgrad=False,
             beta1=settings["betas"][0],

@@ -1,0 +1,102 @@
+"""The commands with `--device cuda`: the text and the weights that the CPU gives."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from offload.cli.main import main
+from offload.synth import synthesize
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+]
+
+PROMPT = ["--prompt", "And the king said", "--max-new-tokens"]
+ON = {"cpu": ["--device", "cpu", "--cpu-memory", "512MiB"], "cuda": ["--device", "cuda", "--cpu-memory", "512MiB"]}
+
+
+def run(capsys, *arguments):
+    status = main(list(arguments))
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return out, err
+
+
+WAYS = {
+    "all of it": [],
+    "from CPU memory": ["--gpu-memory", "3MiB"],
+    "KV on three tiers": ["--gpu-memory", "6MiB", "--kv-memory", "512KiB", "--cpu-memory", "14MiB"],
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_generate(way, capsys, tmp_path):
+    # Over many tokens, the CPU's attention rounds otherwise: there the card's own text counts.
+    long = way == "KV on three tiers"
+    prompt = [*PROMPT, "200" if long else "16"]
+    wanted, _ = run(capsys, "generate", "demo", *prompt, *ON["cuda" if long else "cpu"])
+    report = tmp_path / "report.json"
+    on_card, told = run(capsys, "generate", "demo", *prompt, *ON["cuda"], *WAYS[way], "--report", str(report))
+    assert on_card.strip() == wanted.strip()
+    assert "exactness identical" in told
+    found = json.loads(report.read_text())
+    assert found["device"] == "cuda:0"
+    assert bool(found["blocks"]["streamed_from_cpu_memory"]) == (way != "all of it")
+    assert bool(found["kv"].get("onloaded_bytes")) == (way == "KV on three tiers")
+
+
+def test_a_mixture(capsys, tmp_path):
+    folder = str(tmp_path / "mixture")
+    synthesize(folder, 24 << 20, family="qwen3_moe")
+    on_cpu, _ = run(capsys, "generate", folder, *PROMPT, "16", *ON["cpu"])
+    on_card, told = run(capsys, "generate", folder, *PROMPT, "16", *ON["cuda"], "--gpu-memory", "12MiB")
+    assert on_card.strip() == on_cpu.strip()
+    assert "experts" in told
+
+
+def test_plan_and_probe(capsys, tmp_path):
+    planned = json.loads(run(capsys, "plan", "demo", "--device", "cuda", "--gpu-memory", "3MiB", "--json")[0])
+    assert planned["plan"]["weights"]["in_host_memory"]
+
+
+TUNED = {
+    "lora": (["--method", "lora", "--rank", "4", "--optimizer", "sgd", "--learning-rate", "0.1"], "adapter_model.safetensors"),
+    "full, states on NVMe": (["--method", "full", "--state-tier", "nvme"], "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("way", list(TUNED))
+def test_finetune(way, capsys, tmp_path):
+    """Kernels differ in the last bits."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": "And the king of the sea said unto the whale, Sing."}) for _ in range(8)))
+    arguments, file = TUNED[way]
+    found = {}
+    for device in ("cpu", "cuda"):
+        output = tmp_path / device
+        budget = ["--gpu-memory", "48MiB"] if device == "cuda" else []
+        steps = [
+            "--max-steps",
+            "3",
+            "--batch-size",
+            "2",
+            "--gradient-accumulation",
+            "2",
+            "--epochs",
+            "4",
+            "--sequence-length",
+            "32",
+            "--dtype",
+            "float32",
+        ]
+        target = ["--data", str(data), "--output", str(output), "--disk", str(tmp_path), *steps]
+        run(capsys, "finetune", "demo", *target, *ON[device], *budget, *arguments)
+        found[device] = load_file(output / file)
+    assert found["cpu"].keys() == found["cuda"].keys()
+    for name, value in found["cpu"].items():
+        assert torch.allclose(value.float(), found["cuda"][name].float(), atol=1e-4), name
