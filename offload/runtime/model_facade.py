@@ -40,7 +40,7 @@ def _offloaded_class(original: type, device: torch.device, warn: Any) -> Any:
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "to": _to(device),
-        "cuda": lambda self, index=None: self.to("cuda" if index is None else torch.device("cuda", index)),
+        "cuda": _cuda(device),
         "cpu": lambda self: self.to("cpu"),
         "_apply": _apply(device),
         "__reduce_ex__": _refuse("Copying or pickling the model", "Use save_pretrained, or leave the context first."),
@@ -50,6 +50,16 @@ def _offloaded_class(original: type, device: torch.device, warn: Any) -> Any:
     if hasattr(original, "_valid_auto_compile_criteria"):
         members["_valid_auto_compile_criteria"] = _no_compilation(original, warn)
     return type(original.__name__, (original,), members)
+
+
+def _cuda(device: torch.device) -> Any:
+    def cuda(self: nn.Module, index: int | torch.device | None = None) -> nn.Module:
+        # Without a number, the card that it is on, whichever that is.
+        if isinstance(index, int):
+            index = torch.device("cuda", index)
+        return self.to(index or (device if device.type == "cuda" else "cuda"))
+
+    return cuda
 
 
 def _to(device: torch.device) -> Any:

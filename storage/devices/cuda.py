@@ -1,5 +1,6 @@
 """A CUDA card: two copy streams beside the stream that computes. The only file that names `torch.cuda`."""
 
+import gc
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,10 @@ class CudaDevice:
         self._pending_stalls: deque[tuple[torch.Event, torch.Event]] = deque()
         self._ended_stalls: list[tuple[float, float]] = []
         self._locked: set[int] = set()
+        self._awaited: dict[int, torch.Event] = {}
+        """The event that each stream waited for last."""
+        # What an ended session left to the garbage collector is not there when this one's peak is measured.
+        gc.collect()
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         # Where the card's clock and the host's meet.
         self._anchor = self._timed_event()
@@ -148,6 +153,10 @@ class CudaDevice:
     def wait(self, event: Event) -> None:
         assert isinstance(event, torch.Event)
         stream = self._computing
+        if self._awaited.get(stream.stream_id) is event:
+            # Copies that were submitted together share one.
+            return
+        self._awaited[stream.stream_id] = event
         if event.query():
             # It is over, and costs nothing; said all the same, for whoever checks the order.
             stream.wait_event(event)

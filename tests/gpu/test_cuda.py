@@ -288,3 +288,18 @@ def test_adapters_are_trained_on_the_card(residency):
         warnings.simplefilter("ignore")
         losses = trained(session.model, "cuda")
     assert losses == trained(twin, "cuda")
+
+
+def test_a_second_session_measures_its_own_peak(saved):
+    """What the first one left in reference cycles is not held when the second one begins."""
+    folder, _, spec = saved("llama", torch.float32)
+    budget = budget_for(spec, SOME, BATCH, MAX_TOKENS) + 65_536
+    peaks = []
+    for _ in range(2):
+        options = {"gpu_memory": budget, "cpu_memory": "1GiB", "max_tokens": MAX_TOKENS, "batch_size": BATCH}
+        with offload(folder, device="cuda", **options) as session, torch.inference_mode():
+            session.model(tokens().cuda())
+            peaks.append(session.report().peak.measured_bytes)
+            with pytest.warns(UserWarning, match="computes on cuda:0 already"):
+                session.model.cuda()
+    assert peaks[1] >= 0.95 * peaks[0]
