@@ -32,8 +32,6 @@ from offload.synth import synthesize
 
 CPU_MEMORY = "64GiB"
 PROMPT_TOKENS = 64
-LONG_PROMPT_TOKENS = 2048
-LORA_TOKENS = 2048
 LORA_STEPS = 4
 RAW_BYTES = 512 << 20
 
@@ -44,6 +42,8 @@ def main() -> None:
     parser.add_argument("--gpu-memory", default="1GiB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=2048, help="of the long prompt, and of a step of LoRA")
+    parser.add_argument("--hardware", metavar="FILE", help="a profile to plan by; by default the machine is measured")
     parser.add_argument("--folder", help="where to make the checkpoint; by default a temporary folder")
     parser.add_argument("--out")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
@@ -59,7 +59,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=request.folder) as scratch:
         model = f"{scratch}/model"
         synthesize(model, size)
-        hardware = probe(resolve_device("cuda"), scratch, lambda what, done, total: None)
+        if request.hardware:
+            hardware = HardwareProfile.load(request.hardware)
+        else:
+            hardware = probe(resolve_device("cuda"), scratch, lambda what, done, total: None)
         found["hardware"] = hardware.to_dict()
         for _ in range(request.rounds):
             for name in request.cases:
@@ -166,18 +169,18 @@ def windows(model: str, request: argparse.Namespace, hardware: HardwareProfile) 
 
 def prefill(model: str, request: argparse.Namespace, hardware: HardwareProfile) -> dict[str, Any]:
     """A long prompt: the transfers hide behind compute, or the other way round; beside the model held on the card."""
-    options = {"gpu_memory": "2GiB", "cpu_memory": CPU_MEMORY, "max_tokens": LONG_PROMPT_TOKENS, "hardware": hardware}
+    options = {"gpu_memory": "2GiB", "cpu_memory": CPU_MEMORY, "max_tokens": request.prompt_tokens, "hardware": hardware}
     with torch.inference_mode(), offload(model, device="cuda", **options) as session:
-        taken = prompt_seconds(session.model)
+        taken = prompt_seconds(session.model, request.prompt_tokens - 8)
         streamed = session.plan.weights.streamed_bytes / raw_bytes_per_second()
     with torch.inference_mode():
-        resident = prompt_seconds(on_card(model))
+        resident = prompt_seconds(on_card(model), request.prompt_tokens - 8)
     return {"seconds": taken, "resident_seconds": resident} | shares(taken, streamed, resident)
 
 
-def prompt_seconds(model: Any) -> float:
+def prompt_seconds(model: Any, tokens: int) -> float:
     """Median, until the first token is known."""
-    ids, seconds = prompt(LONG_PROMPT_TOKENS - 8), []
+    ids, seconds = prompt(tokens), []
     for _ in range(6):
         begun = time.perf_counter()
         int(model(ids, logits_to_keep=1).logits[0, -1].argmax())
@@ -201,8 +204,8 @@ def lora(model: str, request: argparse.Namespace, hardware: HardwareProfile) -> 
     from peft import LoraConfig, get_peft_model
 
     adapters = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    ids = prompt(LORA_TOKENS)
-    options = {"gpu_memory": "3GiB", "cpu_memory": CPU_MEMORY, "max_tokens": LORA_TOKENS, "hardware": hardware}
+    ids = prompt(request.prompt_tokens)
+    options = {"gpu_memory": "3GiB", "cpu_memory": CPU_MEMORY, "max_tokens": request.prompt_tokens, "hardware": hardware}
     with offload(model, device="cuda", training=Training(), **options) as session:
         adapted = get_peft_model(session.model, adapters).train()
 

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+_CUDA = 1
+"""The number of the device type."""
+
 
 class _Cudart:
     def __init__(self, card: Any) -> None:
@@ -70,6 +73,7 @@ def install(library: Path) -> Any:
 def _state(card: Any) -> dict[str, Any]:
     device = torch.device("cuda", 0)
     return {
+        "default_stream": lambda chosen=None: torch.Stream(stream_id=0, device_index=0, device_type=_CUDA),
         "Stream": torch.Stream,
         "Event": lambda enable_timing=False, **other: torch.Event(device, enable_timing=enable_timing),
         "stream": lambda stream: stream,
