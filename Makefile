@@ -13,7 +13,7 @@ test: .venv/installed-dev
 
 # Everything in tests/gpu on a pretended CUDA card (tests/pretended); skipped where there is no g++ to build it with.
 test-card: .venv/installed-dev
-	$(BIN)/python -m pytest -p tests.pretended.plugin -n 2 --dist worksteal -m gpu tests/gpu tests/mutations
+	$(BIN)/python -m pytest -p tests.pretended.plugin -n 2 --dist worksteal -m gpu tests/pretended tests/gpu tests/mutations
 
 quick: .venv/installed-dev
 	$(BIN)/python -m pytest tests/scheduler tests/storage
