@@ -15,7 +15,7 @@ from offload.storage.blocks import Tier
 from offload.storage.devices.base import Device
 from offload.storage.errors import BudgetTooSmall, ConfigError, gib
 from offload.storage.io_engines.base import ReadEngine
-from offload.storage.io_engines.gds import choose_engine
+from offload.storage.io_engines.kvikio import choose_engine
 from offload.storage.io_engines.posix import PosixEngine
 from offload.storage.ledger import MemoryLedger
 from offload.storage.reader import DiskReader

@@ -1,6 +1,6 @@
 """What reads files.
 
-base   the protocol
-posix  preadv on O_DIRECT
-gds    kvikio, GPUDirect Storage
+base     the protocol
+posix    preadv on O_DIRECT
+kvikio   kvikio, where a probe shows it faster
 """

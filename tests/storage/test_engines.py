@@ -1,5 +1,8 @@
 """One suite that every read engine passes."""
 
+import ctypes
+import inspect
+import mmap
 import os
 import sys
 import types
@@ -10,7 +13,7 @@ import pytest
 from offload.storage.errors import CheckpointChanged, ReadError
 from offload.storage.fingerprint import fingerprint_of
 from offload.storage.host_buffer import HostBuffer
-from offload.storage.io_engines.gds import KvikioEngine, choose_engine
+from offload.storage.io_engines.kvikio import KvikioEngine, choose_engine
 from offload.storage.io_engines.posix import PosixEngine
 
 SIZE = 100_000
@@ -193,7 +196,7 @@ def test_kvikio_is_used_only_where_it_is_faster(sample, monkeypatch):
     for rates, name in (((2.0, 1.0), "kvikio"), ((1.0, 2.0), "posix")):
         speeds = dict(zip(("kvikio", "posix"), rates, strict=True))
         monkeypatch.setattr(
-            "offload.storage.io_engines.gds._bytes_per_second", lambda engine, path, speeds=speeds: speeds[engine.name]
+            "offload.storage.io_engines.kvikio._bytes_per_second", lambda engine, path, speeds=speeds: speeds[engine.name]
         )
         engine = choose_engine(sample)
         assert (engine.name, engine.fallbacks) == (name, [])
@@ -222,3 +225,50 @@ def test_a_failing_disk_is_a_read_error(engine, content, monkeypatch):
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(ReadError, match="Input/output error"):
         engine.read(path, 0, HostBuffer(engine.unit_bytes).memory, engine.unit_bytes)
+
+
+def test_the_probe_reads_what_no_cache_holds(sample, monkeypatch):
+    """Else whoever reads through the page cache finds there what the other engine has read."""
+    from offload.storage.io_engines import kvikio
+
+    steps = []
+
+    class Engine(PosixEngine):
+        def read(self, path, file_offset, memory, needed_bytes):
+            steps.append(("read", file_offset))
+
+    monkeypatch.setattr(kvikio, "drop_cached", lambda path, offset, nbytes: steps.append(("drop", offset)))
+    engine = Engine()
+    kvikio._bytes_per_second(engine, sample)
+    engine.close()
+    assert steps == [("drop", 0), ("read", 0), ("drop", 32 << 20), ("read", 32 << 20)]
+
+
+def test_dropped_pages_are_read_from_the_disk_again(sample):
+    """As far as a page cache can be asked: by how many of the file's pages are in memory."""
+    from offload.storage.io_engines.kvikio import drop_cached
+
+    with open(sample, "rb") as file:
+        os.fsync(file.fileno())
+        file.read()
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            address = numpy.frombuffer(mapped, dtype=numpy.uint8).ctypes.data
+            resident = (ctypes.c_ubyte * (len(mapped) // 4096))()
+            libc = ctypes.CDLL(None, use_errno=True)
+
+            def pages_in_memory():
+                libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), resident)
+                return sum(value & 1 for value in resident)
+
+            before = pages_in_memory()
+            drop_cached(sample, 0, len(mapped))
+            assert pages_in_memory() < before
+
+
+def test_kvikio_has_the_calls_that_are_made(tmp_path):
+    """The real library, without a driver: what is called is there, and takes what it is given."""
+    kvikio = pytest.importorskip("kvikio")
+    pread = inspect.signature(kvikio.CuFile.pread).parameters
+    assert list(pread)[:4] == ["self", "buf", "size", "file_offset"]
+    assert {"__init__", "close"} <= set(dir(kvikio.CuFile))
+    assert list(inspect.signature(kvikio.CuFile.__init__).parameters)[1:3] == ["file", "flags"]
