@@ -85,3 +85,14 @@ def test_an_old_profile_is_read():
     content = json.loads(path.read_text())
     seconds = content.pop("module_seconds", content.pop("window_seconds", 1e-4))
     assert HardwareProfile.from_dict(content | {"window_seconds": seconds}).module_seconds == seconds
+
+
+def test_a_plan_from_before_tables_were_in_memory_is_read():
+    with offload(make("llama"), device="cpu", cpu_memory="1MiB") as session:
+        plan = session.plan
+    content = json.loads(plan.to_json())
+    del content["weights"]["tables_in_host_memory"]
+    assert Plan.from_json(json.dumps(content)) == plan
+    del content["weights"]["slot_bytes"]
+    with pytest.raises(PlanError, match="lacks slot_bytes"):
+        Plan.from_json(json.dumps(content))
