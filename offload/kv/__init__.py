@@ -10,6 +10,8 @@ prefetch            pages on their way
 page_layout         what a page holds
 kv_block            tokens of one layer in a page
 layer               the blocks of one layer of one cache
+reading             a block that is being read
+assembly            blocks put together: neighbours in one
 buffer_cache        memory for assembled layers, used again
 quantization        full pages in fewer bytes
 state_offload       states of layers that do not keep all tokens

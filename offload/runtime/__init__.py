@@ -14,6 +14,7 @@ placement           brings parameters to their tier, and back
 weights             blocks in slots, and resident ones
 block_sources       how a block's bytes get into a slot
 embedding_rows      tables of which rows are fetched
+row_upload          small tensors on their way to the device
 hybrid_linear       products that device and CPU share
 prefill_chunks      prompts in chunks
 spilling            weights that no file holds, written to one
