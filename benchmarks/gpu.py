@@ -2,7 +2,8 @@
 
 Weights in page-locked CPU memory against the host-to-device rate that was measured in the same run; weights on disk against the
 disk's; accelerate's CPU offload in the same device memory; a long prompt; a LoRA step; what onload scopes cost where nothing
-is streamed; what was predicted from a probe made at the start against what was measured. One JSON object, written after each case.
+is streamed; what was predicted from a probe made at the start against what was measured. One JSON object, written after each
+case.
 
     python -m benchmarks.gpu --size 4GB --rounds 3 --out benchmarks/results/gpu.json
 
