@@ -58,7 +58,6 @@ def install(library: Path) -> Any:
     generator = torch.Generator("cpu")
     generator.manual_seed(0)
     card.set_generator(generator)
-    # A stream by which time passes: nothing else of it shows.
     answers = _state(card) | _memory(card) | _random_numbers(generator)
     for name, value in answers.items():
         setattr(torch.cuda, name, value)
