@@ -2,22 +2,21 @@
 
 import queue
 import threading
-import time
 from collections.abc import Sequence
 
 import torch
 
-from offload.storage.arrival import Waits
 from offload.storage.blocks import FileRange
 from offload.storage.devices.base import Device, Event
 from offload.storage.host_buffer import HostBuffer
+from offload.storage.queued_copy import QueuedCopy
 from offload.storage.read_plan import ReadPlan
 from offload.storage.reader import DiskReader
 from offload.storage.staging_ring import StagingRing
 from offload.storage.transfer import Transfer
 
 
-class StagedTransfer:
+class StagedTransfer(QueuedCopy):
     """A block on its way from disk to the device: read into a staging buffer, then copied from there."""
 
     def __init__(
@@ -29,35 +28,10 @@ class StagedTransfer:
         target: torch.Tensor,
         after: Event | None,
     ) -> None:
-        self._reader = reader
-        self.name = name
+        super().__init__(reader.device, reader.reader.link.name, name, after)
         self.ranges = ranges
         self.read_plan = read_plan
         self.target = target
-        self.after = after
-        self.cancelled = False
-        self.error: BaseException | None = None
-        self.copied: Event | None = None
-        self.issued = threading.Event()
-        """Set once the copy is in the device's queue, or never will be."""
-
-    def wait(self) -> Waits:
-        """Block until the copy is in the device's queue, and have the device wait for it. Raises what the read raised."""
-        begun = time.perf_counter()
-        self.issued.wait()
-        waited = time.perf_counter() - begun
-        if self.error is not None:
-            raise self.error
-        assert self.copied is not None
-        self._reader.device.wait(self.copied)
-        return {self._reader.reader.link.name: waited}
-
-    def cancel(self) -> None:
-        """Wait until nothing writes to the target any more."""
-        self.cancelled = True
-        self.issued.wait()
-        if self.copied is not None:
-            self.copied.synchronize()
 
 
 class StagedReader:

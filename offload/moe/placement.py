@@ -88,7 +88,7 @@ class ExpertPlacement:
             ranges, read_plan = files.read_plan(expert, range(len(unit.layout.tensors)))
             memory = buffer.memory[expert * stride_bytes : expert * stride_bytes + read_plan.slot_bytes]
             self._reader.read(ranges, read_plan, memory).wait()
-        return HostExperts(unit, buffer, count, stride_bytes, self._device, files)
+        return HostExperts(unit, buffer, count, stride_bytes, self._memory, files)
 
 
 def _share_out(total: int, counts: Sequence[int]) -> list[int]:

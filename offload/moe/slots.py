@@ -9,6 +9,7 @@ from offload.model.experts import ExpertLayout, ExpertPieces, ExpertsUnit
 from offload.model.homes import ParameterHome
 from offload.model.lazy_experts import paths_of
 from offload.runtime.block_sources import DirectSource, SlotRegion, StagedSource
+from offload.runtime.page_locked import PageLockedMemory
 from offload.storage.arrival import Arrival, CopyArrival, Waits
 from offload.storage.blocks import FileRange
 from offload.storage.devices.base import Device, Event
@@ -80,12 +81,18 @@ class HostExperts:
     """
 
     def __init__(
-        self, unit: ExpertsUnit, buffer: HostBuffer, count: int, stride_bytes: int, device: Device, others: ExpertSource
+        self,
+        unit: ExpertsUnit,
+        buffer: HostBuffer,
+        count: int,
+        stride_bytes: int,
+        memory: PageLockedMemory,
+        others: ExpertSource,
     ) -> None:
         self.count = count
         self.pool = pool_of(unit.layout, buffer.tensor, count, stride_bytes)
         """Where the CPU computes with them."""
-        self._unit, self._buffer, self._stride, self._device, self._others = unit, buffer, stride_bytes, device, others
+        self._unit, self._buffer, self._stride, self._memory, self._others = unit, buffer, stride_bytes, memory, others
 
     def start(self, expert: int, tensors: Sequence[int], region: SlotRegion, after: Event | None) -> Arrival:
         if expert >= self.count:
@@ -93,8 +100,8 @@ class HostExperts:
         first, last = self._unit.layout.tensors[tensors[0]], self._unit.layout.tensors[tensors[-1]]
         begin, end = first.offset, last.offset + last.nbytes
         source = self._buffer.tensor[expert * self._stride + begin : expert * self._stride + end]
-        copied = self._device.copy_in([(region.tensor[begin:end], source)], [after], f"{self._unit.key}.{expert}")
-        return CopyArrival(self._device, [copied])
+        copies = [(region.tensor[begin:end], source)]
+        return self._memory.start_copy(self._buffer, copies, after, f"{self._unit.key}.{expert}")
 
 
 class HomeExperts:

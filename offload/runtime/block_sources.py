@@ -7,9 +7,10 @@ from typing import Protocol
 import torch
 
 from offload.model.homes import ParameterHome
-from offload.storage.arrival import Arrival, CopyArrival
+from offload.runtime.page_locked import PageLockedMemory
+from offload.storage.arrival import Arrival
 from offload.storage.blocks import BlockKey, FileRange, align_up
-from offload.storage.devices.base import Device, Event
+from offload.storage.devices.base import Event
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.read_plan import ReadPlan
 from offload.storage.reader import DiskReader
@@ -82,30 +83,31 @@ class StagedSource:
 class HostSource:
     """Page-locked host memory to the device: one copy a block."""
 
-    def __init__(self, key: BlockKey, device: Device, buffer: HostBuffer, offsets: Sequence[int], payload_bytes: int) -> None:
-        self._key, self._device, self._buffer = key, device, buffer
+    def __init__(
+        self, key: BlockKey, memory: PageLockedMemory, buffer: HostBuffer, offsets: Sequence[int], payload_bytes: int
+    ) -> None:
+        self._key, self._memory, self._buffer = key, memory, buffer
         self.offsets = offsets
         self.payload_bytes = payload_bytes
         self.slot_bytes = buffer.nbytes
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         size = self._buffer.nbytes
-        copied = self._device.copy_in([(region.tensor[:size], self._buffer.tensor[:size])], [after], self._key)
-        return CopyArrival(self._device, [copied])
+        return self._memory.start_copy(self._buffer, [(region.tensor[:size], self._buffer.tensor[:size])], after, self._key)
 
 
 class DividedSource:
     """The device's rows of a block in page-locked host memory: a copy a tensor, since the other rows lie between them."""
 
-    def __init__(self, key: BlockKey, device: Device, homes: Sequence[ParameterHome]) -> None:
-        self._key, self._device, self._homes = key, device, homes
+    def __init__(self, key: BlockKey, memory: PageLockedMemory, buffer: HostBuffer, homes: Sequence[ParameterHome]) -> None:
+        self._key, self._memory, self._buffer, self._homes = key, memory, buffer, homes
         self.offsets, self.slot_bytes = packed_offsets(homes)
         self.payload_bytes = sum(home.device_part.nbytes for home in homes)
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         targets = views_of(self._homes, self.offsets, region.tensor)
         parts = [home.device_part for home in self._homes]
-        return CopyArrival(self._device, [self._device.copy_in(list(zip(targets, parts, strict=True)), [after], self._key)])
+        return self._memory.start_copy(self._buffer, list(zip(targets, parts, strict=True)), after, self._key)
 
 
 def views_of(homes: Sequence[ParameterHome], offsets: Sequence[int], memory: torch.Tensor) -> list[torch.Tensor]:

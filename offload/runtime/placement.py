@@ -66,7 +66,7 @@ class Placement:
         self._staged: StagedReader | None = None
         self._homes: dict[str, ParameterHome] = {}
         self._tables_in_memory: set[BlockKey] = set()
-        self._rows = RowUpload(self._device)
+        self._rows = RowUpload(self._device, self._memory)
 
     def source_of(self, name: str, parameter: nn.Parameter) -> FileRange | None:
         """The file that holds the parameter's present values; None if only memory does."""
@@ -168,7 +168,7 @@ class Placement:
         if unit.key in self.tables:
             self.tables[unit.key] = self._table(unit)
         if unit.key in self.streamed:
-            source = HostSource(unit.key, self._device, buffer, offsets, unit.block.nbytes)
+            source = HostSource(unit.key, self._memory, buffer, offsets, unit.block.nbytes)
             self.streamed[unit.key] = StreamedBlock(unit.key, homes, source)
 
     def settle_in_file(self, unit: Unit, places: Mapping[str, tuple[FileRange, torch.Tensor]]) -> None:
@@ -316,8 +316,8 @@ class Placement:
         if cpu_percent:
             self.cpu_gpu_split[unit.key] = self._split_rows(unit, cpu_percent)
             homes = self.homes_of(unit)
-            return StreamedBlock(unit.key, homes, DividedSource(unit.key, self._device, homes))
-        source = HostSource(unit.key, self._device, buffer, offsets, unit.block.nbytes)
+            return StreamedBlock(unit.key, homes, DividedSource(unit.key, self._memory, buffer, homes))
+        source = HostSource(unit.key, self._memory, buffer, offsets, unit.block.nbytes)
         return StreamedBlock(unit.key, self.homes_of(unit), source)
 
     def _split_rows(self, unit: Unit, cpu_percent: int) -> list[HybridLinear]:

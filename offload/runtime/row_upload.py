@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from offload.runtime.page_locked import PageLockedMemory
 from offload.storage.devices.base import Device, Event
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.staging_ring import StagingRing
@@ -15,8 +16,9 @@ _BUFFERS = 2
 class RowUpload:
     """Looked-up rows on their way to the device, through page-locked memory: nobody waits for the copy."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, memory: PageLockedMemory) -> None:
         self._device = device
+        self._memory = memory
         self._ring = StagingRing(self._locked, device.unlock_pages, limit=_BUFFERS)
 
     def run(self, shape: Sequence[int], dtype: torch.dtype, fill: Callable[[torch.Tensor], None]) -> torch.Tensor:
@@ -46,5 +48,5 @@ class RowUpload:
 
     def _locked(self, nbytes: int) -> HostBuffer:
         buffer = HostBuffer(nbytes)
-        self._device.lock_pages(buffer)
+        self._memory.lock(buffer, "rows of embeddings")
         return buffer

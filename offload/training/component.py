@@ -63,7 +63,7 @@ class TrainingComponent(Component):
         self._machine = machine
         self._memory = memory
         self._executor, self._live = executor, live
-        self._gradients = HostGradients(machine.device if machine.discrete else None)
+        self._gradients = HostGradients(machine)
         self._ties: list[TiedUse] = []
         self._inputs: ActivationStore | None = None
         self._checkpoints: Checkpoints | None = None

@@ -237,6 +237,7 @@ struct CardGuard final : c10::impl::DeviceGuardImplInterface {
 
 // --- page-locked ranges of host memory.
 std::map<uintptr_t, size_t> locked;
+const int64_t kStagedByDriver = 64 << 10;
 bool is_locked(const void* at, size_t nbytes) {
   Lock lock(the_card().mutex);
   const auto begin = reinterpret_cast<uintptr_t>(at);
@@ -489,8 +490,9 @@ Tensor& card_copy(Tensor& self, const Tensor& source, bool non_blocking) {
   const Tensor& host = out ? self : source;
   const bool pinned = !(in || out) || is_locked(host.data_ptr(), host.storage().nbytes() - host.storage_offset() * host.element_size());
   const bool plain = self.scalar_type() == source.scalar_type() && self.is_contiguous() && source.is_contiguous();
-  // From pageable memory the driver takes its own copy first, and returns.
-  const bool asynchronous = !(in || out) || (non_blocking && (in || (pinned && plain)));
+  // Of pageable memory the driver takes a copy of its own first, if it is small; else whoever asked stands still.
+  const bool small = in && static_cast<int64_t>(source.nbytes()) <= kStagedByDriver;
+  const bool asynchronous = !(in || out) || (non_blocking && (small || (pinned && (in || plain))));
   Tensor to = host_alias(self), from = host_alias(source);
   auto run = [to, from]() mutable {
     at::AutoDispatchBelowADInplaceOrView guard;

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from offload.runtime.page_locked import PageLockedMemory
 from offload.storage.blocks import align_up
 from offload.storage.devices.base import Device, Event
 from offload.storage.host_buffer import HostBuffer
@@ -41,8 +42,8 @@ class GradientTransfer:
         ring_nbytes: of page-locked memory.
     """
 
-    def __init__(self, device: Device, ring_nbytes: int) -> None:
-        self._device = device
+    def __init__(self, device: Device, memory: PageLockedMemory, ring_nbytes: int) -> None:
+        self._device, self._memory = device, memory
         self._nbytes = ring_nbytes
         self._ring: HostBuffer | None = None
         self._head = 0
@@ -82,7 +83,7 @@ class GradientTransfer:
     def _send(self, into: torch.Tensor, sent: torch.Tensor, filled: bool) -> None:
         if self._ring is None or self._adder is None:
             self._ring = HostBuffer(self._nbytes)
-            self._device.lock_pages(self._ring)
+            self._memory.lock(self._ring, "gradients")
             self._adder = ThreadPoolExecutor(1, thread_name_prefix="gradients")
         begin = self._head if self._head + into.nbytes <= self._nbytes else 0
         end = begin + into.nbytes

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.runtime.machine import Machine
 from offload.runtime.module_wrappers import Forward, ForwardWrap
 from offload.storage.blocks import BlockKey, align_up
-from offload.storage.devices.base import Device
 from offload.storage.host_buffer import HostBuffer
 from offload.training.backward.gradient_transfer import GradientTransfer, ring_bytes
 
@@ -50,13 +50,13 @@ class HostGradients:
     """Takes what backward makes.
 
     Args:
-        device: with memory of its own, so that autograd must not add to what lies in CPU memory; None where it is the CPU's.
         dtype: that gradients are added up in where it is finer; None for the parameter's own.
     """
 
-    def __init__(self, device: Device | None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, machine: Machine, dtype: torch.dtype | None = None) -> None:
         self.nbytes = 0
-        self._device = device
+        self._discrete = machine if machine.discrete else None
+        """The machine, where autograd must not add to what lies in CPU memory."""
         self._transfer: GradientTransfer | None = None
         self._dtype = dtype
         self._collecting = False
@@ -98,7 +98,7 @@ class HostGradients:
             return
         self._collecting = True
         for taken in self._taken.values():
-            if self._device is None and not taken.others:
+            if self._discrete is None and not taken.others:
                 continue
             held = taken.parameter.grad
             if held is None:
@@ -207,8 +207,9 @@ class HostGradients:
         taken.version = taken.view._version
 
     def _add(self, total: torch.Tensor, gradient: torch.Tensor, filled: bool) -> bool:
-        if self._device is not None and gradient.layout is torch.strided:
-            self._transfer = self._transfer or GradientTransfer(self._device, ring_bytes(self.nbytes))
+        if self._discrete is not None and gradient.layout is torch.strided:
+            if self._transfer is None:
+                self._transfer = GradientTransfer(self._discrete.device, self._discrete.host.memory, ring_bytes(self.nbytes))
             self._transfer.add(total, gradient, filled)
         elif filled:
             total.add_(gradient.to(total.device))

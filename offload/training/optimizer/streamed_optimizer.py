@@ -21,7 +21,6 @@ from offload.runtime.placement import Placement
 from offload.scheduler.sub_groups import SubGroup
 from offload.storage.block_file import check_folder, spill_folder
 from offload.storage.blocks import BlockKey
-from offload.storage.devices.base import Device
 from offload.storage.errors import DiskFull, SessionError, TrainingError, gib
 from offload.storage.state_file import StateFile
 from offload.storage.transfer import Link
@@ -135,7 +134,7 @@ class StreamedTraining:
         self._look_at_the_disk()
         if training.state_tier == CPU:
             self.weights.leave_files()
-        self.gradients = self._take_gradients(blocks, ties, machine.device if machine.discrete else None)
+        self.gradients = self._take_gradients(blocks, ties, machine)
         self.states: States = self._take_states(machine.host.reads, machine.host.writes)
         self.weights.take_over()
 
@@ -307,7 +306,7 @@ class StreamedTraining:
         return states + self.gradient_bytes
 
     def _take_gradients(
-        self, blocks: dict[BlockKey, list[ParameterHome]], ties: Iterable[TiedUse], device: Device | None
+        self, blocks: dict[BlockKey, list[ParameterHome]], ties: Iterable[TiedUse], machine: Machine
     ) -> HostGradients:
         on_host = {
             key: [(home.name, home.parameter) for home in homes if home.parameter.data.device.type == "cpu"]
@@ -316,9 +315,9 @@ class StreamedTraining:
         for parameter in self.trainable:
             # Those on the device stay there, and are added up in the same dtype.
             parameter.grad_dtype = gradient_dtype(parameter, self.training.masters)
-        on_their_way = 0 if device is None else ring_bytes(self.gradient_bytes)
+        on_their_way = ring_bytes(self.gradient_bytes) if machine.discrete else 0
         self._host_ledger.charge("gradients", self.gradient_bytes + on_their_way)
-        gradients = HostGradients(device, self.training.masters)
+        gradients = HostGradients(machine, self.training.masters)
         gradients.add(on_host, ties)
         return gradients
 
