@@ -152,6 +152,8 @@ class ThrottledDevice:
     torch_device = torch.device("cpu")
     host_memory = False
     copy_link = "h2d"
+    workspace_bytes = 0
+    emulated_dtypes = frozenset()
 
     def __init__(self, bytes_per_second: float) -> None:
         self.ended = []

@@ -54,10 +54,22 @@ class Budgets:
     Attributes:
         device_bytes: on the device that computes.
         host_bytes: in CPU memory; None if that is the device's own.
+        workspace_bytes: of the device's, what its libraries take.
     """
 
     device_bytes: int
     host_bytes: int | None
+    workspace_bytes: int = 0
+
+    def check_free(self, device: Device) -> "Budgets":
+        """Raise ConfigError if the device has less to give by now: a display, or another program, takes and gives back."""
+        if not device.shares_host_memory and self.device_bytes > _free_bytes(device):
+            raise ConfigError(
+                f"gpu_memory={gib(self.device_bytes)} was asked for, and {gib(_free_bytes(device))} of {device.name} "
+                f"({device.hardware_name}) is free; give less, close what else uses the card, or leave gpu_memory out for "
+                "90% of what is free"
+            )
+        return self
 
 
 def resolve_device(name: str) -> Device:
@@ -101,8 +113,14 @@ def resolve_budgets(device: Device, gpu_memory: str | int | None, cpu_memory: st
         if gpu_bytes is not None:
             raise ConfigError("gpu_memory was given, and the device is the CPU, which has one budget: give cpu_memory only")
         return Budgets(cpu_bytes if cpu_bytes is not None else default_host_bytes(held_bytes), None)
-    device_bytes = gpu_bytes if gpu_bytes is not None else device.free_bytes() * 9 // 10
-    return Budgets(device_bytes, cpu_bytes if cpu_bytes is not None else default_host_bytes(held_bytes))
+    device_bytes = gpu_bytes if gpu_bytes is not None else _free_bytes(device) * 9 // 10
+    host_bytes = cpu_bytes if cpu_bytes is not None else default_host_bytes(held_bytes)
+    return Budgets(device_bytes, host_bytes, device.workspace_bytes)
+
+
+def _free_bytes(device: Device) -> int:
+    """With the workspaces, which are there already."""
+    return device.free_bytes() + device.workspace_bytes
 
 
 def default_host_bytes(held_bytes: int) -> int:

@@ -236,7 +236,7 @@ def _processor(device: Device, memory_bytes: int, step: Callable[[], None]) -> P
     for dtype in (torch.bfloat16, torch.float32) + ((torch.float16,) if asynchronous else ()):
         rates[str(dtype).removeprefix("torch.")] = tuple(_matrix_rates(device, dtype))
         step()
-    return Processor(device.hardware_name, memory_bytes, memory, operation, asynchronous, rates)
+    return Processor(device.hardware_name, memory_bytes, memory, operation, asynchronous, rates, device.workspace_bytes)
 
 
 def _memory_rate(device: Device) -> float:

@@ -50,6 +50,7 @@ class Processor:
         operation_seconds: the least that one tensor operation takes, its submission included.
         asynchronous: True if operations are submitted ahead, so that submitting and computing overlap.
         matrix_rates: by dtype, in ascending order of rows; between two points the time is interpolated.
+        workspace_bytes: what its libraries keep of its memory, once they were used.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Processor:
     operation_seconds: float
     asynchronous: bool
     matrix_rates: Mapping[str, tuple[MatrixRate, ...]]
+    workspace_bytes: int = 0
 
     def matrix_seconds(self, flops: float, rows: int, dtype: str) -> float:
         """Time of products with weights, `flops` in all, of `rows` rows each.
@@ -160,6 +162,7 @@ def _processor(content: Any, where: str) -> Processor:
     values = _checked(Processor, content, where)
     for name in ("memory_bytes", "memory_bytes_per_second", "operation_seconds"):
         _positive(values[name], f"{where}.{name}")
+    _positive(values.get("workspace_bytes", 0), f"{where}.workspace_bytes", zero=True)
     rates = values["matrix_rates"]
     if not isinstance(rates, dict) or not rates or not all(isinstance(points, list) and points for points in rates.values()):
         raise ProfileError(f'{where}.matrix_rates must be like {{"bfloat16": [{{"rows": 1, "flops_per_second": 1e9}}]}}')

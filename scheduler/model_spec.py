@@ -164,6 +164,7 @@ class ModelSpec:
         experts: those that are brought one by one, beside the blocks; None if they are part of them, or there are none.
         kv_windows: (tokens, bytes a token) of the layers that keep so many tokens at most.
         kv: of the layers that keep all tokens, those that can be kept in pages; None if there are none.
+        workspace_bytes: what the device's libraries keep for their kernels, whatever the model.
     """
 
     blocks: tuple[PlacedBlock, ...]
@@ -176,6 +177,7 @@ class ModelSpec:
     experts: ExpertsSpec | None = None
     kv_sliding_windows: tuple[tuple[int, int], ...] = ()
     kv: KvShape | None = None
+    workspace_bytes: int = 0
 
     @property
     def layers(self) -> tuple[PlacedBlock, ...]:
@@ -249,12 +251,13 @@ class Workload:
         return max(0, min(stored, host_bytes // 2))
 
     def activation_bytes(self, model: ModelSpec) -> int:
+        """What a pass holds beside weights and KV cache, and the workspaces of its kernels."""
         between = self.batch_size * self.tokens_at_once * model.activations.between_bytes
         at_once = min(self.batch_size, self.micro_batch or self.batch_size)
         inside = at_once * self._sequence_bytes(model, self.tokens_at_once)
         # The parts' keys and values are put together, a layer at a time.
         joined = 2 * self.kv_bytes(model) // max(1, len(model.layers)) if self.parts > 1 else 0
-        return between + inside + joined + self.batch_size * model.logits_bytes_per_sequence
+        return between + inside + joined + self.batch_size * model.logits_bytes_per_sequence + model.workspace_bytes
 
     def decode_micro_batch(self, model: ModelSpec) -> int:
         """Sequences that a layer computes at once in decode, in what is set aside for a prompt's parts; 0 for all."""

@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "CorruptCheckpoint",
+    "DeviceFull",
     "DiskFolderError",
     "DiskFull",
     "MissingShard",
@@ -75,6 +76,10 @@ class BudgetTooSmall(OffloadError):
 
 class BudgetExceeded(OffloadError):
     """A running job needs more of a tier than its budget allows, and nothing is left to give up."""
+
+
+class DeviceFull(OffloadError):
+    """The device has no memory left for what its budget allows: something else took it."""
 
 
 class CheckpointError(OffloadError):

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from offload import BudgetTooSmall, Session, offload
+from offload.config import resolve_device
 from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.scheduler.planner import least_budget_bytes
 
@@ -18,8 +20,9 @@ def spec_of(target: Any, **reserve: int) -> ModelSpec:
         return session._parts.residency.spec
 
 
-def budget_for(spec: ModelSpec, residency: str, batch_size: int, max_tokens: int) -> int:
+def budget_for(spec: ModelSpec, residency: str, batch_size: int, max_tokens: int, device: str = "cpu") -> int:
     """Bytes; `split` is too small for the largest block as a whole."""
+    spec = replace(spec, workspace_bytes=resolve_device(device).workspace_bytes)
     workload = Workload(batch_size, max_tokens, max_tokens)
     least = least_budget_bytes(spec, workload)
     everything = spec.resident_bytes + workload.kv_bytes(spec) + workload.activation_bytes(spec)

@@ -29,6 +29,8 @@ class DelayedDevice:
     torch_device = torch.device("cpu")
     shares_host_memory = False
     copy_link = "h2d"
+    workspace_bytes = 0
+    emulated_dtypes = frozenset()
 
     def __init__(self, longest_delay_seconds: float = 0.004, seed: int = 0) -> None:
         self.ended = []

@@ -155,7 +155,8 @@ def _fitting(
     refusals: list[BudgetTooSmall] = []
     while True:
         structure = find_structure(model, by_submodule, [value for unit in experts for value in unit.parameters.values()])
-        spec = model_spec(model, structure, slot_bytes, activations, experts)
+        described = model_spec(model, structure, slot_bytes, activations, experts)
+        spec = replace(described, workspace_bytes=budgets.workspace_bytes)
         # The parts of layers are no layers: a batch cannot be taken apart around them.
         for workload in (item for item in workloads if not (by_submodule and item.micro_batch)):
             try:

@@ -99,7 +99,8 @@ class Machine:
         device_bytes = _of_what_is_free(device_name, asked, self.ledger)
         if not self.discrete:
             return Budgets(device_bytes, None)
-        return Budgets(device_bytes, _of_what_is_free("cpu_memory", parse_bytes(cpu_memory, "cpu_memory"), self.host.ledger))
+        host_bytes = _of_what_is_free("cpu_memory", parse_bytes(cpu_memory, "cpu_memory"), self.host.ledger)
+        return Budgets(device_bytes, host_bytes, self.device.workspace_bytes)
 
     def for_session(self, budgets: Budgets, disk_dir: str | None, progress: Progress) -> "Machine":
         """The machine as one session has it: the same links, device and lock; ledgers, clock and notes of its own."""
@@ -202,5 +203,5 @@ def open_machine(
         disk_dir: where files are made.
     """
     chosen = resolve_device(device)
-    with machine_of(chosen, resolve_budgets(chosen, gpu_memory, cpu_memory, 0), disk_dir) as machine:
+    with machine_of(chosen, resolve_budgets(chosen, gpu_memory, cpu_memory, 0).check_free(chosen), disk_dir) as machine:
         yield machine

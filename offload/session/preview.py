@@ -155,7 +155,8 @@ class Planner:
             if gpu is not None:
                 raise ConfigError("gpu_memory was given, and the described machine has no GPU: give cpu_memory only")
             return Budgets(host, None)
-        return Budgets(gpu or self.hardware.device.memory_bytes * 9 // 10, host)
+        card = self.hardware.device
+        return Budgets(gpu or card.memory_bytes * 9 // 10, host, card.workspace_bytes)
 
 
 def _host_bytes(plan: Plan, spec: ModelSpec) -> int:

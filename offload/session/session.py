@@ -13,7 +13,6 @@ from torch import nn
 from offload.config import Budgets, Progress, process_bytes, resolve_budgets
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
-from offload.planning.describe import takes_tokens
 from offload.planning.fit import ExpertGranularity
 from offload.probe import kept_profile, suits
 from offload.report.live import Snapshot
@@ -32,6 +31,7 @@ from offload.scheduler.trace import Trace
 from offload.session.cache_methods import CacheMethods
 from offload.session.components import components_of
 from offload.session.expert_methods import ExpertMethods
+from offload.session.model_notes import notes_on
 from offload.session.opened import Opened
 from offload.session.prepare import PlanInput, activations_of, fit_input, goal_of, prepare, workload_of
 from offload.session.reporting import Reporter, Subject
@@ -156,7 +156,8 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
             machine.notes.warn(note)
         placement = Placement(machine, loaded.places)
         stack.callback(placement.close)
-        _note_activations(machine, model, activations)
+        for note in notes_on(model, machine.device, activations, self._hardware):
+            machine.notes.warn(note)
         granularity = ExpertGranularity.PER_EXPERT if loaded.experts else given.granularity
         prepared = prepare(model, given, placement.slot_bytes, activations, granularity)
         for note in prepared.notes:
@@ -193,7 +194,7 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         request = self._request
         if request.machine is not None:
             return request.machine.free_budgets(request.gpu_memory, request.cpu_memory)
-        return resolve_budgets(request.device, request.gpu_memory, request.cpu_memory, held_bytes)
+        return resolve_budgets(request.device, request.gpu_memory, request.cpu_memory, held_bytes).check_free(request.device)
 
     def _given(self, model: nn.Module, budgets: Budgets) -> PlanInput:
         request = self._request
@@ -249,13 +250,6 @@ def _progress_between_interrupts(interrupts: HeldInterrupts, progress: Progress,
 def _anonymous_bytes(model: nn.Module) -> int:
     maps = FileMaps()
     return sum(value.nbytes for value in model.parameters() if maps.locate(value.data) is None)
-
-
-def _note_activations(machine: Machine, model: nn.Module, activations: ActivationSizes | None) -> None:
-    if not takes_tokens(model):
-        machine.notes.warn("the model takes no tokens: its activations are not known beforehand and not in the budget")
-    elif activations is None:
-        machine.notes.warn("the model's code does not run without values: its activations are estimated")
 
 
 def _attach(stack: ExitStack, model: nn.Module, machine: Machine, residency: Residency) -> ModelPass:

@@ -44,6 +44,8 @@ class Device(Protocol):
         torch_device: where its tensors live.
         shares_host_memory: True if its memory is the host's, so that the disk writes straight into it.
         copy_link: the name of the link from host memory to it.
+        workspace_bytes: what the libraries of its kernels keep of its memory, for the thread that opened it.
+        emulated_dtypes: those that its hardware does not compute in.
     """
 
     name: str
@@ -51,9 +53,15 @@ class Device(Protocol):
     torch_device: torch.device
     shares_host_memory: bool
     copy_link: str
+    workspace_bytes: int
+    emulated_dtypes: frozenset[torch.dtype]
 
     def allocate(self, nbytes: int) -> DeviceBuffer:
-        """Memory for weights; given back when the last reference to it goes."""
+        """Memory for weights; given back when the last reference to it goes.
+
+        Raises:
+            DeviceFull: if something else holds it.
+        """
 
     def lock_pages(self, buffer: object) -> bool:
         """Page-lock a `HostBuffer` so that copies from it are asynchronous; False if that is not to be had."""

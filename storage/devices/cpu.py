@@ -39,6 +39,8 @@ class CpuDevice:
     torch_device = torch.device("cpu")
     shares_host_memory = True
     copy_link = "ram"
+    workspace_bytes = 0
+    emulated_dtypes: frozenset[torch.dtype] = frozenset()
 
     def allocate(self, nbytes: int) -> HostBuffer:
         return HostBuffer(nbytes)

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from offload.storage.devices.base import Copy, Event, unversioned
+from offload.storage.errors import DeviceFull, gib
 from offload.storage.host_buffer import HostBuffer
 
 _EVENTS_KEPT = 4096
 """Timed events are read in batches: reading one that is still pending would stop the host."""
 _ANCHOR_MILLISECONDS = 60_000.0
 """Times between events are float32 milliseconds: after hours they would be whole milliseconds."""
+_WORKSPACES: dict[int, int] = {}
+"""Bytes of each card's cuBLAS, which keeps them as long as the process lives."""
 _PORTABLE = 1
 """`cudaHostRegisterPortable`: locked for every card of the process."""
 
@@ -42,6 +45,9 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self.name = str(self.torch_device)
         self.hardware_name = torch.cuda.get_device_name(self.torch_device)
+        # Since Ampere; torch computes with it on older cards all the same, by way of float32.
+        native = torch.cuda.get_device_capability(self.torch_device) >= (8, 0)
+        self.emulated_dtypes = frozenset[torch.dtype]() if native else frozenset((torch.bfloat16,))
         self._index = index
         # torch's own streams and events: those of `torch.cuda` ask Python for the present device at each call.
         self._copies = torch.Stream(self.torch_device)
@@ -53,6 +59,7 @@ class CudaDevice:
         self._locked: set[int] = set()
         self._awaited: dict[int, torch.Event] = {}
         """The event that each stream waited for last."""
+        self.workspace_bytes = _WORKSPACES.setdefault(index, _workspace_bytes(self.torch_device))
         # What an ended session left to the garbage collector is not there when this one's peak is measured.
         gc.collect()
         torch.cuda.reset_peak_memory_stats(self.torch_device)
@@ -83,10 +90,22 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> CudaBuffer:
         with torch.inference_mode(False):
-            buffer = CudaBuffer(torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device), nbytes)
+            try:
+                tensor = torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+            except torch.OutOfMemoryError as error:
+                raise DeviceFull(self._refusal(nbytes)) from error
+            buffer = CudaBuffer(tensor, nbytes)
         # torch hands out memory that was freed in the compute stream's order: kernels queued there may still write to it.
         self._copies.wait_stream(self._computing)
         return buffer
+
+    def _refusal(self, nbytes: int) -> str:
+        reserved = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return (
+            f"{gib(nbytes)} of {self.name} ({self.hardware_name}) were asked for, and {gib(self.free_bytes())} is free by now, "
+            f"of which torch holds {gib(reserved)} in pieces: another program, a display perhaps, took memory since the budget "
+            "was made. Give a smaller gpu_memory; against many pieces, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+        )
 
     def lock_pages(self, buffer: object) -> bool:
         assert isinstance(buffer, HostBuffer)
@@ -202,3 +221,15 @@ class CudaDevice:
 
     def peak_bytes(self) -> int | None:
         return int(torch.cuda.max_memory_allocated(self.torch_device))
+
+
+def _workspace_bytes(device: torch.device) -> int:
+    """What cuBLAS takes for itself when it is first used; nothing more, where it was."""
+    with torch.inference_mode():
+        matrix = torch.ones(64, 64, device=device)
+        bias = torch.ones(64, device=device)
+        before = torch.cuda.memory_allocated(device)
+        for dtype in (torch.float32, torch.float16):
+            torch.nn.functional.linear(matrix.to(dtype), matrix.to(dtype), bias.to(dtype))
+            matrix.to(dtype).mm(matrix.to(dtype))
+        return torch.cuda.memory_allocated(device) - before

@@ -99,7 +99,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "mixtral", "t5", "bert", "clip"])
 def test_identical(name, dtype, residency, host, saved, tmp_path):
     folder, plain, spec = saved(name, dtype)
-    budget = budget_for(spec, residency, BATCH, MAX_TOKENS) + 65_536
+    budget = budget_for(spec, residency, BATCH, MAX_TOKENS, "cuda") + 65_536
     cpu = HOST[host] * max(block.slot_bytes for block in spec.blocks)
     # Single experts pass through buffers of their own.
     cpu += 4 * max(block.slot_bytes for block in spec.blocks) if name == "mixtral" else 0
@@ -142,7 +142,7 @@ def test_slots_are_safe_when_one_side_is_slow(slow, saved, monkeypatch):
 
     monkeypatch.setattr(CudaDevice, "copy_in", delayed)
     folder, plain, spec = saved("llama", torch.float32)
-    budget = budget_for(spec, NONE, BATCH, MAX_TOKENS) + 65_536
+    budget = budget_for(spec, NONE, BATCH, MAX_TOKENS, "cuda") + 65_536
     with offload(
         folder, device="cuda", gpu_memory=budget, cpu_memory="1GiB", max_tokens=MAX_TOKENS, batch_size=BATCH
     ) as session:
@@ -156,7 +156,7 @@ def test_slots_are_safe_when_one_side_is_slow(slow, saved, monkeypatch):
 
 def test_backward_raises(saved):
     folder, _, spec = saved("llama", torch.float32)
-    budget = budget_for(spec, NONE, BATCH, MAX_TOKENS) + 65_536
+    budget = budget_for(spec, NONE, BATCH, MAX_TOKENS, "cuda") + 65_536
     with offload(
         folder, device="cuda", gpu_memory=budget, cpu_memory="1GiB", max_tokens=MAX_TOKENS, batch_size=BATCH
     ) as session:
@@ -209,7 +209,7 @@ def test_what_is_taken_apart_computes_the_same(name, what):
     model = make(name)
     twin = on_card(oracle_of(model))
     reserve = {"batch_size": BATCH, "max_tokens": MAX_TOKENS}
-    budget = budget_for(spec_of(model, **reserve), NONE, BATCH, MAX_TOKENS) + 16_384
+    budget = budget_for(spec_of(model, **reserve), NONE, BATCH, MAX_TOKENS, "cuda") + 16_384
     with offload(model, device="cuda", gpu_memory=budget, cpu_memory="1GiB", **reserve) as session:
         plan = session.plan
         layers = {block.key for block in session._parts.residency.spec.layers}
@@ -280,7 +280,7 @@ def test_adapters_are_trained_on_the_card(residency):
     model = make("llama")
     twin = on_card(oracle_of(model))
     reserve = {"batch_size": BATCH, "max_tokens": MAX_TOKENS}
-    budget = budget_for(spec_of(model, **reserve), residency, BATCH, MAX_TOKENS) + (1 << 20)
+    budget = budget_for(spec_of(model, **reserve), residency, BATCH, MAX_TOKENS, "cuda") + (1 << 20)
     with (
         warnings.catch_warnings(),
         offload(model, device="cuda", gpu_memory=budget, cpu_memory="1GiB", training=True, **reserve) as session,
@@ -293,7 +293,7 @@ def test_adapters_are_trained_on_the_card(residency):
 def test_a_second_session_measures_its_own_peak(saved):
     """What the first one left in reference cycles is not held when the second one begins."""
     folder, _, spec = saved("llama", torch.float32)
-    budget = budget_for(spec, SOME, BATCH, MAX_TOKENS) + 65_536
+    budget = budget_for(spec, SOME, BATCH, MAX_TOKENS, "cuda") + 65_536
     peaks = []
     for _ in range(2):
         options = {"gpu_memory": budget, "cpu_memory": "1GiB", "max_tokens": MAX_TOKENS, "batch_size": BATCH}

@@ -121,5 +121,5 @@ def streamed_for_training(plain, spare_blocks, **options):
 
     spec = spec_of(plain, batch_size=1, max_tokens=TOKENS)
     largest = max(block.slot_bytes for block in spec.blocks)
-    budget = budget_for(spec, NONE, 1, TOKENS) + spare_blocks * largest
+    budget = budget_for(spec, NONE, 1, TOKENS, "cuda") + spare_blocks * largest
     return offload(plain, device="cuda", gpu_memory=budget, cpu_memory="1GiB", **options)

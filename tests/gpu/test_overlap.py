@@ -44,7 +44,7 @@ def streamed(plain, spare_blocks=2, **options):
     """By default there are two slots, and one layer stays."""
     spec = spec_of(plain, batch_size=1, max_tokens=TOKENS)
     largest = max(block.slot_bytes for block in spec.blocks)
-    budget = budget_for(spec, NONE, 1, TOKENS) + 16_384 + spare_blocks * largest
+    budget = budget_for(spec, NONE, 1, TOKENS, "cuda") + 16_384 + spare_blocks * largest
     return offload(plain, device="cuda", gpu_memory=budget, cpu_memory="1GiB", batch_size=1, max_tokens=TOKENS, **options)
 
 
@@ -117,7 +117,7 @@ def test_backward(rate, card):
     plain = model(16)
     spec = spec_of(plain, batch_size=1, max_tokens=TOKENS)
     slot = max(block.slot_bytes for block in spec.blocks)
-    budget = budget_for(spec, NONE, 1, TOKENS) + 6 * slot + 80_000
+    budget = budget_for(spec, NONE, 1, TOKENS, "cuda") + 6 * slot + 80_000
     options = {"gpu_memory": budget, "cpu_memory": "1GiB", "batch_size": 1, "max_tokens": TOKENS}
     with offload(plain, device="cuda", training=Training(), **options) as session:
         assert len(session.plan.weights.streamed) >= 8

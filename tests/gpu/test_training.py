@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from offload import Training, offload
+from offload.config import resolve_device
 from tests import oracle_loop
 from tests.architectures import make, oracle_of, tokens
 from tests.budgets import NONE, budget_for, spec_of
@@ -34,7 +35,7 @@ def steps(device="cpu"):
 def trained(layer_major, **options):
     """Losses, and weights after."""
     model = in_bf16(make("llama", tied=True))
-    budget = budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH) + (1 << 20)
+    budget = budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH, "cuda") + (1 << 20)
     training = Training(full=True, learning_rate=1e-2, sub_group_elements=4096, **options)
     losses = []
     with (
@@ -107,7 +108,7 @@ class Forces(torch.nn.Module):
 
 def test_a_forward_that_differentiates():
     model, twin = Forces().requires_grad_(False), Forces().requires_grad_(False).to("cuda")
-    budget = sum(value.nbytes for value in model.parameters()) // 2 + 65_536
+    budget = sum(value.nbytes for value in model.parameters()) // 2 + 65_536 + resolve_device("cuda").workspace_bytes
     inputs = torch.randn(2, 16, device="cuda")
     with offload(model, training=True, device="cuda", gpu_memory=budget, cpu_memory="100MiB") as session:
         assert session.plan.weights.streamed

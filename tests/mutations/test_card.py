@@ -19,7 +19,7 @@ BATCH, MAX_TOKENS = 2, 24
 
 def streamed(plain, **options):
     spec = spec_of(plain, batch_size=BATCH, max_tokens=MAX_TOKENS)
-    budget = budget_for(spec, NONE, BATCH, MAX_TOKENS) + 65_536
+    budget = budget_for(spec, NONE, BATCH, MAX_TOKENS, "cuda") + 65_536
     reserve = {"batch_size": BATCH, "max_tokens": MAX_TOKENS}
     return offload(plain, device="cuda", gpu_memory=budget, cpu_memory="1GiB", **reserve, **options)
 

@@ -16,6 +16,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <cstring>
 #include <set>
+#include <thread>
 #include <unordered_map>
 
 #include "order.h"
@@ -376,6 +377,16 @@ Tensor result_of(const Call& call, const std::vector<c10::IValue>& given, const 
   return to_card(result);
 }
 
+// As cuBLAS does: for each thread and stream that multiplied, once, and for good.
+size_t workspace_bytes = 0;
+std::map<std::pair<std::thread::id, int64_t>, c10::DataPtr> workspaces;
+void take_workspace() {
+  if (workspace_bytes == 0) return;
+  Lock lock(the_card().mutex);
+  auto& held = workspaces[{std::this_thread::get_id(), current_stream}];
+  if (!held) held = card_allocator.allocate(workspace_bytes);
+}
+
 void fallback(const c10::OperatorHandle& op, Stack* stack) {
   Call call{op.schema(), {}, {}, false, "", ""};
   const auto& arguments = call.schema.arguments();
@@ -388,6 +399,7 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
   // A product without rows reads no weight: an empty group's slot may be on its way.
   auto is_empty = [](const auto& item) { return item.first.numel() == 0; };
   if (kProducts.count(call.schema.name()) && std::any_of(call.used.begin(), call.used.end(), is_empty)) call.used.clear();
+  if (kProducts.count(call.schema.name()) && call.on_card) take_workspace();
   if (kWaits.count(call.schema.name()) && call.wait.empty()) call.wait = call.schema.name();
   const auto at = place();
   {
@@ -601,6 +613,10 @@ PYBIND11_MODULE(pretended_card, m) {
   m.def("held_bytes", [] { return held; });
   m.def("peak_bytes", [] { return peak; });
   m.def("reset_peak", [] { peak = held; });
+  m.def("set_workspace", [](size_t nbytes) {
+    workspaces.clear();
+    workspace_bytes = nbytes;
+  });
   m.def("set_fraction", [](double share) { fraction = share; });
   m.def("fraction", [] { return fraction; });
   m.def("host_waits", [] { Lock lock(the_card().mutex); return host_waits; });
