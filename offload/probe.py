@@ -311,6 +311,8 @@ def _arrived_block(key: str) -> StreamedBlock:
 class _Arrived:
     """A source whose block is there as soon as it is asked for."""
 
+    brings_homes = False
+
     def __init__(self, homes: list[ParameterHome]) -> None:
         self.offsets, self.slot_bytes = packed_offsets(homes)
         self.payload_bytes = self.slot_bytes

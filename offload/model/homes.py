@@ -157,9 +157,13 @@ class ParameterHome:
         """The values that it has now are where they come from."""
         self.modified, self.version = False, self.parameter._version
 
-    def bind(self, view: torch.Tensor) -> None:
-        """Point the parameter into the slot."""
-        if self.modified:
+    def bind(self, view: torch.Tensor, complete: bool = False) -> None:
+        """Point the parameter into the slot.
+
+        Args:
+            complete: it holds what was changed, too.
+        """
+        if self.modified and not complete:
             view.copy_(self.device_part)
         self.parameter.data = view
 

@@ -37,7 +37,10 @@ class BlockSource(Protocol):
         offsets: where each tensor of the block lies in the slot afterwards.
         payload_bytes: bytes of the tensors, the figure that the link counts.
         slot_bytes: what the block takes in the slots.
+        brings_homes: it reads the homes' own memory, so that it brings what was written to them before it began.
     """
+
+    brings_homes: bool
 
     @property
     def offsets(self) -> Sequence[int]: ...
@@ -55,6 +58,8 @@ class BlockSource(Protocol):
 class DirectSource:
     """Disk straight into the slot, on a device whose memory is the host's."""
 
+    brings_homes = False
+
     def __init__(self, key: BlockKey, reader: DiskReader, ranges: Sequence[FileRange], read_plan: ReadPlan) -> None:
         self._key, self._reader, self._ranges, self._read_plan = key, reader, ranges, read_plan
         self.offsets = read_plan.offsets
@@ -70,6 +75,8 @@ class DirectSource:
 class StagedSource:
     """Disk to a staging buffer to the device."""
 
+    brings_homes = False
+
     def __init__(self, key: BlockKey, reader: StagedReader, ranges: Sequence[FileRange], read_plan: ReadPlan) -> None:
         self._key, self._reader, self._ranges, self._read_plan = key, reader, ranges, read_plan
         self.offsets = read_plan.offsets
@@ -82,6 +89,8 @@ class StagedSource:
 
 class HostSource:
     """Page-locked host memory to the device: one copy a block."""
+
+    brings_homes = True
 
     def __init__(
         self, key: BlockKey, memory: PageLockedMemory, buffer: HostBuffer, offsets: Sequence[int], payload_bytes: int
@@ -98,6 +107,8 @@ class HostSource:
 
 class DividedSource:
     """The device's rows of a block in page-locked host memory: a copy a tensor, since the other rows lie between them."""
+
+    brings_homes = True
 
     def __init__(self, key: BlockKey, memory: PageLockedMemory, buffer: HostBuffer, homes: Sequence[ParameterHome]) -> None:
         self._key, self._memory, self._buffer, self._homes = key, memory, buffer, homes

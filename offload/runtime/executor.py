@@ -9,6 +9,7 @@ from offload.runtime.block_sources import SlotRegion
 from offload.runtime.clock import PassClock
 from offload.runtime.shared_lock import SharedLock
 from offload.runtime.weights import StreamedBlock
+from offload.scheduler.phases import STANDALONE
 from offload.scheduler.slot_schedule import Evict, Instruction, Lease, Load, SlotSchedule
 from offload.scheduler.trace import OWN
 from offload.storage.arrival import ARRIVED, Arrival, JointArrival, Waits
@@ -48,6 +49,8 @@ class LayerExecutor:
         self._guarded = (0, 0)
         self._arrivals: dict[int, Arrival] = {}
         self._bound: set[int] = set()
+        self._brought: dict[int, tuple[int, object]] = {}
+        """In which stretch of time a load began, and the values that it brings."""
         self._last_use: dict[int, tuple[int, Event]] = {}
         self._regions: dict[tuple[int, int], SlotRegion] = {}
 
@@ -196,12 +199,14 @@ class LayerExecutor:
                 case Evict(lease):
                     # Its load may still be writing: the slots are not free before that is over.
                     arrival = self._arrivals.pop(lease.generation, None)
+                    self._brought.pop(lease.generation, None)
                     if arrival is not None:
                         arrival.cancel()
 
     def _start(self, lease: Lease) -> Arrival:
         if self.before_load is not None:
             self.before_load((lease.key,))
+        self._brought[lease.generation] = self._clock.stretch, self.blocks[lease.key].brought_now
         arrival: Arrival = self.blocks[lease.key].source.start(self._region(lease), self._after(lease))
         self._arrivals[lease.generation] = arrival
         extras = () if self.extras is None else self.extras(lease.key)
@@ -220,8 +225,14 @@ class LayerExecutor:
         self.charge_waits(waits)
         for home in block.homes:
             home.notice_changes()
-        block.bind(lease.first_slot, self._region(lease).tensor)
+        block.bind(lease.first_slot, self._region(lease).tensor, self._is_complete(lease, block))
         self._bound.add(lease.generation)
+
+    def _is_complete(self, lease: Lease, block: StreamedBlock) -> bool:
+        """Whether the load has brought changes too. Fused optimizers write without a trace, but only between passes."""
+        stretch, brought = self._brought.pop(lease.generation, (-1, None))
+        in_a_pass = self._clock.phase != STANDALONE
+        return in_a_pass and stretch == self._clock.stretch and brought is not None and brought == block.brought_now
 
     def charge_waits(self, waits: Waits) -> None:
         """Compute stood still until now, for these links."""

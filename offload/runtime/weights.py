@@ -20,12 +20,23 @@ class StreamedBlock:
         self._offsets = list(source.offsets)
         self._views: dict[int, list[torch.Tensor]] = {}
 
-    def bind(self, first_slot: int, region: torch.Tensor) -> None:
-        """Point the parameters into the slot."""
+    @property
+    def brought_now(self) -> tuple[tuple[int, int], ...] | None:
+        """Which values a load that starts now brings, changed ones too; None if it brings none of these."""
+        if not self.source.brings_homes or not any(home.modified for home in self.homes):
+            return None
+        return tuple((home.parameter._version, home.parameter.data_ptr()) for home in self.homes)
+
+    def bind(self, first_slot: int, region: torch.Tensor, complete: bool) -> None:
+        """Point the parameters into the slot.
+
+        Args:
+            complete: the slot holds what was changed, too.
+        """
         if first_slot not in self._views:
             self._views[first_slot] = views_of(self.homes, self._offsets, region)
         for home, view in zip(self.homes, self._views[first_slot], strict=True):
-            home.bind(view)
+            home.bind(view, complete)
 
     def unbind(self) -> None:
         for home in self.homes:

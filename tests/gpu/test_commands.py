@@ -65,7 +65,25 @@ def test_a_mixture(capsys, tmp_path):
     assert "experts" in told
 
 
-def test_plan_and_probe(capsys, tmp_path):
+def test_probe(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("offload.probe._POINT_SECONDS", 0.01)
+    monkeypatch.setattr("offload.probe._DISK_BYTES", 64 << 20)
+    monkeypatch.delenv("OFFLOAD_HARDWARE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    profile, kept = tmp_path / "machine.json", tmp_path / "disk"
+    kept.mkdir()
+    out, _ = run(capsys, "probe", "--device", "cuda", "--disk", str(kept), "--output", str(profile))
+    assert torch.cuda.get_device_name() in out
+    measured = json.loads(profile.read_text())
+    assert measured["device"]["matrix_rates"].keys() == {"bfloat16", "float16", "float32"}
+    assert measured["h2d"]["bytes_per_second"] > 0
+    assert measured["device"]["workspace_bytes"] == resolve_device("cuda").workspace_bytes
+    # It plans by what was measured.
+    planned = json.loads(run(capsys, "plan", "demo", "--hardware", str(profile), "--gpu-memory", "3MiB", "--json")[0])
+    assert planned["prediction"]["seconds_per_token"] > 0
+
+
+def test_plan(capsys):
     planned = json.loads(run(capsys, "plan", "demo", "--device", "cuda", "--gpu-memory", "3MiB", "--json")[0])
     assert planned["plan"]["weights"]["in_host_memory"]
 

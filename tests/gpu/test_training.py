@@ -10,6 +10,8 @@ from offload.config import resolve_device
 from tests import oracle_loop
 from tests.architectures import make, oracle_of, tokens
 from tests.budgets import NONE, budget_for, spec_of
+from tests.gpu.test_overlap import model
+from tests.gpu.timed import LINK, seconds_of, speeds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,3 +116,42 @@ def test_a_forward_that_differentiates():
         assert session.plan.weights.streamed
         for _ in range(3):
             assert torch.equal(session.model(inputs), twin(inputs))
+
+
+@pytest.mark.parametrize("kind", ["foreach", "fused"])
+def test_weights_that_ones_own_optimizer_writes_cross_the_link_once_a_pass(kind, card):
+    """What a load brings is what was written; only what was loaded ahead of the writing comes twice."""
+    plain = model(16).train()
+    twin, ids = oracle_of(plain), tokens(1, 32)
+    made = {"lr": 1e-2, "momentum": 0.9, kind: True}
+    spec = spec_of(plain, batch_size=1, max_tokens=32)
+    budget = budget_for(spec, NONE, 1, 32, "cuda") + 3 * max(block.slot_bytes for block in spec.blocks)
+
+    def steps_of(trained, given):
+        optimizer = torch.optim.SGD(trained.parameters(), **made)
+
+        def step():
+            loss = trained(input_ids=given, labels=given, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+
+        losses: list[float] = []
+        return step, losses
+
+    step, wanted = steps_of(twin, ids)
+    for _ in range(5):
+        step()
+    options = {"gpu_memory": budget, "cpu_memory": "1GiB", "batch_size": 1, "max_tokens": 32}
+    with offload(plain, device="cuda", training=True, **options) as session:
+        weights = session.plan.weights
+        streamed_bytes = sum(session._parts.executor.blocks[key].source.payload_bytes for key in weights.streamed)
+        step, found = steps_of(session.model, ids.cuda())
+        step(), step()
+        with speeds(card, 100 * LINK):
+            _, busy = seconds_of(card, step, 3)
+    assert found == pytest.approx(wanted, rel=1e-4)
+    copied_bytes = busy["h2d"] * LINK / 3
+    ahead = weights.slot_count * weights.slot_bytes
+    assert copied_bytes <= 2 * streamed_bytes + 2 * ahead + (1 << 12)
