@@ -206,7 +206,8 @@ class Residency:
         except BudgetTooSmall as error:
             raise BudgetExceeded(
                 f"{gib(added_bytes)} are needed for what is trained or was added to the model. With every block given up "
-                f"that can be, {gib(error.least_bytes)} would do, and the budget is {gib(self._budgets.device_bytes)}"
+                f"that can be, {gib(error.least_bytes)} ({error.least_bytes} bytes) would do, and the budget is "
+                f"{gib(self._budgets.device_bytes)}"
             ) from error
 
     def _wrappers_of(self, units: Sequence[Unit]) -> ModuleWrappers:

@@ -45,7 +45,7 @@ def fit_training(
         Demand(kv=kv, allow_splits=False, candidates=frozenset[str]() if training.full and discrete else None),
     )
     memory.check(fitted.plan, training, budgets, sum(value.nbytes for value in model.parameters()))
-    if discrete:
-        return fitted, memory
-    always_resident_bytes = fitted.spec.always_resident_bytes + memory.host_bytes + memory.activation_bytes
+    # Whoever plans again for what is added to the model has so much less.
+    held_bytes = memory.activation_bytes + (0 if discrete else memory.host_bytes)
+    always_resident_bytes = fitted.spec.always_resident_bytes + held_bytes
     return replace(fitted, spec=replace(fitted.spec, always_resident_bytes=always_resident_bytes)), memory

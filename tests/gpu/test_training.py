@@ -1,11 +1,13 @@
 """Full fine-tuning on a real card: copies out, gradients on their way to CPU memory, layer inputs on each tier."""
 
+import contextlib
+import re
 import warnings
 
 import pytest
 import torch
 
-from offload import Training, offload
+from offload import BudgetExceeded, BudgetTooSmall, Training, offload
 from offload.config import resolve_device
 from tests import oracle_loop
 from tests.architectures import make, oracle_of, tokens
@@ -155,3 +157,39 @@ def test_weights_that_ones_own_optimizer_writes_cross_the_link_once_a_pass(kind,
     copied_bytes = busy["h2d"] * LINK / 3
     ahead = weights.slot_count * weights.slot_bytes
     assert copied_bytes <= 2 * streamed_bytes + 2 * ahead + (1 << 12)
+
+
+def test_resident_blocks_make_room_for_adapters_beside_layer_inputs():
+    """In every budget, adapters find room, or a sentence says how much would do: and that does."""
+    from peft import LoraConfig, get_peft_model
+
+    plain = model(4)
+    ids = tokens(2, 32).cuda()
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    reserve = {"batch_size": 2, "max_tokens": 32}
+    adapters = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    least = budget_for(spec_of(plain, **reserve), NONE, 2, 32, "cuda")
+
+    def fails(budget):
+        session = offload(
+            plain, device="cuda", gpu_memory=budget, cpu_memory="1GiB", training=Training(micro_batches=2), **reserve
+        )
+        with warnings.catch_warnings(), session:
+            warnings.simplefilter("ignore")
+            adapted = get_peft_model(session.model, adapters).train()
+            try:
+                session.backward([lambda: adapted(**batch).loss] * 2)
+                session.step(1.0)
+            except BudgetExceeded as error:
+                return int(re.search(r"\((\d+) bytes\) would do", str(error))[1])
+            finally:
+                adapted.unload()
+        return 0
+
+    enough = {}
+    for budget in range(least + 250_000, least + 900_000, 50_000):
+        with contextlib.suppress(BudgetTooSmall):
+            enough[budget] = fails(budget)
+    assert set(enough.values()) != {0}
+    assert 0 in enough.values()
+    assert not fails(max(enough.values()))
