@@ -57,10 +57,18 @@ class ExpertCache:
         """In use, or to be kept for the moment."""
         self._counts = numpy.zeros(layers, dtype=numpy.int64)
         self._free = list(range(slot_count - 1, -1, -1))
+        self._scanned: int | None = None
 
     @property
     def slot_count(self) -> int:
         return len(self._layer_of)
+
+    def scan(self, layer: int | None) -> None:
+        """A pass asks all layers for nearly all of their experts, and is at this one; None: passes ask for few again.
+
+        In a scan what was used last is wanted last: whoever made room by rank would give up what comes next.
+        """
+        self._scanned = layer
 
     def request(
         self, layer: int, experts: Sequence[int], optional: Collection[int] = (), most_loads: int | None = None
@@ -149,8 +157,22 @@ class ExpertCache:
         candidates = self._candidates(layer)
         if not len(candidates):
             return None
+        if self._scanned is not None:
+            candidates = self._behind(candidates, self._scanned)
         ranks = self.policy.ranks[self._layer_of[candidates], self._expert_of[candidates]]
         return int(candidates[numpy.argmin(ranks)])
+
+    def _behind(self, candidates: npt.NDArray[numpy.int64], at: int) -> npt.NDArray[numpy.int64]:
+        """Those of the layer that gives up next: of the layers that a scan will be at last, the one that has most.
+
+        So every layer lacks about as many, and the link is as busy under one layer as under the next.
+        """
+        layers = self._layer_of[candidates]
+        distance = (layers - at) % len(self._counts)
+        far = distance >= min(len(self._counts) // 2, int(distance.max()))
+        order = self._counts[layers] * len(self._counts) + distance
+        chosen: npt.NDArray[numpy.int64] = candidates[far & (order == order[far].max())]
+        return chosen
 
     def _candidates(self, layer: int) -> npt.NDArray[numpy.int64]:
         """Slots whose experts may go to make room for the layer."""

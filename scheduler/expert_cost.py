@@ -7,8 +7,6 @@ from offload.scheduler.model_spec import expected_distinct_experts
 
 _MOST_TOKENS = 4096
 _NEARLY_ALL = 0.95
-_MOST_AHEAD = 8
-"""Enough to keep the link busy while a layer's attention computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +31,14 @@ UNMEASURED = MissRule(most_tokens=8)
 """Where no profile tells: a CPU of 200 GFLOP/s beside a link of 25 GB/s."""
 
 
-def ahead_of_a_prompt(rows: int, count: int, chosen: int, room: int) -> int:
-    """How many experts of the next layer to bring while a layer computes so many tokens, before its router has spoken.
+def asks_for_nearly_all(rows: int, count: int, chosen: int) -> bool:
+    """Whether a pass of so many tokens asks a layer for nearly all of its experts, as a long prompt does.
 
-    Where nearly all of them will be asked for, as a long prompt does, none of these is in vain, and the link has no pause
-    between layers: whole layers, double-buffered, as far as there is room. Else the router is waited for.
+    Args:
+        count: experts of a layer.
+        chosen: of them, for each token.
     """
-    if expected_distinct_experts(rows, count, chosen) < _NEARLY_ALL * count:
-        return 0
-    return min(_MOST_AHEAD, room // 2)
+    return expected_distinct_experts(rows, count, chosen) >= _NEARLY_ALL * count
 
 
 def miss_rule(hardware: HardwareProfile, expert_bytes: int, element_bytes: int, dtype: str) -> MissRule:

@@ -16,7 +16,7 @@ from offload.moe.slots import ExpertSlots, HomeExperts
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.machine import Machine
 from offload.scheduler.expert_cache import ExpertCache
-from offload.scheduler.expert_cost import MissRule, ahead_of_a_prompt
+from offload.scheduler.expert_cost import MissRule, asks_for_nearly_all
 from offload.storage.errors import SessionError
 
 
@@ -167,6 +167,8 @@ class ExpertStreaming:
         choices = both[: index.numel()].astype(numpy.int64).reshape(index.shape)
         shares = both[index.numel() :].reshape(weights.shape)
         self.cache.policy.note(layer, choices, shares)
+        scans = asks_for_nearly_all(len(choices), self._units[layer].count, choices.shape[1])
+        self.cache.scan(layer if scans else None)
         uniques, first, counts = numpy.unique(choices, return_index=True, return_counts=True)
         needed: list[int] = uniques[numpy.argsort(first)].tolist()
         unit = self._units[layer]
@@ -177,7 +179,7 @@ class ExpertStreaming:
             call.begin()
             self._tally.add(layer, len(needed), len(call.hits), len(call.computed_elsewhere), unit.nbytes)
             self._note(RoutedRows(layer, self._clock.phase, choices, shares, call.hits))
-            self._look_ahead(layer, *choices.shape)
+            self._look_ahead(layer, scans)
             # The model's own code, on weights that lie in slots.
             output: torch.Tensor = type(unit.module).forward(self._slotted(unit, call, hidden.device), hidden, index, weights)
         except BaseException:
@@ -201,18 +203,18 @@ class ExpertStreaming:
                 self.store.cancel(slot)
                 self.cache.drop(layer, expert)
 
-    def _look_ahead(self, layer: int, rows: int, chosen: int) -> None:
+    def _look_ahead(self, layer: int, scans: bool) -> None:
         """Begin to bring what the next layer will ask for, behind what this one needs.
 
-        Args:
-            rows: tokens of this pass, each of which was sent to `chosen` experts.
+        Where nearly all of them will be asked for, as a long prompt does, none is in vain, and the link has no pause between
+        layers: whole layers, double-buffered, as far as there is room. Else the router is waited for.
         """
         self._predicted = None if self._predictor is None else self._predictor.after(layer)
         if self._predicted is not None:
             self._load_ahead(self._predicted.layer, self._predicted.experts)
-        elif self._prompts_ahead and layer + 1 < len(self._units):
+        elif self._prompts_ahead and scans and layer + 1 < len(self._units):
             following = layer + 1
-            count = ahead_of_a_prompt(rows, self._units[following].count, chosen, self.cache.room(following))
+            count = self.cache.room(following) // 2
             ranks, here = self.cache.policy.ranks[following], self.cache.slots[following]
             missing = (expert for expert in range(self._units[following].count) if here[expert] < 0)
             self._load_ahead(following, sorted(missing, key=lambda expert: -ranks[expert])[:count])

@@ -176,13 +176,15 @@ def mixture():
     return MixtralForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("rate", ["the link is slower", "about the same"])
-def test_experts(rate, card, tmp_path):
-    """A prompt that needs all experts of every layer, a third of which are there."""
+@pytest.mark.parametrize("resident", [2 / 3, 5 / 6])
+@pytest.mark.parametrize("rate", list(RATES))
+def test_experts(rate, resident, card, tmp_path):
+    """A prompt that needs all experts of every layer. Which ones the first layer lacks is known when its router has run."""
     plain = mixture()
     plain.save_pretrained(tmp_path / "model")
-    total = sum(unit.count for unit in find_experts(plain))
-    plan = beside(plain, 2 * total // 3, total)
+    layers = find_experts(plain)
+    total = sum(unit.count for unit in layers)
+    plan = beside(plain, int(resident * total), total)
     options = {"gpu_memory": 1 << 30, "cpu_memory": 1 << 30, "batch_size": 2, "max_tokens": 40}
     with offload(tmp_path / "model", device="cuda", plan=plan, **options) as session, torch.inference_mode():
         ids = tokens(2, 30).cuda()
@@ -191,11 +193,11 @@ def test_experts(rate, card, tmp_path):
             session.model(ids)
 
         step(), step()
-        with speeds(card, {"the link is slower": 64, "about the same": 16}[rate] * LINK):
+        with speeds(card, {"the link is slower": 64, "about the same": 10, "compute is slower": 2}[rate] * LINK):
             makespan, busy = seconds_of(card, step)
-        assert busy["h2d"] > 0
-        if rate == "the link is slower":
-            assert makespan <= SLACK * busy["h2d"] + 4 * plan.experts.slot_bytes / LINK, busy
-        else:
-            # Which experts a layer needs is known when its router has run: what it lacks comes after that.
-            assert makespan <= 0.8 * (busy["h2d"] + busy["compute"]), busy
+        load = plan.experts.slot_bytes / LINK
+        lacking = total - plan.experts.slots
+        # No more is copied than does not stay, and a few while layers come to lack equally many.
+        assert busy["h2d"] <= 4 * (lacking + 1) * load
+        first = -(-lacking // len(layers)) * load
+        assert makespan <= SLACK * max(busy["h2d"], busy["compute"]) + 4 * first, busy

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from offload.scheduler.cost import CostModel
 from offload.scheduler.expert_cache import ExpertCache
-from offload.scheduler.expert_cost import ALWAYS_LOAD, ahead_of_a_prompt, miss_rule
+from offload.scheduler.expert_cost import ALWAYS_LOAD, asks_for_nearly_all, miss_rule
 from offload.scheduler.expert_policies import ADMISSION, BELADY, LFU, LRU, ONLINE, make_policy
 from offload.scheduler.expert_replay import replay, slots_in
 from offload.scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
@@ -207,10 +207,28 @@ def test_what_the_cpu_computes_follows_from_the_rates():
     assert miss_rule(alone, 1_000_000, 2, "bfloat16") == ALWAYS_LOAD
 
 
-def test_experts_are_brought_ahead_only_where_all_will_be_asked_for():
-    assert ahead_of_a_prompt(rows=1, count=32, chosen=4, room=64) == 0
-    assert ahead_of_a_prompt(rows=512, count=32, chosen=4, room=64) == 8
-    assert ahead_of_a_prompt(rows=512, count=32, chosen=4, room=5) == 2
+def test_a_long_prompt_asks_for_nearly_all():
+    assert not asks_for_nearly_all(rows=1, count=32, chosen=4)
+    assert asks_for_nearly_all(rows=512, count=32, chosen=4)
+
+
+@pytest.mark.parametrize("slots", [8, 12, 20, 24, 28])
+def test_a_scan_gives_up_what_it_wants_last(slots):
+    """Pass after pass through all experts: no more misses than slots are lacking, and as many in each layer."""
+    layers, experts = 8, 4
+    cache = ExpertCache(layers, experts, slots, make_policy("lfu", layers, experts))
+    misses = numpy.zeros((6, layers), dtype=int)
+    for number in range(6):
+        for layer in range(layers):
+            cache.policy.note(layer, numpy.arange(experts)[None], numpy.ones((1, experts)))
+            cache.scan(layer)
+            answer = cache.request(layer, range(experts))
+            misses[number, layer] = len(answer.loads)
+            cache.release(placed.slot for placed in (*answer.hits, *answer.loads))
+    lacking = layers * experts - slots
+    # A layer needs all of its experts at once.
+    assert misses[-2:].sum() / 2 <= lacking + experts
+    assert misses[-2:].max() <= -(-lacking // layers) + 1
 
 
 def made_model(**fields):
