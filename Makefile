@@ -11,9 +11,10 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
-# Everything in tests/gpu on a pretended CUDA card (tests/pretended); skipped where there is no g++ to build it with.
+# Everything in tests/gpu on a pretended CUDA card (tests/pretended), and the script for a real one; skipped without g++.
 test-card: .venv/installed-dev
 	$(BIN)/python -m pytest -p tests.pretended.plugin -n 2 --dist worksteal -m gpu tests/pretended tests/gpu tests/mutations
+	benchmarks/gpu.sh --dry figures kv
 
 quick: .venv/installed-dev
 	$(BIN)/python -m pytest tests/scheduler tests/storage

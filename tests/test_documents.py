@@ -106,3 +106,30 @@ def test_the_demo_model_is_small():
     config = json.loads((ROOT / "offload/demo/config.json").read_text())
     assert 6 <= config["num_hidden_layers"] <= 8
     assert config["dtype"] == "bfloat16"
+
+
+def test_the_figures_of_cards_are_those_of_the_results():
+    from benchmarks.verified import PAGE, filled
+
+    page = PAGE.read_text()
+    assert filled(page) == page, "run `python -m benchmarks.verified`"
+
+
+def test_a_run_on_a_card_is_taken_over(tmp_path, monkeypatch):
+    from benchmarks import verified
+
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(verified, "RESULTS", results)
+    decode = {"seconds_per_token": 0.05, "link_share": 0.97, "predicted_seconds_per_token_error": 0.1, "peak_error": 0.01}
+    run = {"card": "NVIDIA GeForce RTX 4090", "date": "2027-01-02", "commit": "abc1234", "request": {"size": "12GB"}}
+    (tmp_path / "gpu.json").write_text(json.dumps(run | {"median": {"from CPU memory": decode}}))
+    (tmp_path / "kv-gpu.json").write_text(json.dumps({"median": {"identical": 0.2, "rounding": 0.3, "resident": 0.01}}))
+    (tmp_path / "tests.txt").write_text("....\n236 passed, 22 skipped in 70.1s\n")
+    (tmp_path / "machine.txt").write_text("a machine\n")
+    verified.keep(tmp_path)
+    table = verified.table()
+    assert "| from CPU memory, 12GB | GeForce RTX 4090, 2027-01-02, abc1234 | 50.0 ms a token, 0.97 of the link" in table
+    assert "| 236 passed, 22 skipped |" in table
+    assert "put together 200.0 ms" in table
+    assert (results / "gpu-geforce-rtx-4090-machine.txt").exists()
