@@ -119,7 +119,7 @@ def resolve_budgets(device: Device, gpu_memory: str | int | None, cpu_memory: st
 
 
 def _free_bytes(device: Device) -> int:
-    """With the workspaces, which are there already."""
+    """Count the workspaces as free: they are there already."""
     return device.free_bytes() + device.workspace_bytes
 
 

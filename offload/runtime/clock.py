@@ -21,7 +21,7 @@ class PassClock:
         self._asynchronous = asynchronous
         self.phases: defaultdict[str, PhaseTimes] = defaultdict(PhaseTimes)
         self.phase = STANDALONE
-        self.stretch = 0
+        self.interval = 0
         """Counts passes, and the times between them."""
         self._inside: list[tuple[str, str]] = []
         """Whose time it is, the innermost last."""
@@ -41,7 +41,7 @@ class PassClock:
             continues: it is a later chunk of the same prompt.
         """
         self.phase = phase
-        self.stretch += 1
+        self.interval += 1
         times = self.phases[phase]
         times.passes += 1
         times.context_tokens += cached_tokens
@@ -76,14 +76,14 @@ class PassClock:
             waited = times.overhead_seconds + sum(times.wait_seconds.values())
             times.compute_seconds = max(0.0, times.seconds - waited)
         self.phase = STANDALONE
-        self.stretch += 1
+        self.interval += 1
 
     def begin_backward(self) -> bool:
         """The first block of a backward pass is wanted; False if it is under way already."""
         if self.phase == BACKWARD:
             return False
         self.phase = BACKWARD
-        self.stretch += 1
+        self.interval += 1
         self.phases[BACKWARD].passes += 1
         self._begun = time.perf_counter()
         return True

@@ -50,7 +50,7 @@ class LayerExecutor:
         self._arrivals: dict[int, Arrival] = {}
         self._bound: set[int] = set()
         self._brought: dict[int, tuple[int, object]] = {}
-        """In which stretch of time a load began, and the values that it brings."""
+        """In which interval of time a load began, and the values that it brings."""
         self._last_use: dict[int, tuple[int, Event]] = {}
         self._regions: dict[tuple[int, int], SlotRegion] = {}
 
@@ -206,7 +206,7 @@ class LayerExecutor:
     def _start(self, lease: Lease) -> Arrival:
         if self.before_load is not None:
             self.before_load((lease.key,))
-        self._brought[lease.generation] = self._clock.stretch, self.blocks[lease.key].brought_now
+        self._brought[lease.generation] = self._clock.interval, self.blocks[lease.key].brought_now
         arrival: Arrival = self.blocks[lease.key].source.start(self._region(lease), self._after(lease))
         self._arrivals[lease.generation] = arrival
         extras = () if self.extras is None else self.extras(lease.key)
@@ -230,9 +230,9 @@ class LayerExecutor:
 
     def _is_complete(self, lease: Lease, block: StreamedBlock) -> bool:
         """Whether the load has brought changes too. Fused optimizers write without a trace, but only between passes."""
-        stretch, brought = self._brought.pop(lease.generation, (-1, None))
+        interval, brought = self._brought.pop(lease.generation, (-1, None))
         in_a_pass = self._clock.phase != STANDALONE
-        return in_a_pass and stretch == self._clock.stretch and brought is not None and brought == block.brought_now
+        return in_a_pass and interval == self._clock.interval and brought is not None and brought == block.brought_now
 
     def charge_waits(self, waits: Waits) -> None:
         """Compute stood still until now, for these links."""
