@@ -139,12 +139,10 @@ def default_host_bytes(held_bytes: int) -> int:
 
 
 def process_bytes() -> int:
-    """Anonymous memory of this process: Python, torch, and whatever is loaded."""
+    """Memory that only this process has: Python, torch, and whatever is loaded."""
     with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+        sizes = [int(line.split()[1]) * 1024 for line in file if line.startswith(("RssAnon:", "RssShmem:"))]
+    return sum(sizes) if sizes else int(psutil.Process().memory_info().rss)
 
 
 def cgroup_limit_bytes() -> int | None:

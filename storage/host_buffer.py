@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 
 import torch
 
@@ -11,7 +12,7 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; absent from Python's mmap module
 
 
 class HostBuffer:
-    """Anonymous private memory of an exact size, starting on a page.
+    """Memory of an exact size, starting on a page: anonymous and private, or with a second mapping that others write to.
 
     Not `torch.empty`: O_DIRECT wants page-aligned addresses, which torch does not give, and page-locking through
     `pin_memory` rounds sizes up to a power of two.
@@ -19,11 +20,17 @@ class HostBuffer:
     Args:
         nbytes: size; rounded up to whole pages.
         prefault: touch every page now, so that no page fault falls into a timed copy.
+        shielded: what is written to its `own_storage` stays there, in pages of its own, and never reaches the buffer: so that
+            the kernel can tell that it was written to, by whatever view (`storage.written_pages`).
     """
 
-    def __init__(self, nbytes: int, *, prefault: bool = True) -> None:
+    def __init__(self, nbytes: int, *, prefault: bool = True, shielded: bool = False) -> None:
         self.nbytes = align_up(max(nbytes, 1), BLOCK_ALIGNMENT_BYTES)
-        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.shielded = shielded
+        if shielded:
+            self._map, self._lent = _twice_mapped(self.nbytes)
+        else:
+            self._map = self._lent = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _advise(self._map, getattr(mmap, "MADV_HUGEPAGE", None))
         if prefault:
             _advise(self._map, _MADV_POPULATE_WRITE)
@@ -35,7 +42,17 @@ class HostBuffer:
     def own_storage(self, offset: int, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] over this memory whose storage is just those bytes, so that saving it writes no more."""
         with torch.inference_mode(False):
-            return torch.frombuffer(self.memory[offset : offset + nbytes], dtype=torch.uint8)
+            return torch.frombuffer(memoryview(self._lent)[offset : offset + nbytes], dtype=torch.uint8)
+
+
+def _twice_mapped(nbytes: int) -> tuple[mmap.mmap, mmap.mmap]:
+    """The same memory as it is, and as others see it until they write to it."""
+    descriptor = os.memfd_create("offload", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, nbytes)
+        return mmap.mmap(descriptor, nbytes, flags=mmap.MAP_SHARED), mmap.mmap(descriptor, nbytes, flags=mmap.MAP_PRIVATE)
+    finally:
+        os.close(descriptor)
 
 
 def release_freed_memory() -> None:

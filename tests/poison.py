@@ -14,6 +14,7 @@ def poison_homes(session: Session) -> int:
 
     Without this, a runtime that streams nothing would pass every test of equality: the homes are valid operands.
     """
+    overlook_edits(session)
     placement = session._parts.residency.placement
     blocks = (*placement.streamed.values(), *placement.tables.values())
     homes = {home.name: home for block in blocks for home in block.homes}
@@ -27,6 +28,11 @@ def poison_homes(session: Session) -> int:
             home.tensor.detach().fill_(torch.nan)
         assert home.tensor.isnan().all()
     return len(homes)
+
+
+def overlook_edits(session: Session) -> None:
+    """The session takes what is written to homes for an edit, which poison must not be."""
+    session._parts.residency._edits.mark = lambda homes: True  # type: ignore[method-assign]
 
 
 def poison_slots(streaming: ExpertStreaming) -> None:

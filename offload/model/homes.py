@@ -5,15 +5,12 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy
 import torch
 from torch import nn
 
 from offload.storage.blocks import FileRange
 from offload.storage.errors import SessionError
-
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_PRESENT, _SWAPPED, _FILE_PAGE = 1 << 63, 1 << 62, 1 << 61
+from offload.storage.written_pages import written
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +34,7 @@ class FileMaps:
             return None
         address, nbytes = tensor.data_ptr(), tensor.nbytes
         mapping = self._find(address, nbytes)
-        if mapping is None or not _untouched(address, nbytes):
+        if mapping is None or written([(address, address + nbytes)]) != [False]:
             return None
         return FileRange(mapping.path, address - mapping.start + mapping.offset, nbytes)
 
@@ -64,27 +61,6 @@ def _names_this_file(path: str, inode: int) -> bool:
         return os.stat(path).st_ino == inode
     except OSError:
         return False
-
-
-def _untouched(address: int, nbytes: int) -> bool:
-    """True if no page of a private mapping was written to: its bytes are still the file's.
-
-    A page that was written is the process's own copy (not a file page) or swapped out; see the kernel's pagemap.rst.
-    """
-    first = address // _PAGE_BYTES
-    count = (address + nbytes - 1) // _PAGE_BYTES - first + 1
-    try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as file:
-            file.seek(first * 8)
-            entries = numpy.frombuffer(file.read(count * 8), dtype=numpy.uint64)
-    except OSError:
-        # Some sandboxes have none (gVisor): then nobody can tell.
-        return False
-    if len(entries) != count:
-        return False
-    swapped = entries & numpy.uint64(_SWAPPED) != 0
-    own_copy = (entries & numpy.uint64(_PRESENT) != 0) & (entries & numpy.uint64(_FILE_PAGE) == 0)
-    return not bool((swapped | own_copy).any())
 
 
 @dataclass(slots=True, eq=False)

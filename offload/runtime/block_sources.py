@@ -90,12 +90,11 @@ class StagedSource:
 class HostSource:
     """Page-locked host memory to the device: one copy a block."""
 
-    brings_homes = True
-
     def __init__(
         self, key: BlockKey, memory: PageLockedMemory, buffer: HostBuffer, offsets: Sequence[int], payload_bytes: int
     ) -> None:
         self._key, self._memory, self._buffer = key, memory, buffer
+        self.brings_homes = not buffer.shielded
         self.offsets = offsets
         self.payload_bytes = payload_bytes
         self.slot_bytes = buffer.nbytes
@@ -108,17 +107,23 @@ class HostSource:
 class DividedSource:
     """The device's rows of a block in page-locked host memory: a copy a tensor, since the other rows lie between them."""
 
-    brings_homes = True
-
-    def __init__(self, key: BlockKey, memory: PageLockedMemory, buffer: HostBuffer, homes: Sequence[ParameterHome]) -> None:
+    def __init__(
+        self,
+        key: BlockKey,
+        memory: PageLockedMemory,
+        buffer: HostBuffer,
+        places: Sequence[int],
+        homes: Sequence[ParameterHome],
+    ) -> None:
         self._key, self._memory, self._buffer, self._homes = key, memory, buffer, homes
+        self._parts = views_of(homes, places, buffer.tensor)
+        self.brings_homes = not buffer.shielded
         self.offsets, self.slot_bytes = packed_offsets(homes)
         self.payload_bytes = sum(home.device_part.nbytes for home in homes)
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         targets = views_of(self._homes, self.offsets, region.tensor)
-        parts = [home.device_part for home in self._homes]
-        return self._memory.start_copy(self._buffer, list(zip(targets, parts, strict=True)), after, self._key)
+        return self._memory.start_copy(self._buffer, list(zip(targets, self._parts, strict=True)), after, self._key)
 
 
 def views_of(homes: Sequence[ParameterHome], offsets: Sequence[int], memory: torch.Tensor) -> list[torch.Tensor]:

@@ -1,12 +1,13 @@
 """A product of which the device computes some rows and the CPU the others, from where they live (HeteGen, arXiv 2403.01164)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from offload.model.homes import ParameterHome
+from offload.scheduler.model_spec import DivisibleWeight
 
 Forward = Callable[..., Any]
 
@@ -45,3 +46,21 @@ class HybridLinear:
         if bias is None:
             return None
         return (self._bias.tensor if self._bias is not None else bias.to(_CPU))[first_row:]
+
+
+def split_rows(
+    modules: Iterable[tuple[str, nn.Linear]], homes: Mapping[str, ParameterHome], cpu_percent: int
+) -> list[HybridLinear]:
+    """Divide products between the device and the CPU.
+
+    Args:
+        modules: with the names of their weights.
+        cpu_percent: of the rows, those that the CPU computes with.
+    """
+    products = []
+    for name, module in modules:
+        home = homes[name]
+        weight = DivisibleWeight(len(home.tensor), home.tensor[0].nbytes, home.tensor.element_size())
+        home.device_rows = len(home.tensor) - weight.host_rows(cpu_percent)
+        products.append(HybridLinear(module, home, homes.get(f"{name.removesuffix('weight')}bias")))
+    return products

@@ -37,15 +37,16 @@ class PageLockedMemory:
         self._ledger = ledger
         self._notes = notes
 
-    def allocate(self, nbytes: int, category: str, ledger: MemoryLedger | None = None) -> HostBuffer:
+    def allocate(self, nbytes: int, category: str, ledger: MemoryLedger | None = None, shielded: bool = False) -> HostBuffer:
         """A new buffer, not page-locked yet.
 
         Args:
             ledger: charged for it; None for that of CPU memory.
+            shielded: as `HostBuffer` has it.
         """
         # Whole pages, as the buffer takes them.
         (ledger or self._ledger).charge(category, align_up(nbytes, BLOCK_ALIGNMENT_BYTES))
-        return HostBuffer(nbytes)
+        return HostBuffer(nbytes, shielded=shielded)
 
     def keep(self, buffer: HostBuffer, locked: bool = True) -> None:
         """Hold a buffer until `close`, page-locked if it is to be copied from."""

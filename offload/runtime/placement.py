@@ -1,7 +1,7 @@
 """Brings a model's parameters to where the plan wants them, and back in the end."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import psutil
@@ -20,12 +20,11 @@ from offload.runtime.block_sources import (
     views_of,
 )
 from offload.runtime.embedding_rows import EmbeddingTable
-from offload.runtime.hybrid_linear import HybridLinear
+from offload.runtime.hybrid_linear import HybridLinear, split_rows
 from offload.runtime.machine import Machine
 from offload.runtime.row_upload import RowUpload
 from offload.runtime.spilling import spill
 from offload.runtime.weights import ResidentBlock, StreamedBlock
-from offload.scheduler.model_spec import DivisibleWeight
 from offload.scheduler.plan import Plan
 from offload.storage.block_file import BlockFile, spill_folder
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
@@ -40,9 +39,12 @@ class Placement:
 
     Args:
         known: where tensors lie that no file mapping tells of, by name.
+        shielded: what users write to weights in CPU memory is to be told from what was there.
     """
 
-    def __init__(self, machine: Machine, known: Mapping[str, FileRange]) -> None:
+    def __init__(self, machine: Machine, known: Mapping[str, FileRange], shielded: bool = True) -> None:
+        self.on_resident: Callable[[Sequence[ParameterHome]], None] = lambda homes: None
+        self._shielded = shielded
         self.resident: dict[BlockKey, ResidentBlock] = {}
         self.streamed: dict[BlockKey, StreamedBlock] = {}
         self.tables: dict[BlockKey, EmbeddingTable] = {}
@@ -67,6 +69,11 @@ class Placement:
         self._homes: dict[str, ParameterHome] = {}
         self._tables_in_memory: set[BlockKey] = set()
         self._rows = RowUpload(self._device, self._memory)
+
+    @property
+    def homes(self) -> Iterable[ParameterHome]:
+        """All that the session knows of."""
+        return self._homes.values()
 
     def source_of(self, name: str, parameter: nn.Parameter) -> FileRange | None:
         """The file that holds the parameter's present values; None if only memory does."""
@@ -116,14 +123,14 @@ class Placement:
         for key in plan.weights.resident:
             self._progress("loading", done, plan.weights.resident_bytes)
             self.resident[key] = self._to_device(units[key])
+            self.on_resident(self.resident[key].homes)
             done += self.resident[key].nbytes
         self.streamed = {key: self.streamed[key] for key in plan.weights.streamed}
         self._progress("loading", plan.weights.resident_bytes, plan.weights.resident_bytes)
 
     def give_up(self, plan: Plan, structure: Structure) -> None:
         """Turn the resident blocks that `plan` streams or gathers into such ones."""
-        self._maps = FileMaps()
-        units = {unit.key: unit for unit in structure.units if unit.parameters}
+        self._maps, units = FileMaps(), {unit.key: unit for unit in structure.units if unit.parameters}
         given_up = [units[key] for key in (*plan.weights.streamed, *plan.weights.row_fetched) if key in self.resident]
         for unit in given_up:
             block = self.resident.pop(unit.key)
@@ -314,20 +321,11 @@ class Placement:
         buffer, offsets = self._live_in_host_memory(unit, "streamed weights")
         self._memory.keep(buffer)
         if cpu_percent:
-            self.cpu_gpu_split[unit.key] = self._split_rows(unit, cpu_percent)
+            self.cpu_gpu_split[unit.key] = split_rows(divisible_modules(unit), self._homes, cpu_percent)
             homes = self.homes_of(unit)
-            return StreamedBlock(unit.key, homes, DividedSource(unit.key, self._memory, buffer, homes))
+            return StreamedBlock(unit.key, homes, DividedSource(unit.key, self._memory, buffer, offsets, homes))
         source = HostSource(unit.key, self._memory, buffer, offsets, unit.block.nbytes)
         return StreamedBlock(unit.key, self.homes_of(unit), source)
-
-    def _split_rows(self, unit: Unit, cpu_percent: int) -> list[HybridLinear]:
-        products = []
-        for name, module in divisible_modules(unit):
-            home = self._homes[name]
-            weight = DivisibleWeight(len(home.tensor), home.tensor[0].nbytes, home.tensor.element_size())
-            home.device_rows = len(home.tensor) - weight.host_rows(cpu_percent)
-            products.append(HybridLinear(module, home, self._homes.get(f"{name.removesuffix('weight')}bias")))
-        return products
 
     def _to_cpu(self, unit: Unit, category: str) -> list[ParameterHome]:
         """Into ordinary memory, from where the CPU computes with it, or takes rows."""
@@ -337,7 +335,7 @@ class Placement:
 
     def _live_in_host_memory(self, unit: Unit, category: str) -> tuple[HostBuffer, list[int]]:
         """Make one new host buffer the home of the unit's parameters."""
-        buffer, offsets = self._read_to_host(unit, self.host_ledger, category)
+        buffer, offsets = self._read_to_host(unit, self.host_ledger, category, self._shielded)
         for home, offset in zip(self.homes_of(unit), offsets, strict=True):
             view = buffer.own_storage(offset, home.tensor.nbytes).view(home.tensor.dtype).view(home.tensor.shape)
             if self.source_of(home.name, home.parameter) is None:
@@ -346,18 +344,20 @@ class Placement:
             home.parameter.data = view
         return buffer, offsets
 
-    def _read_to_host(self, unit: Unit, ledger: MemoryLedger, category: str) -> tuple[HostBuffer, list[int]]:
+    def _read_to_host(
+        self, unit: Unit, ledger: MemoryLedger, category: str, shielded: bool = False
+    ) -> tuple[HostBuffer, list[int]]:
         """The unit's tensors in one new host buffer, and where each lies in it."""
         homes = self.homes_of(unit)
         ranges = [self.source_of(home.name, home.parameter) for home in homes]
         if all(item is not None and not home.modified for item, home in zip(ranges, homes, strict=True)):
             on_disk = [item for item in ranges if item is not None]
             read_plan = self._reader.plan(on_disk)
-            buffer = self._memory.allocate(read_plan.slot_bytes, category, ledger)
+            buffer = self._memory.allocate(read_plan.slot_bytes, category, ledger, shielded)
             self._reader.read(on_disk, read_plan, buffer.memory[: read_plan.slot_bytes]).wait()
             return buffer, list(read_plan.offsets)
         offsets, nbytes = packed_offsets(homes)
-        buffer = self._memory.allocate(nbytes, category, ledger)
+        buffer = self._memory.allocate(nbytes, category, ledger, shielded)
         for home, offset in zip(homes, offsets, strict=True):
             size = home.tensor.nbytes
             buffer.tensor[offset : offset + size].view(home.tensor.dtype).view(home.tensor.shape).copy_(home.tensor)

@@ -13,12 +13,14 @@ from offload.runtime.buffers import DeviceBuffers
 from offload.runtime.call import Call
 from offload.runtime.component import Component
 from offload.runtime.executor import LayerExecutor
+from offload.runtime.file_copies import FileCopies
 from offload.runtime.interrupts import HeldInterrupts
 from offload.runtime.machine import Machine
 from offload.runtime.model_facade import OffloadedModelClass
 from offload.runtime.module_wrappers import ModuleWrappers, OnloadedModule
 from offload.runtime.placement import Placement
 from offload.runtime.registration_watch import RegistrationWatch
+from offload.runtime.unseen_edits import UnseenEdits
 from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.scheduler.plan import Plan
 from offload.scheduler.planner import make_plan
@@ -63,6 +65,8 @@ class Residency:
             id(value): unit.key for unit in self.structure.units for value in unit.parameters.values()
         }
         self._call: Call | None = None
+        self._edits = UnseenEdits()
+        self._copies = FileCopies()
         self._watch: RegistrationWatch | None = None
         self._wrappers: ModuleWrappers | None = None
 
@@ -78,8 +82,10 @@ class Residency:
         machine, model = self._machine, self._model
         stack.callback(OffloadedModelClass(model, machine.device.torch_device, machine.notes.warn).undo)
         stack.callback(DeviceBuffers(model, machine.device, machine.ledger).undo)
-        stack.callback(self.placement.restore)
+        stack.callback(self._restore)
+        self.placement.on_resident = self._copies.add
         self.placement.apply(self.structure, self.plan)
+        self._copies.settle()
         for component in components:
             component.open(model, stack)
         machine.ledger.charge(_ACTIVATIONS, self.plan.activation_bytes)
@@ -99,6 +105,11 @@ class Residency:
     def before_pass(self, call: Call) -> None:
         """Have every component prepare for the pass, and adopt what changed."""
         self._call = call
+        if not self._edits.mark(self.placement.homes):
+            self._machine.notes.warn(
+                "this system does not tell which memory was written to (/proc/self/pagemap): edits of weights through .data or "
+                "NumPy are not seen; write to the parameters themselves, under torch.no_grad()"
+            )
         for component in self.components:
             component.before_pass(call)
         self.adopt_if_changed()
@@ -149,6 +160,13 @@ class Residency:
     def _extras(self, block: BlockKey) -> list[Arrival]:
         return [arrival for component in self.components for arrival in component.extras(block, self._call)]
 
+    def _restore(self) -> None:
+        """Give every parameter its memory back, with what was written to it by whatever view."""
+        self._copies.settle()
+        self._edits.mark(self.placement.homes)
+        self._copies.mark()
+        self.placement.restore()
+
     def _take_slots(self) -> None:
         weights, machine = self.plan.weights, self._machine
         machine.ledger.charge(_SLOTS, self.plan.arena_bytes)
@@ -171,6 +189,8 @@ class Residency:
             component.free_slots()
         self._executor.free()
         self._machine.ledger.set(_SLOTS, 0)
+        blocks = [self.placement.resident.get(key) for key in (*plan.weights.streamed, *plan.weights.row_fetched)]
+        self._copies.mark([home for block in blocks if block is not None for home in block.homes])
         given_up = len(self.plan.weights.resident) - len(plan.weights.resident)
         self.placement.give_up(plan, self.structure)
         self._machine.ledger.set(_ACTIVATIONS, plan.activation_bytes)

@@ -154,7 +154,9 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         machine = self._machine(stack, loader, budgets, progress)
         for note in loaded.fallbacks:
             machine.notes.warn(note)
-        placement = Placement(machine, loaded.places)
+        # Optimizers write to weights themselves, and what they wrote is what comes next.
+        trains = request.training is not None and (request.training.full or not request.uses_session_optimizer)
+        placement = Placement(machine, loaded.places, shielded=not trains)
         stack.callback(placement.close)
         for note in notes_on(model, machine.device, activations, self._hardware):
             machine.notes.warn(note)

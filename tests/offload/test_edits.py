@@ -1,0 +1,151 @@
+"""Every edit of a weight is seen at the next pass, by whatever view it was written, and outlives the session."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from offload import offload
+from offload.storage import written_pages
+from tests.architectures import make, oracle_of, tokens
+from tests.budgets import ALL, NONE, SOME, budget_for, enter, spec_of
+from tests.delayed import DelayedDevice
+from tests.offload.test_experts import plan_for
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+RESERVE = {"batch_size": 2, "max_tokens": 40}
+
+EDITS = {
+    "data in place": lambda weight: weight.data.mul_(2),
+    "a column of data": lambda weight: weight.data.view(len(weight), -1)[:, 0].zero_(),
+    "NumPy": lambda weight: weight.detach().numpy().__setitem__((slice(None), 0), 3),
+    "one number": lambda weight: weight.data.view(-1).__setitem__(weight.numel() // 2, 9),
+    "in place": lambda weight: weight.detach().add_(1),
+    "other data": lambda weight: setattr(weight, "data", weight.data * 3),
+    "a swap": lambda weight: weight.data.copy_(weight.data.flip(0)),
+}
+WEIGHTS = ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make("llama").save_pretrained(path)
+    return str(path)
+
+
+def edited(model, edit, names=WEIGHTS):
+    with torch.no_grad():
+        for name in names:
+            edit(model.get_parameter(name))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+@pytest.mark.parametrize("edit", list(EDITS))
+@pytest.mark.parametrize("residency", [NONE, SOME, ALL])
+@pytest.mark.parametrize("source", ["a path", "mapped", "memory"])
+def test_an_edit_counts_from_the_next_pass_and_stays(source, residency, edit, saved, tmp_path):
+    twin = make("llama")
+    target = saved
+    if source == "mapped":
+        target = type(twin).from_pretrained(saved).eval()
+    if source == "memory":
+        target = make("llama")
+    spec = spec_of(saved, **RESERVE)
+    budget = budget_for(spec, residency, 2, 40) + 65_536
+    with enter(target, budget, disk_dir=str(tmp_path), **RESERVE) as session:
+        model = session.model
+        assert torch.equal(logits(model), logits(twin))
+        edited(model, EDITS[edit])
+        edited(twin, EDITS[edit])
+        for _ in range(2):
+            assert torch.equal(logits(model), logits(twin))
+        for name, value in twin.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+    for name, value in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("edit", list(EDITS))
+@pytest.mark.parametrize("host", ["CPU memory", "disk"])
+@pytest.mark.parametrize("residency", [NONE, SOME, ALL])
+def test_beside_a_device(residency, host, edit, saved, monkeypatch):
+    monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice())
+    twin = make("llama")
+    spec = spec_of(saved, **RESERVE)
+    sizes = {"gpu_memory": budget_for(spec, residency, 2, 40) + 65_536, "cpu_memory": "1GiB"}
+    if host == "disk":
+        sizes["cpu_memory"] = 4 * max(block.slot_bytes for block in spec.blocks)
+    with offload(saved, device="cuda", **sizes, **RESERVE) as session:
+        model = session.model
+        for _ in range(2):
+            assert torch.equal(logits(model), logits(twin))
+        edited(model, EDITS[edit])
+        edited(twin, EDITS[edit])
+        for _ in range(2):
+            assert torch.equal(logits(model), logits(twin))
+    for name, value in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("way", ["merge_and_unload", "merge_adapter"])
+@pytest.mark.parametrize("residency", [NONE, SOME, ALL])
+def test_adapters_are_merged(residency, way, saved, tmp_path):
+    adapted = get_peft_model(make("llama"), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    twin = PeftModel.from_pretrained(make("llama"), tmp_path / "adapter").eval()
+    budget = budget_for(spec_of(saved, **RESERVE), residency, 2, 40) + (1 << 20)
+    with enter(saved, budget, **RESERVE) as session:
+        ours = PeftModel.from_pretrained(session.model, tmp_path / "adapter").eval()
+        assert torch.equal(logits(ours), logits(twin))
+        ours, wanted = getattr(ours, way)() or ours, getattr(twin, way)() or twin
+        for _ in range(2):
+            assert torch.equal(logits(ours), logits(wanted))
+        if way == "merge_and_unload":
+            ours.save_pretrained(tmp_path / "merged")
+            again = type(ours).from_pretrained(tmp_path / "merged")
+            assert torch.equal(logits(again), logits(wanted))
+
+
+@pytest.mark.parametrize("slots", [2, 5])
+def test_experts(slots, tmp_path):
+    plain = make("mixtral")
+    plain.save_pretrained(tmp_path / "model")
+    twin = oracle_of(plain)
+    with offload(tmp_path / "model", device="cpu", cpu_memory=1 << 28, plan=plan_for(plain, slots), **RESERVE) as session:
+        assert torch.equal(logits(session.model), logits(twin))
+        name = "model.layers.1.mlp.gate.weight"
+        name = (
+            name if name in dict(twin.named_parameters()) else next(key for key, _ in twin.named_parameters() if "gate" in key)
+        )
+        edited(session.model, EDITS["data in place"], [name])
+        edited(twin, EDITS["data in place"], [name])
+        assert torch.equal(logits(session.model), logits(twin))
+
+
+def test_without_a_page_map_it_is_said(saved, monkeypatch):
+    monkeypatch.setattr("offload.runtime.unseen_edits.written", lambda ranges: None)
+    with enter(saved, 1 << 26, **RESERVE) as session:
+        logits(session.model)
+        assert any("/proc/self/pagemap" in note for note in session.report().fallbacks)
+
+
+def test_both_ways_to_ask_agree(tmp_path, monkeypatch):
+    content = torch.zeros(40 * 4096, dtype=torch.uint8)
+    torch.save(content, tmp_path / "file")
+    mapped = torch.UntypedStorage.from_file(str(tmp_path / "file"), False, 40 * 4096)
+    memory = torch.empty(0, dtype=torch.uint8).set_(mapped)
+    begin = memory.data_ptr()
+    pages = [(begin + index * 4096, begin + (index + 1) * 4096) for index in range(40)]
+    memory[:8192].sum()
+    for edited_page in (3, 17, 39):
+        memory[edited_page * 4096 + 5] = 1
+    wanted = [index in (3, 17, 39) for index in range(40)]
+    assert written_pages.written(pages) == wanted
+    monkeypatch.setattr(written_pages, "_scanned", written_pages._read)
+    assert written_pages.written(pages) == wanted
+    assert any(low <= begin < high for low, high in written_pages.private_file_ranges())
