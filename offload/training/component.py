@@ -1,5 +1,6 @@
 """Training in a session: backward through streamed blocks, the session's optimizer, checkpoints."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -25,6 +26,7 @@ from offload.training.backward.chunked_loss import ChunkedLoss
 from offload.training.backward.gradients import HostGradients, TiedUse, tied_uses
 from offload.training.backward.module_wrapper import TrainedModule
 from offload.training.backward.recompute import Backward
+from offload.training.beside import STEP_THEM, parameters_beside
 from offload.training.memory import TrainingMemory
 from offload.training.optimizer.checkpoint import Checkpoints, identity_of
 from offload.training.optimizer.streamed_optimizer import StreamedTraining, folder_of
@@ -65,6 +67,7 @@ class TrainingComponent(Component):
         self._executor, self._live = executor, live
         self._gradients = HostGradients(machine)
         self._ties: list[TiedUse] = []
+        self._looked_beside = False
         self._inputs: ActivationStore | None = None
         self._checkpoints: Checkpoints | None = None
 
@@ -130,12 +133,13 @@ class TrainingComponent(Component):
         """Forward and backward of micro-batches; see `Session.backward`."""
         if not layer_major or len(losses) == 1:
             # Without the lock: on a card, backward runs in a thread of torch's, which takes it for each block.
-            return [_loss_and_backward(compute) for compute in losses]
+            return [self._loss_and_backward(compute) for compute in losses]
         with self._executor.lock:
             rounds = LayerMajorRunner(self._executor, self._machine.clock)
             with torch.enable_grad():
                 with model_pass.as_one():
                     values = rounds.run(losses)
+                self._look_beside(values[0])
                 self.backward.begin()
                 try:
                     rounds.run([partial(self._backward_in_turn, value) for value in values])
@@ -224,6 +228,26 @@ class TrainingComponent(Component):
         self._gradients.end()
         self._live.placement.expect_changes()
 
+    def _loss_and_backward(self, compute: Loss) -> float:
+        loss = compute()
+        self._look_beside(loss)
+        loss.backward()
+        return loss.item()
+
+    def _look_beside(self, loss: torch.Tensor) -> None:
+        """Say once what gets gradients and is not stepped by the session's optimizer."""
+        if self._looked_beside:
+            return
+        self._looked_beside = True
+        beside = parameters_beside(loss, {id(value) for value in self._model.parameters()})
+        if beside and self.streamed_training is not None:
+            shapes = ", ".join(str(list(value.shape)) for value in beside[:4])
+            warnings.warn(
+                f"the loss depends on {len(beside)} parameters beside the model ({shapes}), which session.optimizer does not "
+                f"step: {STEP_THEM}",
+                stacklevel=5,
+            )
+
     def _backward_in_turn(self, loss: torch.Tensor) -> None:
         loss.backward()
         self.backward.release()
@@ -247,9 +271,3 @@ class TrainingComponent(Component):
             for category in ("gradients", "optimizer state"):
                 stack.callback(ledger.release, category, ledger.held_bytes(category))
             stack.callback(self.streamed_training.close)
-
-
-def _loss_and_backward(compute: Loss) -> float:
-    loss = compute()
-    loss.backward()
-    return loss.item()

@@ -26,6 +26,7 @@ from offload.storage.state_file import StateFile
 from offload.storage.transfer import Link
 from offload.training.backward.gradient_transfer import ring_bytes
 from offload.training.backward.gradients import HostGradients, TiedUse, gradient_dtype
+from offload.training.beside import STEP_THEM
 from offload.training.memory import layout_of, trained
 from offload.training.optimizer.cpu_states import CpuStates
 from offload.training.optimizer.nvme_states import BUFFER_COUNT, NvmeStates
@@ -46,9 +47,21 @@ class StreamedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], defaults: dict[str, Any], step: Callable[[], None]) -> None:
+        self._made = False
         super().__init__(list(parameters), dict(defaults))
+        self._made = True
         self._update = step
         self.steps = 0
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: states are laid out once, for what requires a gradient in the model.
+
+        Raises:
+            SessionError: always, once the optimizer is made.
+        """
+        if self._made:
+            raise SessionError(f"session.optimizer steps the parameters of the model that require a gradient; {STEP_THEM}")
+        super().add_param_group(param_group)
 
     def step(self, closure: Any = None) -> Any:
         """One update of everything that has a gradient."""

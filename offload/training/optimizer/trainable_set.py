@@ -8,6 +8,7 @@ from torch import nn
 
 from offload.storage.errors import SessionError
 from offload.training.backward.gradients import gradient_bytes
+from offload.training.beside import STEP_THEM
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,10 @@ class TrainableSet:
         """
         parameters = tuple(value for value in model.parameters() if value.requires_grad)
         if not parameters:
-            raise SessionError("nothing is to be trained: no parameter requires a gradient")
+            raise SessionError(
+                "nothing is to be trained: no parameter of the model requires a gradient. If parameters beside it do (prompts "
+                f"of a wrapper, a value head), {STEP_THEM}"
+            )
         return cls(parameters, version)
 
     def __iter__(self) -> Iterator[nn.Parameter]:
