@@ -2,7 +2,8 @@
 
 import argparse
 import statistics
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from offload.adapters.peft import save_adapters, save_model
 from offload.api import offload
 from offload.cli.terminal import check_writable, progress_bar, say
+from offload.cli.termination import Terminated, remembered
 from offload.finetune.data import Batches, check_packing, packed, read_examples
 from offload.finetune.loop import Step, train
 from offload.finetune.recipe import FULL, LORA, METHODS, Recipe
@@ -137,8 +139,8 @@ def run(request: argparse.Namespace) -> None:
     batches = _batches(request, request.data, tokenizer)
     evaluation = _batches(request, request.eval_data, tokenizer) if request.eval_data else None
     checkpoints = output / CHECKPOINT
-    checkpoints.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        stack.enter_context(_made(checkpoints))
         with progress_bar() as show:
             session = stack.enter_context(
                 offload(
@@ -170,8 +172,12 @@ def run(request: argparse.Namespace) -> None:
             )
             say(f"{len(batches)} batches, {recipe.steps(batches)} steps\n{estimate}\nblocks: {blocks}; {peak}{kept}")
         watch = _Watch(recipe, estimate, recipe.steps(batches), request.quiet)
-        with watch:
-            train(session, model, batches, recipe, watch.on_step, evaluation, checkpoints, request.resume)
+        with remembered() as asked, watch:
+            done = train(session, model, batches, recipe, watch.on_step, evaluation, checkpoints, request.resume, asked.is_set)
+        if done < recipe.steps(batches):
+            raise Terminated(
+                f"stopped after step {done} of {recipe.steps(batches)}, which is in a checkpoint; --resume goes on"
+            )
         if recipe.method == LORA:
             save_adapters(model, output)
         else:
@@ -230,6 +236,20 @@ def _check_output(output: Path, resume: bool) -> None:
     if held and not (resume and (checkpoint or held == {CHECKPOINT})):
         more = ", or --resume to go on from its checkpoint" if checkpoint else ""
         raise ConfigError(f"--output {output} exists already; name a new folder{more}")
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder; what was made for it goes again where nothing came of it."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for each in new:
+                each.rmdir()
+        raise
 
 
 def _batches(request: argparse.Namespace, source: str, tokenizer: Any) -> Batches:

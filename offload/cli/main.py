@@ -6,7 +6,7 @@ import sys
 import warnings
 
 from offload import __version__
-from offload.cli import experts, finetune, generate, merge, plan, probe, report, synth
+from offload.cli import experts, finetune, generate, merge, plan, probe, report, synth, termination
 from offload.storage.errors import OffloadError
 
 _COMMANDS = {
@@ -22,15 +22,19 @@ _COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for a failure, 2 for a wrong call, 130 after Ctrl-C."""
+    """Run the command line; returns its status: 0, 1 for a failure, 2 for a wrong call, 130 after Ctrl-C, 143 at SIGTERM."""
     request = _parser().parse_args(arguments)
     warnings.simplefilter("ignore")
     try:
-        _COMMANDS[request.command].run(request)
+        with termination.raising():
+            _COMMANDS[request.command].run(request)
         return 0
     except OffloadError as error:
         print(f"offload: {error}", file=sys.stderr)
         return 1
+    except termination.Terminated as error:
+        print(f"offload: {str(error) or 'terminated'}", file=sys.stderr)
+        return termination.SIGTERM_STATUS
     except KeyboardInterrupt:
         print("offload: interrupted", file=sys.stderr)
         return 130

@@ -71,6 +71,7 @@ def train(
     evaluation: Batches | None = None,
     checkpoints: Path | None = None,
     resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Train what requires a gradient.
 
@@ -79,6 +80,7 @@ def train(
         evaluation: told the loss of now and then; nothing is learned from it.
         checkpoints: where they are written, and resumed from.
         resume: go on from a checkpoint, if there is one.
+        stop: asked after each step; True ends the training there, with a checkpoint.
 
     Returns:
         The steps done, those before a checkpoint included.
@@ -112,6 +114,10 @@ def train(
         if evaluation is not None and (number == last or (recipe.evaluate_every and number % recipe.evaluate_every == 0)):
             eval_loss = evaluate(model, evaluation)
         on_step(Step(number, *step, time.perf_counter() - begun, eval_loss))
+        if number < last and stop():
+            if checkpoints is not None and saved < number:
+                session.save(checkpoints, {"step": number, "settings": settings})
+            last = number
     session.finish()
     return last
 

@@ -69,6 +69,7 @@ def find_folder(name: str, options: LoadingOptions = AS_IT_IS) -> str:
             raise ConfigError(f"revision {revision} was asked for, and {name} is a folder: only the hub has revisions")
         if not Path(folder, "config.json").exists():
             raise CheckpointError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
+        _check_regular(folder)
         return folder
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; give the folder that holds the checkpoint, with its config.json")
@@ -87,6 +88,15 @@ def find_folder(name: str, options: LoadingOptions = AS_IT_IS) -> str:
             f"there is no folder {name}, and the hub did not give a model of that name: {str(error).splitlines()[0]}"
         ) from error
     return os.path.join(folder, options.subfolder) if options.subfolder else folder
+
+
+def _check_regular(folder: str) -> None:
+    """Raise CheckpointError for what would be opened and is no file: a pipe is waited for, for ever."""
+    for pattern in _HUB_FILES:
+        for path in Path(folder).glob(pattern):
+            if path.exists() and not path.is_file():
+                kind = "a folder" if path.is_dir() else "a pipe, a socket or a device"
+                raise CheckpointError(f"{path} is {kind}, and a checkpoint consists of files")
 
 
 def read_config(place: str, options: LoadingOptions) -> Any:

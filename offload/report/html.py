@@ -107,9 +107,7 @@ def _cards(report: dict[str, Any]) -> str:
         (gib(tier["peak_bytes"]), f"peak of {name} memory") for name, tier in report["tiers"].items() if tier["peak_bytes"]
     ]
     facts.append((gib(report["streamed_bytes_per_pass"]), "streamed a pass"))
-    return (
-        f"<div class=cards>{''.join(f'<div class=card><b>{value}</b><span>{name}</span></div>' for value, name in facts)}</div>"
-    )
+    return f"<div class=cards>{''.join(f'<div class=card><b>{_text(value)}</b><span>{_text(name)}</span></div>' for value, name in facts)}</div>"
 
 
 def _kv(content: dict[str, Any]) -> str:
@@ -146,7 +144,7 @@ def _times(report: dict[str, Any]) -> str:
         parts.append(("offload's own work", use["overhead_seconds"], "--violet"))
         parts.append(("between blocks", use["other_seconds"], "--grey"))
         rows.append(
-            f"<p><b>{_phase(name, report)}</b> <span class=faint>{duration(use['seconds'])}, {_count(use['passes'], 'pass', 'passes')}</span></p>"
+            f"<p><b>{_text(_phase(name, report))}</b> <span class=faint>{duration(use['seconds'])}, {_count(use['passes'], 'pass', 'passes')}</span></p>"
         )
         rows.append(_bar(parts, use["seconds"]))
     return f"<section><h2>Where the time went</h2>{''.join(rows)}</section>" if rows else ""

@@ -1,4 +1,4 @@
-"""Ctrl-C held back while the runtime takes hold of a model or lets it go."""
+"""Ctrl-C and SIGTERM held back while the runtime takes hold of a model or lets it go."""
 
 import signal
 import threading
@@ -7,33 +7,35 @@ from typing import Any
 
 
 class HeldInterrupts:
-    """While active, Ctrl-C waits for `let_through` or for the end, so that it never finds something half done.
+    """While active, these signals wait for `let_through` or for the end, so that they never find something half done.
 
-    Python delivers the signal to the main thread alone; in another thread, and where the signal is ignored or handled
-    outside Python, this does nothing.
+    Python delivers them to the main thread alone; in another thread, and where one is ignored or handled outside Python, this
+    does nothing.
     """
 
     def __init__(self) -> None:
-        self._handler: Any = None
+        self._handlers: dict[int, Any] = {}
         self._arrived: tuple[int, FrameType | None] | None = None
 
     def __enter__(self) -> "HeldInterrupts":
-        handler = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is threading.main_thread() and callable(handler):
-            self._handler = handler
-            signal.signal(signal.SIGINT, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self.let_through()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.let_through()
 
     def let_through(self) -> None:
         """Handle an interrupt that has arrived, as it would have been: by default, raise KeyboardInterrupt."""
         if self._arrived is not None:
             arrived, self._arrived = self._arrived, None
-            self._handler(*arrived)
+            self._handlers[arrived[0]](*arrived)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._arrived = number, frame

@@ -1,11 +1,13 @@
 """What an offloaded model answers to `device`, `to`, copying and pickling, for the time of the context."""
 
+import functools
 import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from offload.runtime.late_generation import GenerationWatch
 from offload.storage.errors import SessionError
 
 _MARK = "_offload_guise"
@@ -17,24 +19,25 @@ class OffloadedModelClass:
     Args:
         model: an instance of any module class.
         device: what `model.device` says.
-        notice: told a sentence when something is used in a slower way than plain transformers would.
+        warn: told a sentence when something is used in a slower way than plain transformers would.
+        watch: told of threads that generate.
 
     Raises:
         SessionError: if the model, or a part of it, is offloaded already.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, warn: Any) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, warn: Any, watch: GenerationWatch) -> None:
         if any(_MARK in vars(type(module)) for module in model.modules()):
             raise SessionError(f"this {type(model).__name__} is offloaded already; leave the other context first")
         self._model = model
         self._original = type(model)
-        model.__class__ = _offloaded_class(self._original, device, warn)
+        model.__class__ = _offloaded_class(self._original, device, warn, watch)
 
     def undo(self) -> None:
         self._model.__class__ = self._original
 
 
-def _offloaded_class(original: type, device: torch.device, warn: Any) -> Any:
+def _offloaded_class(original: type, device: torch.device, warn: Any, watch: GenerationWatch) -> Any:
     members: dict[str, Any] = {
         _MARK: True,
         "__module__": original.__module__,
@@ -47,9 +50,20 @@ def _offloaded_class(original: type, device: torch.device, warn: Any) -> Any:
     }
     if hasattr(original, "device"):
         members["device"] = property(lambda self: device)
+    if hasattr(original, "generate"):
+        members["generate"] = _generate(original, watch)
     if hasattr(original, "_valid_auto_compile_criteria"):
         members["_valid_auto_compile_criteria"] = _no_compilation(original, warn)
     return type(original.__name__, (original,), members)
+
+
+def _generate(original: Any, watch: GenerationWatch) -> Any:
+    @functools.wraps(original.generate)
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with watch.generating():
+            return original.generate(self, *args, **kwargs)
+
+    return generate
 
 
 def _cuda(device: torch.device) -> Any:

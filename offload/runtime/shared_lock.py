@@ -1,9 +1,12 @@
 """The lock that lets one forward at a time compute."""
 
+import os
 import threading
 from collections.abc import Iterable
 
 import torch
+
+from offload.storage.errors import SessionError
 
 
 class SharedLock:
@@ -15,6 +18,7 @@ class SharedLock:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self._admitted: frozenset[str] = frozenset()
         self._one_threaded: list[torch.autograd.set_multithreading_enabled] = []
         """What the holder's thread goes back to, each time that it took the lock."""
@@ -27,6 +31,12 @@ class SharedLock:
         self._admitted = frozenset()
 
     def __enter__(self) -> None:
+        if os.getpid() != self._process:
+            # The threads that bring weights are not here.
+            raise SessionError(
+                "this process was forked from the one that has the session; offload in the child itself, or start it otherwise "
+                "(multiprocessing's spawn)"
+            )
         if threading.current_thread().name not in self._admitted:
             self._lock.acquire()
             self._one_threaded.append(torch.autograd.set_multithreading_enabled(False))

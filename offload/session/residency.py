@@ -15,6 +15,7 @@ from offload.runtime.component import Component
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.file_copies import FileCopies
 from offload.runtime.interrupts import HeldInterrupts
+from offload.runtime.late_generation import GenerationWatch
 from offload.runtime.machine import Machine
 from offload.runtime.model_facade import OffloadedModelClass
 from offload.runtime.module_wrappers import ModuleWrappers, OnloadedModule
@@ -80,7 +81,9 @@ class Residency:
         if any(type(component).extras is not Component.extras for component in components):
             self._executor.extras = self._extras
         machine, model = self._machine, self._model
-        stack.callback(OffloadedModelClass(model, machine.device.torch_device, machine.notes.warn).undo)
+        watch = GenerationWatch(model)
+        stack.callback(watch.close)
+        stack.callback(OffloadedModelClass(model, machine.device.torch_device, machine.notes.warn, watch).undo)
         stack.callback(DeviceBuffers(model, machine.device, machine.ledger).undo)
         stack.callback(self._restore)
         self.placement.on_resident = self._copies.add

@@ -68,6 +68,7 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         self._stack: ExitStack | None = None
         self._opened: Opened | None = None
         self._inside = False
+        self._process = os.getpid()
 
     def __enter__(self) -> "Session":
         if self._stack is not None:
@@ -89,6 +90,9 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._stack is not None
+        if os.getpid() != self._process:
+            # Forked: threads and locks are the parent's.
+            return
         # A pass that another thread is in the middle of is waited for.
         with HeldInterrupts(), self._parts.machine.lock:
             self._inside = False
@@ -155,8 +159,7 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         for note in loaded.fallbacks:
             machine.notes.warn(note)
         # Optimizers write to weights themselves, and what they wrote is what comes next.
-        trains = request.training is not None and (request.training.full or not request.uses_session_optimizer)
-        placement = Placement(machine, loaded.places, shielded=not trains)
+        placement = Placement(machine, loaded.places, shielded=request.training is None)
         stack.callback(placement.close)
         for note in notes_on(model, machine.device, activations, self._hardware):
             machine.notes.warn(note)

@@ -239,11 +239,11 @@ class TrainingComponent(Component):
         if self._looked_beside:
             return
         self._looked_beside = True
-        beside = parameters_beside(loss, {id(value) for value in self._model.parameters()})
-        if beside and self.streamed_training is not None:
-            shapes = ", ".join(str(list(value.shape)) for value in beside[:4])
+        strays = parameters_beside(loss, {id(value) for value in self._model.parameters()})
+        if strays and self.streamed_training is not None:
+            shapes = ", ".join(str(list(value.shape)) for value in strays[:4])
             warnings.warn(
-                f"the loss depends on {len(beside)} parameters beside the model ({shapes}), which session.optimizer does not "
+                f"the loss depends on {len(strays)} parameters beside the model ({shapes}), which session.optimizer does not "
                 f"step: {STEP_THEM}",
                 stacklevel=5,
             )

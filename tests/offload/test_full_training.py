@@ -288,7 +288,7 @@ def test_what_cannot_be():
             session.step()
         session.model.zero_grad()
         session.model.requires_grad_(False)
-        with pytest.raises(SessionError, match="no parameter requires"):
+        with pytest.raises(SessionError, match="no parameter of the model requires"):
             session.step()
     model.requires_grad_(True)
     with offload(model, device="cpu", cpu_memory="64MiB", training=Training(), **RESERVE) as session:
