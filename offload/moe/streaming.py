@@ -9,6 +9,7 @@ import torch
 
 from offload.model.experts import ExpertsUnit
 from offload.model.homes import ParameterHome
+from offload.model.lazy_experts import was_written_to
 from offload.moe.forward import ExpertForward
 from offload.moe.router_prediction import Accuracy, RouterPrediction, RouterPredictor
 from offload.moe.slot_tensor import SlottedModule, SlotTensor
@@ -256,6 +257,11 @@ class ExpertStreaming:
                     "one by one from where they were; give expert_policy='layers' (--expert-policy layers)"
                 )
             home.notice_changes()
+            if was_written_to(home.tensor):
+                raise SessionError(
+                    f"{home.name} was written to, and stands for experts that are read from their files: what was written is "
+                    "lost. Give expert_policy='layers' (--expert-policy layers), or a model that you hold, to change experts"
+                )
         state = tuple((home.version, home.tensor.data_ptr()) for home in homes)
         if any(home.modified for home in homes) and self._changes.get(layer) != state:
             self._changes[layer] = state

@@ -4,12 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from offload import offload
+from offload import SessionError, offload
 from offload.storage import written_pages
 from tests.architectures import make, oracle_of, tokens
 from tests.budgets import ALL, NONE, SOME, budget_for, enter, spec_of
 from tests.delayed import DelayedDevice
 from tests.offload.test_experts import plan_for
+from tests.plans import edited as changed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -111,20 +112,59 @@ def test_adapters_are_merged(residency, way, saved, tmp_path):
             assert torch.equal(logits(again), logits(wanted))
 
 
-@pytest.mark.parametrize("slots", [2, 5])
-def test_experts(slots, tmp_path):
-    plain = make("mixtral")
+EXPERT_EDITS = {
+    "data in place": lambda weight: weight.data.mul_(2),
+    "one number": lambda weight: weight.data.__setitem__((0, 0, 0), 9.0),
+    "NumPy": lambda weight: weight.detach().numpy().__setitem__((slice(None), 0), 3),
+    "in place": lambda weight: weight.detach().mul_(2),
+}
+
+
+@pytest.mark.parametrize("edit", list(EXPERT_EDITS))
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "qwen3_moe"])
+def test_experts(name, edit, tmp_path):
+    """Seen, or refused where the parameter only stands for what files hold apart."""
+    plain = make(name)
     plain.save_pretrained(tmp_path / "model")
     twin = oracle_of(plain)
-    with offload(tmp_path / "model", device="cpu", cpu_memory=1 << 28, plan=plan_for(plain, slots), **RESERVE) as session:
+    which = [key for key, value in twin.named_parameters() if "experts" in key and value.dim() == 3][:1]
+    with offload(tmp_path / "model", device="cpu", cpu_memory=1 << 28, plan=plan_for(plain, 4), **RESERVE) as session:
         assert torch.equal(logits(session.model), logits(twin))
-        name = "model.layers.1.mlp.gate.weight"
-        name = (
-            name if name in dict(twin.named_parameters()) else next(key for key, _ in twin.named_parameters() if "gate" in key)
-        )
-        edited(session.model, EDITS["data in place"], [name])
-        edited(twin, EDITS["data in place"], [name])
+        stands_in = not any(session.model.get_parameter(which[0]).stride())
+        assert stands_in == (name != "gpt_oss")
+        if stands_in:
+            with pytest.raises((SessionError, RuntimeError), match=r"stands for experts|single memory location"):
+                edited(session.model, EXPERT_EDITS[edit], which)
+                logits(session.model)
+            return
+        edited(session.model, EXPERT_EDITS[edit], which)
+        edited(twin, EXPERT_EDITS[edit], which)
         assert torch.equal(logits(session.model), logits(twin))
+
+
+@pytest.mark.parametrize("edit", list(EDITS))
+@pytest.mark.parametrize("what", ["divided", "on the CPU"])
+def test_layers_that_the_cpu_computes_with(what, edit, monkeypatch):
+    monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice())
+    model, twin = make("llama"), make("llama")
+    sizes = {"gpu_memory": budget_for(spec_of(model, **RESERVE), NONE, 2, 40) + 16_384, "cpu_memory": "1GiB"}
+    with offload(model, device="cuda", **sizes, **RESERVE) as session:
+        plan = session.plan
+        streamed = tuple(key for key in plan.weights.in_host_memory if "layers" in key)
+    if what == "divided":
+        plan = changed(plan, "weights", cpu_percent=40, cpu_gpu_split=streamed)
+    else:
+        left = {name: tuple(key for key in getattr(plan.weights, name) if key not in streamed[1:2])
+                for name in ("streamed", "in_host_memory")}  # fmt: skip
+        plan = changed(plan, "weights", computed_on_host=streamed[1:2], **left)
+    with offload(model, device="cuda", plan=plan, exactness="rounding", **sizes, **RESERVE) as session:
+        torch.testing.assert_close(logits(model), logits(twin), rtol=1e-3, atol=1e-3)
+        edited(model, EDITS[edit])
+        edited(twin, EDITS[edit])
+        for _ in range(2):
+            torch.testing.assert_close(logits(model), logits(twin), rtol=1e-3, atol=1e-3)
+    for name, value in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_without_a_page_map_it_is_said(saved, monkeypatch):
