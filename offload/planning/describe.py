@@ -234,11 +234,12 @@ def _text_config(config: Any) -> Any:
 def _field(config: Any, name: str) -> Any:
     """The largest value of a field of a config, whose layers may each have another one; None where it has none."""
     try:
-        return getattr(config, name, None)
+        value = getattr(config, name, None)
     except RuntimeError:
-        layers = range(int(config.num_hidden_layers))
-        values = [value for layer in layers if isinstance(value := getattr(config.per_layer_config[layer], name, None), int)]
-        return max(values, default=None)
+        value = [getattr(config.per_layer_config[layer], name, None) for layer in range(int(config.num_hidden_layers))]
+    if isinstance(value, (list, tuple)):
+        return max((each for each in value if isinstance(each, int)), default=None)
+    return value
 
 
 def generates(model: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Models that do something out of the ordinary with their weights or their cache."""
 
+import copy
 import json
 
 import pytest
@@ -114,3 +115,30 @@ def test_the_least_budget_of_a_fast_path_is_told_and_works():
         with offload(model, device="cpu", cpu_memory=refusal.value.least_bytes) as session:
             assert torch.equal(model(inputs), wanted)
             assert session.report().links["disk"].bytes > 0
+
+
+def test_a_config_with_lists_where_others_have_numbers():
+    """SpeechT5's `conv_kernel` is one size a layer of its feature encoder."""
+    from transformers import SpeechT5Config, SpeechT5ForSpeechToText
+
+    torch.manual_seed(0)
+    config = SpeechT5Config(
+        vocab_size=40,
+        hidden_size=32,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=64,
+        conv_dim=(16, 16),
+        conv_stride=(5, 4),
+        conv_kernel=(10, 3),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )
+    model = SpeechT5ForSpeechToText(config).eval()
+    twin = copy.deepcopy(model)
+    given = {"input_values": torch.randn(1, 2000), "decoder_input_ids": torch.tensor([[2, 5, 6]])}
+    with torch.no_grad(), offload(model, device="cpu", cpu_memory="100MiB", max_tokens=40) as session:
+        assert torch.equal(session.model(**given).logits, twin(**given).logits)
