@@ -61,8 +61,8 @@ def weight_files(folder: str, variant: str | None = None) -> list[str]:
     if not index.exists():
         raise _no_safetensors(folder, single.name, index.name)
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted({str(Path(name)) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{index} is not a safetensors index: {error!r}") from error
     missing = [name for name in names if not Path(folder, name).exists()]
     if missing:
@@ -84,10 +84,16 @@ def read_header(path: str) -> dict[str, StoredTensor]:
     for name, entry in header.items():
         if name != "__metadata__":
             tensors[name] = _stored(path, name, entry, data_start)
-    longest = max((tensor.range.end for tensor in tensors.values()), default=data_start)
-    if longest > size:
+    end = data_start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].range.offset, item[1].range.nbytes)):
+        if tensor.range.offset != end:
+            what = "overlaps the tensor before it" if tensor.range.offset < end else "leaves a hole before it"
+            raise CorruptCheckpoint(f"{path}: {name} {what}, which no safetensors file does. Download it again.")
+        end = tensor.range.end
+    if end != size:
+        how = "truncated" if end > size else "longer than that"
         raise CorruptCheckpoint(
-            f"{path} has {size:,} bytes and its header describes {longest:,}: the file is truncated. Download it again."
+            f"{path} has {size:,} bytes and its header describes {end:,}: the file is {how}. Download it again."
         )
     return tensors
 
@@ -119,6 +125,10 @@ def _raw_header(path: str) -> tuple[dict[str, Any], int, int]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         prefix = file.read(8)
+        if prefix == b"version ":
+            raise CorruptCheckpoint(
+                f"{path} ({size:,} bytes) is a pointer of git-lfs, and the file itself was not fetched: run `git lfs pull`"
+            )
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _LARGEST_HEADER_BYTES + 1
         if length > min(size, _LARGEST_HEADER_BYTES):
             raise CorruptCheckpoint(f"{path} ({size:,} bytes) does not begin as a safetensors file does. Download it again.")
@@ -126,7 +136,7 @@ def _raw_header(path: str) -> tuple[dict[str, Any], int, int]:
             header = json.loads(file.read(length))
             if not isinstance(header, dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptCheckpoint(f"{path}: the safetensors header cannot be read: {error}") from error
     return header, 8 + length, size
 
@@ -134,14 +144,16 @@ def _raw_header(path: str) -> tuple[dict[str, Any], int, int]:
 def _stored(path: str, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
         begin, end = entry["data_offsets"]
-        shape = tuple(int(size) for size in entry["shape"])
+        shape = tuple(entry["shape"])
         kind = str(entry["dtype"])
+        if not all(type(value) is int and value >= 0 for value in (begin, end, *shape)):
+            raise ValueError(f"offsets and sizes are whole numbers, not {[begin, end, *shape]}")
     except (TypeError, KeyError, ValueError) as error:
         raise CorruptCheckpoint(f"{path}: the header's entry for {name} cannot be read: {error!r}") from error
     dtype = _DTYPES.get(kind)
     if dtype is None:
         raise UnsupportedCheckpoint(f"{path}: {name} has the dtype {kind}, which offload cannot stream")
-    if begin < 0 or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
+    if end - begin != prod(shape) * DTYPE_BYTES[dtype]:
         raise CorruptCheckpoint(f"{path}: {name} is {kind}{list(shape)}, and its bytes are {begin:,} to {end:,}")
     return StoredTensor(TensorSpec(name, dtype, shape), FileRange(path, data_start + begin, end - begin))
 
@@ -154,6 +166,12 @@ def _of_variant(name: str, variant: str | None) -> str:
 
 def _no_safetensors(folder: str, single: str, index: str) -> CheckpointError:
     pickles = sorted(path.name for path in Path(folder).glob("*") if path.name.endswith(_PICKLE_SUFFIXES))
+    shards = sorted(path.name for path in Path(folder).glob("*.safetensors"))
+    if len(shards) > 1:
+        return UnsupportedCheckpoint(
+            f"{folder} holds {len(shards)} safetensors files ({', '.join(shards[:3])}) and no {index}, which says what is in "
+            "which. Copy it beside them."
+        )
     if not pickles:
         return UnsupportedCheckpoint(
             f"{folder} holds neither {single} nor {index}. Give a folder that `save_pretrained` wrote."

@@ -68,7 +68,7 @@ def find_folder(name: str, options: LoadingOptions = AS_IT_IS) -> str:
         if (revision := options.hub.get("revision")) is not None:
             raise ConfigError(f"revision {revision} was asked for, and {name} is a folder: only the hub has revisions")
         if not Path(folder, "config.json").exists():
-            raise CheckpointError(f"{folder} holds no config.json; give a folder that save_pretrained wrote")
+            raise CheckpointError(_what_it_is(Path(folder)))
         _check_regular(folder)
         return folder
     if os.path.exists(name):
@@ -88,6 +88,18 @@ def find_folder(name: str, options: LoadingOptions = AS_IT_IS) -> str:
             f"there is no folder {name}, and the hub did not give a model of that name: {str(error).splitlines()[0]}"
         ) from error
     return os.path.join(folder, options.subfolder) if options.subfolder else folder
+
+
+def _what_it_is(folder: Path) -> str:
+    """What a folder without config.json holds, and what to do with it."""
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} holds an adapter: give the model that it was made for, and the folder as --adapter {folder}"
+    if (folder / "model_index.json").is_file():
+        parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        return f"{folder} is a diffusers pipeline: give one of its models ({', '.join(parts)}), like {folder / 'text_encoder'}"
+    if files := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"{folder} holds GGUF files ({', '.join(files[:3])}), which are not read; give a folder with safetensors"
+    return f"{folder} holds no config.json; give a folder that save_pretrained wrote"
 
 
 def _check_regular(folder: str) -> None:

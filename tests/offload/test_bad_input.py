@@ -454,3 +454,97 @@ def test_every_error_is_ours():
     assert len(errors) > 10
     assert all(issubclass(error, package.OffloadError) for error in errors)
     assert "mixtral" in BY_NAME
+
+
+def with_header(path, change):
+    """Write the file again with another header; the tensors' bytes stay."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = change(json.loads(content[8 : 8 + length]))
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def entry_with(**fields):
+    def change(header):
+        name = next(key for key in header if key != "__metadata__")
+        return header | {name: header[name] | fields}
+
+    return change
+
+
+HEADERS = {
+    "strings for offsets": entry_with(data_offsets=["0", "8"]),
+    "one offset": entry_with(data_offsets=[0]),
+    "negative offsets": entry_with(data_offsets=[-8, 0]),
+    "fractions": entry_with(shape=[1.5, 2]),
+    "a huge shape": entry_with(shape=[10**30, 10**30]),
+    "no dtype": entry_with(dtype=None),
+    "truth for a size": entry_with(shape=[True]),
+    "an entry that is none": lambda header: header | {next(key for key in header if key != "__metadata__"): 3},
+    "overlapping": lambda header: header | {"one.more": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+    "a hole": lambda header: dict(list(header.items())[:1] + list(header.items())[2:]),
+    "deep JSON": lambda header: b"[" * 100_000 + b"]" * 100_000,
+    "deep objects": lambda header: b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "not text": lambda header: b"\xff\xfe{}",
+    "a list": lambda header: [],
+}
+
+
+@pytest.mark.parametrize("what", list(HEADERS))
+def test_a_damaged_header_is_one_sentence(what, folder):
+    with_header(folder / WEIGHTS, HEADERS[what])
+    with pytest.raises(CheckpointError) as refused:
+        enter(str(folder))
+    assert WEIGHTS in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_bytes_behind_the_last_tensor(folder):
+    with open(folder / WEIGHTS, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(CorruptCheckpoint, match="longer than that"):
+        enter(str(folder))
+
+
+def test_a_pointer_of_git_lfs(folder):
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CorruptCheckpoint, match="git lfs pull"):
+        enter(str(folder))
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {"a": 3}}', '{"weight_map": [1]}', '{"weight_map": null}', "[" * 100_000])
+def test_a_damaged_index_is_one_sentence(index, sharded):
+    (sharded / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CorruptCheckpoint, match="is not a safetensors index"):
+        enter(str(sharded))
+
+
+def test_shards_without_their_index(sharded):
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(UnsupportedCheckpoint, match=r"safetensors files .* and no model.safetensors.index.json"):
+        enter(str(sharded))
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("adapter_config.json", "holds an adapter.*--adapter"),
+        ("model_index.json", "diffusers pipeline.*text_encoder"),
+        ("model.Q4_0.gguf", "GGUF files"),
+        ("readme.md", "no config.json"),
+    ],
+)
+def test_folders_that_are_something_else_are_named(file, said, tmp_path):
+    (tmp_path / file).write_text("{}")
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=said):
+        enter(str(tmp_path))
+
+
+def test_a_folder_in_place_of_a_shard(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+    with pytest.raises(CheckpointError, match="is a folder"):
+        enter(str(folder))
