@@ -169,8 +169,8 @@ def _no_safetensors(folder: str, single: str, index: str) -> CheckpointError:
     shards = sorted(path.name for path in Path(folder).glob("*.safetensors"))
     if len(shards) > 1:
         return UnsupportedCheckpoint(
-            f"{folder} holds {len(shards)} safetensors files ({', '.join(shards[:3])}) and no {index}, which says what is in "
-            "which. Copy it beside them."
+            f"{folder} holds {len(shards)} safetensors files ({', '.join(shards[:3])}) and neither {single} nor {index}, which "
+            "says what is in which. Copy it beside them."
         )
     if not pickles:
         return UnsupportedCheckpoint(

@@ -522,7 +522,7 @@ def test_a_damaged_index_is_one_sentence(index, sharded):
 
 def test_shards_without_their_index(sharded):
     (sharded / "model.safetensors.index.json").unlink()
-    with pytest.raises(UnsupportedCheckpoint, match=r"safetensors files .* and no model.safetensors.index.json"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"safetensors files .* nor model\.safetensors\.index\.json"):
         enter(str(sharded))
 
 

@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 from offload.errors import SessionError
+from offload.runtime.late_generation import GenerationWatch
 from offload.runtime.model_facade import OffloadedModelClass
 
 
 @pytest.fixture
 def model():
     model = nn.Linear(2, 2)
-    facade = OffloadedModelClass(model, torch.device("cuda", 1), lambda sentence: None)
+    facade = OffloadedModelClass(model, torch.device("cuda", 1), lambda sentence: None, GenerationWatch(model))
     yield model
     facade.undo()
 
