@@ -33,6 +33,8 @@ class PageLockedMemory:
         self._pageable: dict[int, HostBuffer] = {}
         """What could not be page-locked, by address."""
         self._ring: PageableCopies | None = None
+        self._has_ring = True
+        """Or may have one, once it is needed."""
         self._device = device
         self._ledger = ledger
         self._notes = notes
@@ -74,8 +76,9 @@ class PageLockedMemory:
             copies: (target, source), contiguous; the sources are parts of `buffer`.
             name: of the block, for the trace.
         """
-        if buffer.address in self._pageable:
+        if self._has_ring and buffer.address in self._pageable:
             self._ring = self._ring or self._make_ring()
+            self._has_ring = self._ring is not None
             if self._ring is not None:
                 return self._ring.start(copies, after, name)
         return CopyArrival(self._device, [self._device.copy_in(copies, [after], name)])
@@ -121,20 +124,25 @@ class PageLockedMemory:
             self._notes.warn(f"{said}: its copies to the device are slower and do not overlap with compute")
             return None
         buffers = [self.allocate(nbytes, STAGING) for _ in range(_RING_BUFFERS)]
-        for buffer in buffers:
-            self._lock_instead(buffer)
-        self._notes.warn(f"{said}: it is copied twice, by way of {gib(nbytes * _RING_BUFFERS)} that is (WSL2 allows little)")
+        locked = sum(buffer.nbytes for buffer in buffers if self._lock_instead(buffer))
+        self._notes.warn(
+            f"{said} (WSL2 allows little): it is copied twice, by way of {gib(nbytes * _RING_BUFFERS)}, of which {gib(locked)} "
+            "could be"
+        )
         return PageableCopies(self._device, buffers)
 
-    def _lock_instead(self, buffer: HostBuffer) -> None:
-        """Page-lock a buffer; where no more is allowed, at the cost of the one that was locked last."""
+    def _lock_instead(self, buffer: HostBuffer) -> bool:
+        """Page-lock a buffer; where no more is allowed, at the cost of as much that was locked last."""
+        given_back = 0
         while not self._device.lock_pages(buffer):
-            if not self._locked:
-                return
+            if not self._locked or given_back >= buffer.nbytes:
+                return False
             given_up = self._locked.pop()
+            given_back += given_up.nbytes
             # Copies from it may be under way.
             self._device.synchronize()
             self._device.unlock_pages(given_up)
             self._pageable[given_up.address] = given_up
         # Last to be given up.
         self._locked.insert(0, buffer)
+        return True

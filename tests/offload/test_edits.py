@@ -41,6 +41,14 @@ def edited(model, edit, names=WEIGHTS):
             edit(model.get_parameter(name))
 
 
+def assert_seen(model, twin, edit):
+    """The next passes compute with it."""
+    edited(model, edit)
+    edited(twin, edit)
+    for _ in range(2):
+        assert torch.equal(logits(model), logits(twin))
+
+
 def logits(model):
     with torch.no_grad():
         return model(tokens()).logits
@@ -61,10 +69,7 @@ def test_an_edit_counts_from_the_next_pass_and_stays(source, residency, edit, sa
     with enter(target, budget, disk_dir=str(tmp_path), **RESERVE) as session:
         model = session.model
         assert torch.equal(logits(model), logits(twin))
-        edited(model, EDITS[edit])
-        edited(twin, EDITS[edit])
-        for _ in range(2):
-            assert torch.equal(logits(model), logits(twin))
+        assert_seen(model, twin, EDITS[edit])
         for name, value in twin.state_dict().items():
             assert torch.equal(model.state_dict()[name], value), name
     for name, value in twin.state_dict().items():
@@ -85,10 +90,7 @@ def test_beside_a_device(residency, host, edit, saved, monkeypatch):
         model = session.model
         for _ in range(2):
             assert torch.equal(logits(model), logits(twin))
-        edited(model, EDITS[edit])
-        edited(twin, EDITS[edit])
-        for _ in range(2):
-            assert torch.equal(logits(model), logits(twin))
+        assert_seen(model, twin, EDITS[edit])
     for name, value in twin.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
 
