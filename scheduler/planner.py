@@ -53,9 +53,22 @@ def make_plan(
     """
     if host_bytes is not None and workload.paged is not None:
         pages = workload.kv_host_bytes(model, host_bytes)
-        plan = _make_plan(model, budget_bytes, workload, host_bytes - pages, candidates, host_compute)
+        try:
+            plan = _make_plan(model, budget_bytes, workload, host_bytes - pages, candidates, host_compute)
+        except BudgetTooSmall as error:
+            raise _beside_pages(error, workload.kv_host_bytes(model, 2 * error.least_bytes)) from error
         return replace(plan, kv=replace(plan.kv, host_bytes=pages))
     return _make_plan(model, budget_bytes, workload, host_bytes, candidates, host_compute)
+
+
+def _beside_pages(error: BudgetTooSmall, pages_bytes: int) -> BudgetTooSmall:
+    if not error.of_host:
+        return error
+    return BudgetTooSmall(
+        f"pages of the KV cache take {gib(pages_bytes)} of CPU memory; beside them, {error}",
+        error.least_bytes + pages_bytes,
+        of_host=True,
+    )
 
 
 def _make_plan(
@@ -75,13 +88,12 @@ def _make_plan(
     try:
         plan = _with_host_compute(model, budget_bytes - experts.least_bytes, workload, host, candidates, host_compute)
     except BudgetTooSmall as error:
-        largest = max(block.slot_bytes for block in model.blocks)
-        if host_bytes is not None and host_bytes < staging_bytes + 2 * largest:
+        if error.of_host:
             raise BudgetTooSmall(
-                f"the CPU memory budget is {gib(host_bytes)}: on their way from disk to the device, single experts take "
-                f"{gib(staging_bytes)} of it, and other blocks twice {gib(largest)}, the size of the largest. Give a larger "
-                "cpu_memory.",
-                staging_bytes + 2 * largest,
+                f"on their way from disk to the device, single experts take {gib(staging_bytes)} of CPU memory; beside them, "
+                f"{error}",
+                staging_bytes + error.least_bytes,
+                of_host=True,
             ) from error
         raise _with_experts(error, budget_bytes, experts) from error
     return _with_expert_slots(plan, model, experts, budget_bytes, host)
@@ -157,7 +169,7 @@ def _place(
     room -= sum(block.resident_bytes for block in model.blocks if block.key in small)
     slot_bytes, least_slots = _least_slots(model, small)
     if slot_bytes * least_slots > room:
-        raise _too_small(model, budget_bytes, workload)
+        raise _too_small(model, budget_bytes, workload, small, candidates >= everything)
     resident, slot_bytes, slot_count = _best_residents(model, small, candidates, room)
     return _assemble(model, workload, resident | small, slot_bytes, slot_count, host_bytes, cpu_gpu_split)
 
@@ -173,13 +185,18 @@ def without(model: ModelSpec, keys: frozenset[BlockKey]) -> ModelSpec:
 
 def least_budget_bytes(model: ModelSpec, workload: Workload) -> int:
     """The smallest budget that `make_plan` takes."""
-    small = _small_blocks(model)
+    experts = 0 if model.experts is None else model.experts.least_bytes
+    return experts + _least_bytes(model, workload, _small_blocks(model), True)
+
+
+def _least_bytes(model: ModelSpec, workload: Workload, small: set[BlockKey], may_stay: bool) -> int:
+    """All but single experts. Args: may_stay: all of the model may, if it takes less than its slots."""
     slot_bytes, least_slots = _least_slots(model, small)
     held = sum(block.resident_bytes for block in model.blocks if block.key in small)
     reserved = model.always_resident_bytes + workload.kv_bytes(model) + workload.activation_bytes(model)
     everything = sum(block.resident_bytes for block in model.blocks)
-    experts = 0 if model.experts is None else model.experts.least_bytes
-    return reserved + experts + min(held + slot_bytes * least_slots, everything)
+    streamed = held + slot_bytes * least_slots
+    return reserved + (min(streamed, everything) if may_stay else streamed)
 
 
 def _best_residents(
@@ -272,6 +289,7 @@ def _host_blocks(model: ModelSpec, streamed: Sequence[PlacedBlock], host_bytes: 
             f"the CPU memory budget is {gib(host_bytes)}, and blocks on their way from disk to the device take twice "
             f"{gib(largest)} of it, the size of the largest. Give a larger cpu_memory.",
             2 * largest,
+            of_host=True,
         )
     staging = min(_STAGING_BUFFERS, host_bytes // largest - 1)
     room = host_bytes - (staging + 1) * largest
@@ -354,16 +372,17 @@ def _kv_resident_bytes(model: ModelSpec, workload: Workload, paged: PagedKv) -> 
     return max(0, pages.resident_pages(model.kv.layers)) * pages.page_bytes
 
 
-def _too_small(model: ModelSpec, budget_bytes: int, workload: Workload) -> BudgetTooSmall:
-    least = least_budget_bytes(replace(model, experts=None), workload)
-    small = _small_blocks(model)
+def _too_small(model: ModelSpec, budget_bytes: int, workload: Workload, small: set[BlockKey], may_stay: bool) -> BudgetTooSmall:
+    least = _least_bytes(model, workload, small, may_stay)
     slot_bytes, slots = _least_slots(model, small)
     held = model.always_resident_bytes + sum(block.resident_bytes for block in model.blocks if block.key in small)
+    kv_bytes, tokens, batch = workload.kv_bytes(model), workload.total_tokens, workload.batch_size
+    cache = f"{gib(kv_bytes)} for the KV cache of {batch} x {tokens} tokens, " if kv_bytes else ""
+    ways = (["fewer tokens (max_tokens)"] if tokens > 1 else []) + (["a smaller batch (batch_size)"] if batch > 1 else [])
     return BudgetTooSmall(
         f"the memory budget is {gib(budget_bytes)}, and this model needs at least {gib(least)} ({least} bytes): "
-        f"{gib(slot_bytes * slots)} for the largest part that must be there at once, {gib(workload.kv_bytes(model))} for the "
-        f"KV cache of {workload.batch_size} x {workload.total_tokens} tokens, {gib(workload.activation_bytes(model))} for "
-        f"temporaries, {gib(held)} for what always stays. Give a larger budget, or reserve for less: fewer tokens "
-        "(max_tokens), a smaller batch (batch_size).",
+        f"{gib(slot_bytes * slots)} for the largest part that must be there at once, {cache}"
+        f"{gib(workload.activation_bytes(model))} for temporaries, {gib(held)} for what always stays. Give a larger budget"
+        f"{', or reserve for less: ' + ', '.join(ways) if ways else ''}.",
         least,
     )

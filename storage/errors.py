@@ -67,15 +67,25 @@ class BudgetTooSmall(OffloadError):
 
     Attributes:
         least_bytes: the smallest budget of that tier with which the same call works.
+        of_host: it is the budget of CPU memory beside a device with memory of its own.
     """
 
-    def __init__(self, message: str, least_bytes: int) -> None:
+    def __init__(self, message: str, least_bytes: int, of_host: bool = False) -> None:
         super().__init__(message)
         self.least_bytes = least_bytes
+        self.of_host = of_host
 
 
 class BudgetExceeded(OffloadError):
-    """A running job needs more of a tier than its budget allows, and nothing is left to give up."""
+    """A running job needs more of a tier than its budget allows, and nothing is left to give up.
+
+    Attributes:
+        least_bytes: the smallest budget of that tier with which it goes on; None where that is not known.
+    """
+
+    def __init__(self, message: str, least_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
 
 
 class DeviceFull(OffloadError):

@@ -60,7 +60,7 @@ class MemoryLedger:
         """
         with self._lock:
             if self.budget_bytes is not None and self.used_bytes + nbytes > self.budget_bytes:
-                raise BudgetExceeded(self._refusal(category, nbytes))
+                raise BudgetExceeded(self._refusal(category, nbytes), self.used_bytes + nbytes)
             if self._parent is not None:
                 self._parent.charge(category, nbytes)
             self._held[category] += nbytes
@@ -95,5 +95,5 @@ class MemoryLedger:
         return (
             f"{category} needs {gib(nbytes)} more of the {self.tier.value} memory, whose budget is "
             f"{gib(self.budget_bytes or 0)} and of which {gib(self.used_bytes)} is held ({held or 'nothing'}). "
-            f"Give a larger budget, a shorter prompt or a smaller batch."
+            "Give a larger budget, or less to compute at once: a smaller batch, shorter sequences."
         )

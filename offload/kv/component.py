@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -72,6 +73,9 @@ class KvComponent(Component):
     def free_slots(self) -> None:
         self._machine.ledger.set(CATEGORY, 0)
 
+    def cache_maker(self, model: nn.Module) -> Callable[[], Any] | None:
+        return None if self.paged is None else partial(self.paged.new_cache, model)
+
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         self.prefixes = PrefixCache(
             model, self._machine, self.options, self._plan.rounds, self._source_key, self._loading_beats_computing
@@ -83,7 +87,7 @@ class KvComponent(Component):
         self._adopted = self.paged is not None and self.paged.adopt(call.cache)
         if self.paged is not None and self._adopted:
             self.paged.check(call.batch_size, call.cached_tokens + call.tokens)
-        self.reservation.reserve_for(call.cache, call.batch_size, call.tokens, call.cached_tokens, self._adopted)
+        self.reservation.reserve_for(call, self._adopted)
 
     def after_pass(self, call: Call) -> None:
         if self.paged is not None and self._adopted:

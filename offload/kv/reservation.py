@@ -1,10 +1,11 @@
 """The KV cache: what is reserved for it, what it takes, and more of the one when the other outgrows it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from offload.model.caches import cache_bytes, fixed_length
+from offload.runtime.call import Call
 from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.storage.errors import BudgetExceeded, BudgetTooSmall, gib
 
@@ -30,36 +31,48 @@ class KvReservation:
         self._budget_bytes = budget_bytes
         self._bytes_per_token: float | None = None
 
-    def reserve_for(self, cache: Any, batch_size: int, tokens: int, cached_tokens: int = 0, paged: bool = False) -> None:
+    def reserve_for(self, call: Call, paged: bool = False) -> None:
         """A pass begins.
 
         Args:
-            cache: as passed to the model; None or empty at first.
-            tokens: positions that the pass adds, of each of the `batch_size` sequences.
-            cached_tokens: positions that the cache holds already.
-            paged: it takes no more than it has, however long it gets.
+            paged: its cache takes no more than it has, however long it gets.
 
         Raises:
-            BudgetExceeded: if the cache cannot fit after it, whatever is given up.
+            BudgetExceeded: if the cache, or what the pass holds beside it, cannot fit, whatever is given up.
         """
-        reserved = self.workload.kv_bytes(self._spec)
-        needed = reserved if paged else self._expected_bytes(cache, batch_size, tokens)
-        context = max(self.workload.context_tokens, self.workload.total_tokens, cached_tokens + tokens)
-        micro_batch, kv = self.workload.micro_batch, self.workload.paged
-        wanted = Workload(batch_size, 0, tokens, 0, micro_batch, context_tokens=context, paged=kv)
-        if needed <= reserved and wanted.activation_bytes(self._spec) <= self.workload.activation_bytes(self._spec):
+        reserved, planned = self.workload.kv_bytes(self._spec), self.workload.activation_bytes(self._spec)
+        needed = reserved if paged else self._expected_bytes(call)
+        wanted = self._workload_of(call, call.tokens)
+        temporary = wanted.activation_bytes(self._spec)
+        # What is reserved for a cache, and not used for one, is there for what else the pass holds.
+        if needed <= reserved and temporary <= planned + (0 if call.keeps_cache else reserved):
             return
-        at_once = max(self.workload.batch_size * self.workload.tokens_at_once, batch_size * tokens)
+        # What passes so far asked for at once stays.
+        at_once = max(self.workload.batch_size * self.workload.tokens_at_once, call.batch_size * call.tokens)
+        wanted = self._workload_of(call, -(-at_once // call.batch_size))
         kv_bytes = max(reserved, int(needed * _HEADROOM))
-        wanted = replace(wanted, pass_tokens=-(-at_once // batch_size), least_kv_bytes=kv_bytes)
+        ways = [replace(wanted, least_kv_bytes=nbytes) for nbytes in (kv_bytes, max(reserved, needed))]
+        if not call.keeps_cache:
+            ways.append(replace(wanted, total_tokens=0))
         try:
-            self._try(wanted, replace(wanted, least_kv_bytes=max(reserved, needed)))
+            self._try(ways)
         except BudgetTooSmall as error:
-            raise BudgetExceeded(
-                f"the KV cache needs {gib(needed)} for {batch_size} x {tokens} more tokens, and {gib(reserved)} is reserved of "
-                f"a budget of {gib(self._budget_bytes)}. With every block given up that can be, {gib(error.least_bytes)} would "
-                "do. Give a larger budget, a shorter prompt, fewer new tokens, or a smaller batch."
-            ) from error
+            raise self._exceeded(call, needed, temporary, error) from error
+
+    def _workload_of(self, call: Call, pass_tokens: int) -> Workload:
+        now = self.workload
+        context = max(now.context_tokens, now.total_tokens, call.cached_tokens + call.tokens)
+        return Workload(call.batch_size, 0, pass_tokens, 0, now.micro_batch, context_tokens=context, paged=now.paged)
+
+    def _exceeded(self, call: Call, needed: int, temporary: int, error: BudgetTooSmall) -> BudgetExceeded:
+        cache = f"{gib(needed)} of KV cache and " if needed else ""
+        return BudgetExceeded(
+            f"a pass of {call.batch_size} x {call.tokens} needs {cache}{gib(temporary)} for temporaries, of a budget of "
+            f"{gib(self._budget_bytes)}. With every block given up that can be, {gib(error.least_bytes)} "
+            f"({error.least_bytes} bytes) would do. Give a larger {'cpu_memory' if error.of_host else 'budget'}, or compute "
+            "less at once: a smaller batch, shorter prompts and answers.",
+            error.least_bytes,
+        )
 
     def update(self, cache: Any, before_bytes: int, tokens: int) -> None:
         """A pass is over that added `tokens` positions to what took `before_bytes`."""
@@ -69,19 +82,26 @@ class KvReservation:
             self._bytes_per_token = max(0, now - before_bytes) / max(tokens, 1)
         self.peak_bytes = max(self.peak_bytes, now)
 
-    def _try(self, wanted: Workload, least: Workload) -> None:
-        try:
-            self._grow(wanted)
-            self.workload = wanted
-        except BudgetTooSmall:
-            self._grow(least)
-            self.workload = least
+    def _try(self, ways: Sequence[Workload]) -> None:
+        """Take the first of the ways that fits."""
+        for way in ways:
+            try:
+                self._grow(way)
+            except BudgetTooSmall:
+                if way is ways[-1]:
+                    raise
+            else:
+                self.workload = way
+                return
 
-    def _expected_bytes(self, cache: Any, batch_size: int, tokens: int) -> int:
-        held, fixed = cache_bytes(cache), fixed_length(cache)
+    def _expected_bytes(self, call: Call) -> int:
+        held, fixed = cache_bytes(call.cache), fixed_length(call.cache)
+        if not call.keeps_cache:
+            return 0
         if not held:
-            return Workload(batch_size, max(tokens, fixed), tokens).kv_bytes(self._spec)
+            return Workload(call.batch_size, max(call.tokens, fixed), call.tokens).kv_bytes(self._spec)
         if fixed:
             return held
         learned = self._bytes_per_token
-        return held + int(tokens * (batch_size * self._spec.kv_bytes_per_token if learned is None else learned))
+        each = call.batch_size * self._spec.kv_bytes_per_token if learned is None else learned
+        return held + int(call.tokens * each)

@@ -81,30 +81,39 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
 
 
 def find_structure(
-    model: nn.Module, by_submodule: frozenset[BlockKey] = frozenset(), excluded: Sequence[nn.Parameter] = ()
+    model: nn.Module,
+    by_submodule: frozenset[BlockKey] = frozenset(),
+    excluded: Sequence[nn.Parameter] = (),
+    held: Sequence[nn.Parameter] = (),
 ) -> Structure:
     """Take `model` apart: the children of every outermost repeated list, and the leaves outside of them.
 
     Args:
-        split: keys of units that are too large for a slot and are taken apart further.
-        apart: parameters that are no part of any unit: experts that are brought one by one.
+        by_submodule: keys of units that are too large for a slot and are taken apart further.
+        excluded: parameters that are no part of the structure: experts that are brought one by one.
+        held: parameters that always stay on the device, whatever unit they are in.
     """
-    left_out = {id(parameter) for parameter in excluded}
+    always_held = {id(parameter) for parameter in held}
+    left_out = {id(parameter) for parameter in excluded} | always_held
     found = list(_modules_to_call(model, "", by_submodule))
     units = [Unit(key, module, role) for key, module, role in found]
     inside = {id(module) for unit in units for module in unit.module.modules()}
     owners: dict[int, BlockKey | None] = {}
     always_resident: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
-        if id(module) not in inside:
-            for name, parameter in module.named_parameters(path, recurse=False):
-                if id(parameter) not in left_out and owners.setdefault(id(parameter), None) is None:
-                    always_resident.setdefault(name, parameter)
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if id(parameter) in always_held:
+                always_held.remove(id(parameter))
+                always_resident[name] = parameter
+            elif id(module) not in inside and id(parameter) not in left_out and owners.setdefault(id(parameter), None) is None:
+                always_resident.setdefault(name, parameter)
     for unit in units:
         _assign_owner(unit, owners, left_out)
     _mark_tables(units)
     has_layers = any(unit.role is BlockRole.LAYER for unit in units)
-    return Structure([unit for unit in units if unit.uses], always_resident, not has_layers)
+    # A layer whose weights are all held is one still: backward computes it again.
+    wrapped = [unit for unit in units if unit.uses or unit.role is BlockRole.LAYER]
+    return Structure(wrapped, always_resident, not has_layers)
 
 
 def _assign_owner(unit: Unit, owners: dict[int, BlockKey | None], left_out: set[int]) -> None:

@@ -1,5 +1,6 @@
 """What a transformers cache holds, of whatever kind it is."""
 
+import copy
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ def new_cache(model: nn.Module) -> Any:
     config: Any = model.config
     cache = DynamicCache(config=config)
     return EncoderDecoderCache(cache, DynamicCache(config=config)) if config.is_encoder_decoder else cache
+
+
+def keeps_cache(model: nn.Module) -> bool:
+    """True if the model keeps keys and values, or a state, of a pass that says nothing of it."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return bool(getattr(text, "use_cache", True))
 
 
 def cache_bytes(cache: Any) -> int:
@@ -27,6 +35,33 @@ def cache_bytes(cache: Any) -> int:
         return sum(cache_bytes(vars(layer)) for layer in layers)
     parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     return sum(cache_bytes(part) for part in parts if part is not None)
+
+
+def is_known(cache: Any) -> bool:
+    """True if `snapshot` can take the cache."""
+    return isinstance(cache, EncoderDecoderCache) or hasattr(cache, "layers")
+
+
+def snapshot(cache: Any) -> Any:
+    """The cache as it is now, whatever is added to the one that was given."""
+    before = copy.copy(cache)
+    if isinstance(cache, EncoderDecoderCache):
+        before.self_attention_cache = snapshot(cache.self_attention_cache)
+        before.cross_attention_cache = snapshot(cache.cross_attention_cache)
+        before.is_updated = dict(cache.is_updated)
+    else:
+        before.layers = [_layer_snapshot(layer) for layer in cache.layers]
+    return before
+
+
+def _layer_snapshot(layer: Any) -> Any:
+    """Keys and values are replaced as they grow; states of recurrent layers are in dictionaries, and written to."""
+    before = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            copied = {key: item.clone() if isinstance(item, torch.Tensor) else item for key, item in value.items()}
+            setattr(before, name, copied)
+    return before
 
 
 def cached_tokens(cache: Any) -> int | None:

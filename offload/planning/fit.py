@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Protocol
 
 from torch import nn
 
@@ -42,6 +43,18 @@ class FittedPlan:
     """Other ways to keep keys and values in pages, of the same exactness, where they are."""
 
 
+class Beside(Protocol):
+    """What a feature holds in the budgets beside a model."""
+
+    def left_of(self, budgets: Budgets) -> Budgets:
+        """What is left for the model, which may be next to nothing."""
+        ...
+
+    def refused(self, error: BudgetTooSmall, budgets: Budgets) -> BudgetTooSmall:
+        """The refusal of what was left, as one of the whole budget."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What features ask of a plan, beside the model and the workload.
@@ -51,12 +64,16 @@ class Demand:
         kv: the ways to keep keys and values.
         allow_splits: passes may be split.
         candidates: the blocks that may stay on the device; None for all.
+        held: parameters that always stay on the device.
+        beside: what is held beside a model that is taken apart so; None for nothing.
     """
 
     experts: ExpertGranularity = ExpertGranularity.PER_LAYER
     kv: KvDemand = field(default_factory=KvDemand)
     allow_splits: bool = True
     candidates: frozenset[BlockKey] | None = None
+    held: tuple[nn.Parameter, ...] = ()
+    beside: Callable[[Structure], Beside] | None = None
 
 
 def fit(
@@ -78,16 +95,16 @@ def fit(
     Raises:
         BudgetTooSmall: if it is too small for the largest module that has no sub-modules to stream.
     """
-    candidates, experts, paged = demand.candidates, demand.experts, list(demand.kv.ways)
+    experts, paged = demand.experts, list(demand.kv.ways)
     if demand.kv.required:
         workload, paged = replace(workload, paged=paged[0]), paged[1:]
     units = tuple(find_experts(model)) if experts is not ExpertGranularity.PER_LAYER else ()
     whole: FittedPlan | list[BudgetTooSmall] = []
     if units and experts is ExpertGranularity.AUTO:
-        whole = _fitting(model, budgets, [workload], slot_bytes, activations, candidates, ())
+        whole = _fitting(model, budgets, [workload], slot_bytes, activations, demand, ())
         if isinstance(whole, FittedPlan) and not whole.plan.weights.streamed:
             return whole
-    found = _fitting(model, budgets, [workload], slot_bytes, activations, candidates, units)
+    found = _fitting(model, budgets, [workload], slot_bytes, activations, demand, units)
     if isinstance(found, FittedPlan):
         notes = (*found.fallbacks, *_other_experts(model, found, experts))
         return replace(found, fallbacks=notes, paged=_smaller(paged, found.plan) if demand.kv.required else ())
@@ -107,14 +124,15 @@ def fit(
     steps += [lambda: _with_state_offload(exact[-1:]), lambda: _with_state_offload(rest[-1:])]
     for step in steps:
         ways = step()
-        split = _fitting(model, budgets, ways, slot_bytes, activations, candidates, units) if ways else []
+        split = _fitting(model, budgets, ways, slot_bytes, activations, demand, units) if ways else []
         if isinstance(split, FittedPlan):
             notes = (*_forced(split.plan), *_other_experts(model, split, experts))
             others = [way.paged for way in ways if way.paged is not None]
             return replace(split, fallbacks=(*split.fallbacks, *notes), paged=_smaller(others, split.plan))
         found += split
-    # Taken apart further, a model may need more: what lies beside the parts stays on the device.
-    raise min(found, key=lambda refusal: refusal.least_bytes)
+    # Taken apart further, a model may need more: what lies beside the parts stays on the device. Of a way whose part of the
+    # device fits, what is refused is its part of CPU memory.
+    raise min(found, key=lambda refusal: (not refusal.of_host, refusal.least_bytes))
 
 
 def _smaller(ways: Sequence[PagedKv], plan: Plan) -> tuple[PagedKv, ...]:
@@ -147,22 +165,25 @@ def _fitting(
     workloads: Sequence[Workload],
     slot_bytes: Callable[[Unit], int],
     activations: ActivationSizes | None,
-    candidates: frozenset[BlockKey] | None,
+    demand: Demand,
     experts: tuple[ExpertsUnit, ...],
 ) -> "FittedPlan | list[BudgetTooSmall]":
     """The first of the workloads that fits, with as few blocks taken apart as possible; else what was refused."""
     by_submodule: frozenset[BlockKey] = frozenset()
     refusals: list[BudgetTooSmall] = []
     while True:
-        structure = find_structure(model, by_submodule, [value for unit in experts for value in unit.parameters.values()])
+        single = [value for unit in experts for value in unit.parameters.values()]
+        structure = find_structure(model, by_submodule, single, demand.held)
         described = model_spec(model, structure, slot_bytes, activations, experts)
         spec = replace(described, workspace_bytes=budgets.workspace_bytes)
+        beside = None if demand.beside is None else demand.beside(structure)
+        left = budgets if beside is None else beside.left_of(budgets)
         # The parts of layers are no layers: a batch cannot be taken apart around them.
         for workload in (item for item in workloads if not (by_submodule and item.micro_batch)):
             try:
-                plan = make_plan(spec, budgets.device_bytes, workload, budgets.host_bytes, candidates)
+                plan = make_plan(spec, left.device_bytes, workload, left.host_bytes, demand.candidates)
             except BudgetTooSmall as error:
-                refusals.append(error)
+                refusals.append(error if beside is None else beside.refused(error, budgets))
             else:
                 return FittedPlan(structure, spec, plan, by_submodule, _said(structure, by_submodule), experts)
         largest = _largest_to_split(structure)

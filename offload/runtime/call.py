@@ -51,6 +51,7 @@ class Call:
         cache: as passed to the model, of transformers; after the pass the one that it returned; None without one.
         cache_bytes: what the cache held before the pass.
         continues: it goes on with a prompt that earlier passes began.
+        keeps_cache: keys and values of the pass are kept.
     """
 
     kind: CallKind
@@ -58,6 +59,7 @@ class Call:
     cache: Any = None
     cache_bytes: int = 0
     continues: bool = False
+    keeps_cache: bool = True
 
     @property
     def batch_size(self) -> int:

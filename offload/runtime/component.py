@@ -1,8 +1,8 @@
 """What plugs into a session: a capability with its memory, its wrappers around modules, and its section of the report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -61,6 +61,10 @@ class Component:
 
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         """Wrap modules, inside of the session's own wrappers."""
+
+    def cache_maker(self, model: nn.Module) -> Callable[[], Any] | None:
+        """Return what makes the cache of a pass that would leave it to the model; None where the model's own will do."""
+        return None
 
     def wrapper(self, unit: Unit) -> OnloadedModule | None:
         """Return what is to onload a unit around its forward, in place of the plain wrapper; None to leave it."""

@@ -111,11 +111,17 @@ class RowwiseEmbedding(TorchFunctionMode):
             return fetched
         return fetch()
 
+    def _read_whole(self, weight: torch.Tensor) -> torch.Tensor:
+        if self._trains and torch.is_grad_enabled() and weight.requires_grad:
+            whole: torch.Tensor = _ReadWhole.apply(weight, self._table, self._device)  # type: ignore[no-untyped-call]
+            return whole
+        return self._guarded(weight, lambda: self._table.whole(self._device))
+
     def _filled(self, value: Any) -> Any:
         """The arguments, with the table itself in place of its parameter."""
         if value is self._table.homes[0].parameter:
             if self._whole is None:
-                self._whole = self._guarded(value, lambda: self._table.whole(self._device))
+                self._whole = self._read_whole(value)
             return self._whole
         if type(value) in (tuple, list):
             return type(value)(self._filled(item) for item in value)
@@ -137,12 +143,30 @@ class _LookedUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (indices,) = ctx.saved_tensors
-        if not ctx.home.trained:
-            # What follows may write to it without a trace: its home has the values from now on, not the file.
-            ctx.home.modified = True
+        _is_written_to_next(ctx.home)
         dense = torch.ops.aten.embedding_dense_backward(gradients[0], indices, ctx.rows, ctx.padding, False)
         # The table was never on the device, so its gradient belongs where the parameter is.
         return dense.to(ctx.table_device), None, None, None
+
+
+class _ReadWhole(torch.autograd.Function):
+    """A whole table, which gets the gradient of its copy."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, table: EmbeddingTable, device: torch.device) -> torch.Tensor:
+        ctx.home, ctx.table_device = table.homes[0], weight.device
+        return table.whole(device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        _is_written_to_next(ctx.home)
+        return gradients[0].to(ctx.table_device), None, None
+
+
+def _is_written_to_next(home: ParameterHome) -> None:
+    """What follows backward may write to it without a trace: its home has the values from now on, not the file."""
+    if not home.trained:
+        home.modified = True
 
 
 class _NoBackward(torch.autograd.Function):

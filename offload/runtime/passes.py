@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import Cache
 
 from offload.model.caches import cache_bytes, cached_tokens
 from offload.model.pytree import to_device
@@ -26,6 +27,9 @@ class ModelPass:
         after: called with each call that succeeded.
         over: called after each call, whatever came of it.
         prefill_chunk: tokens of a prompt that one pass computes; 0 for all.
+        new_cache: makes the cache that a pass is to keep its keys and values in, where the model would make its own; None to
+            leave that to the model.
+        caches: the model keeps keys and values where it is not told.
     """
 
     def __init__(
@@ -35,6 +39,8 @@ class ModelPass:
         after: Callable[[Call], None],
         over: Callable[[], None],
         prefill_chunk: int,
+        new_cache: Callable[[], Any] | None,
+        caches: bool,
     ) -> None:
         self._device = machine.device
         self._lock = machine.lock
@@ -43,6 +49,7 @@ class ModelPass:
         self._after = after
         self._over = over
         self._prefill_chunk = prefill_chunk
+        self._new_cache, self._caches = new_cache, caches
         self._last_tokens = 0
         """Tokens of the prompt's last chunk; 0 once it is decoding."""
         self._prompt_passes_left = 0
@@ -88,6 +95,9 @@ class ModelPass:
         # Inputs are accepted from either device.
         args, kwargs = to_device(args, self._device.torch_device), to_device(kwargs, self._device.torch_device)
         call = self._call_of(args, kwargs)
+        if call.cache is None and call.keeps_cache and call.rows and self._new_cache is not None:
+            kwargs = {**kwargs, _CACHES[0]: self._new_cache()}
+            call = replace(call, cache=kwargs[_CACHES[0]])
         self._before(call)
         self._prompt_passes_left -= int(self._prompt_passes_left > 0 and (call.continues or call.kind is CallKind.DECODE))
         self._last_tokens = call.tokens if call.kind is CallKind.PREFILL else 0
@@ -106,7 +116,8 @@ class ModelPass:
         return output
 
     def _call_of(self, args: Any, kwargs: Any) -> Call:
-        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        given = (*(kwargs.get(name) for name in _CACHES), *(value for value in args if isinstance(value, Cache)))
+        cache = next((value for value in given if value is not None), None)
         batch_size, tokens = _shape_of(args, kwargs)
         held, length = cache_bytes(cache), cached_tokens(cache)
         # A cache that was made in advance holds bytes and no tokens.
@@ -116,7 +127,9 @@ class ModelPass:
         continues = cached and tokens > 1 and (announced or self._last_tokens == self._prefill_chunk)
         kind = CallKind.DECODE if cached and not continues else CallKind.PREFILL
         rows = tuple(Row(index, length or 0, tokens) for index in range(batch_size))
-        return Call(kind, rows, cache, held, continues)
+        use_cache = kwargs.get("use_cache")
+        keeps = cache is not None or (self._caches if use_cache is None else bool(use_cache))
+        return Call(kind, rows, cache, held, continues, keeps)
 
 
 def _shape_of(args: Any, kwargs: Any) -> tuple[int, int]:

@@ -40,7 +40,7 @@ def components_of(
         components.append(
             ExpertComponent(machine, executor, residency, fitted.spec.experts, fitted.experts, pieces, options, rule)
         )
-    if request.training is not None:
+    if request.training is not None and prepared.memory is not None:
         at_once = request.uses_session_optimizer
         components.append(TrainingComponent(request.training, at_once, machine, executor, residency, prepared.memory))
     workload = prepared.workload

@@ -6,21 +6,35 @@ from torch import nn
 
 from offload.planning.describe import takes_tokens
 from offload.scheduler.hardware import HardwareProfile
-from offload.scheduler.model_spec import ActivationSizes
+from offload.scheduler.model_spec import ActivationSizes, Workload
+from offload.session.prepare import workload_of
 from offload.storage.devices.base import Device
 
 _ROWS = 512
 
 
 def notes_on(
-    model: nn.Module, device: Device, activations: ActivationSizes | None, hardware: HardwareProfile | None
+    model: nn.Module,
+    device: Device,
+    activations: ActivationSizes | None,
+    hardware: HardwareProfile | None,
+    reserved: Workload,
+    max_tokens: int | None,
 ) -> Iterator[str]:
     """A sentence for each.
 
     Args:
         activations: as they were counted; None where they could not be.
         hardware: the machine; None if it was not measured.
+        reserved: what memory is reserved for.
+        max_tokens: as asked; None where nobody did.
     """
+    default = workload_of(model, reserved.batch_size, max_tokens).total_tokens
+    if reserved.total_tokens < default:
+        yield (
+            f"memory is reserved for sequences of {reserved.total_tokens:,} tokens, since {default:,} do not fit the budget; "
+            "max_tokens= says how many there will be"
+        )
     if not takes_tokens(model):
         yield "the model takes no tokens: its activations are not known beforehand and not in the budget"
     elif activations is None:

@@ -1,7 +1,8 @@
 """From a request and a model to a plan: the one way, for sessions and for `offload plan`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,12 +21,17 @@ from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.model_spec import ActivationSizes, Workload
 from offload.scheduler.plan import Plan
 from offload.scheduler.prediction import Prediction
-from offload.storage.errors import ConfigError
+from offload.storage.errors import BudgetTooSmall, ConfigError
 from offload.training.demand import fit_training
 from offload.training.memory import TrainingMemory
 from offload.training.options import Training
 
 _DEFAULT_TOKENS = 2048
+
+_LEAST_TOKENS = 64
+"""Less is not worth reserving for."""
+
+Fitted = TypeVar("Fitted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class Prepared:
         goal: what plans were weighed by.
         predictor: None where the machine was not measured.
         prediction: of the plan; None where nothing was weighed.
-        memory: what training holds.
+        memory: what training holds; None without.
         notes: a sentence for everything that is not as one would expect.
     """
 
@@ -80,7 +86,7 @@ class Prepared:
     goal: PlanGoal
     predictor: Predictor | None
     prediction: Prediction | None
-    memory: TrainingMemory
+    memory: TrainingMemory | None
     notes: tuple[str, ...]
 
 
@@ -89,6 +95,41 @@ def workload_of(model: nn.Module, batch_size: int, max_tokens: int | None) -> Wo
     longest = longest_sequence(getattr(model, "config", None)) or _DEFAULT_TOKENS
     tokens = max_tokens or (min(longest, _DEFAULT_TOKENS) if takes_tokens(model) else 1)
     return Workload(batch_size, tokens, tokens)
+
+
+def workloads(asked: Workload, may_shrink: bool) -> Iterator[Workload]:
+    """What to reserve for: as asked, or where nobody asked, for less and less of it."""
+    yield asked
+    tokens = asked.total_tokens
+    while may_shrink and tokens > _LEAST_TOKENS:
+        tokens = max(_LEAST_TOKENS, tokens // 2)
+        yield replace(asked, total_tokens=tokens, pass_tokens=tokens)
+
+
+def first_that_fits(
+    choices: Iterable[Workload], attempt: Callable[[Workload], tuple[Plan, Fitted]], may_round: bool
+) -> tuple[Workload, Fitted]:
+    """The first workload with which the attempt succeeds, and what came of it; one that rounds only where that is allowed.
+
+    Where all round, it is the first of them.
+
+    Raises:
+        BudgetTooSmall: if none does: of the last one.
+    """
+    refusal, rounded = None, None
+    for workload in choices:
+        try:
+            plan, fitted = attempt(workload)
+        except BudgetTooSmall as error:
+            refusal = error
+            continue
+        if may_round or not plan.rounds:
+            return workload, fitted
+        rounded = rounded or (workload, fitted)
+    if rounded is not None:
+        return rounded
+    assert refusal is not None
+    raise refusal
 
 
 def activations_of(model: nn.Module, workload: Workload) -> ActivationSizes | None:
@@ -102,18 +143,19 @@ def fit_input(
     slot_bytes: Callable[[Unit], int],
     activations: ActivationSizes | None,
     granularity: ExpertGranularity,
-) -> tuple[FittedPlan, TrainingMemory]:
+) -> tuple[FittedPlan, TrainingMemory | None]:
     """Make a plan that fits; the model may be an outline without values.
 
     Raises:
         BudgetTooSmall: if none does; its `least_bytes` would do.
         ConfigError: if the model cannot do what was asked for.
     """
-    workload, kv = given.workload, kv_demand(model, given.workload, given.kv, given.exactness)
+    workload = given.workload
     if given.training is not None:
-        return fit_training(model, given.training, given.budgets, workload, slot_bytes, activations, kv)
+        return fit_training(model, given.training, given.budgets, workload, slot_bytes, activations)
+    kv = kv_demand(model, workload, given.kv, given.exactness)
     fitted = fit(model, given.budgets, workload, slot_bytes, activations, Demand(granularity, kv))
-    return fitted, TrainingMemory()
+    return fitted, None
 
 
 def prepare(

@@ -22,7 +22,7 @@ from offload.runtime.module_wrappers import ModuleWrappers, OnloadedModule
 from offload.runtime.placement import Placement
 from offload.runtime.registration_watch import RegistrationWatch
 from offload.runtime.unseen_edits import UnseenEdits
-from offload.scheduler.model_spec import ModelSpec, Workload
+from offload.scheduler.model_spec import BlockRole, ModelSpec, Workload
 from offload.scheduler.plan import Plan
 from offload.scheduler.planner import make_plan
 from offload.session.prepare import Prepared
@@ -218,7 +218,7 @@ class Residency:
             unit.uses = tuple(dict.fromkeys(key for key in owners if key is not None))
         if self._wrappers is not None:
             self._wrappers.undo()
-        self._wrappers = self._wrappers_of([unit for unit in units if unit.uses])
+        self._wrappers = self._wrappers_of([unit for unit in units if unit.uses or unit.role is BlockRole.LAYER])
 
     def _add_resident(self, nbytes: int) -> None:
         self.spec = replace(self.spec, always_resident_bytes=self.spec.always_resident_bytes + nbytes)

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from offload.config import Budgets, Progress, process_bytes, resolve_budgets
+from offload.config import ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
+from offload.model.caches import keeps_cache
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
-from offload.planning.fit import ExpertGranularity
+from offload.planning.fit import ExpertGranularity, FittedPlan
 from offload.probe import kept_profile, suits
 from offload.report.live import Snapshot
 from offload.report.report import Report
@@ -24,7 +25,7 @@ from offload.runtime.module_wrappers import ForwardWrap
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
 from offload.runtime.prefill_chunks import PrefillChunks
-from offload.scheduler.model_spec import ActivationSizes
+from offload.scheduler.model_spec import ActivationSizes, Workload
 from offload.scheduler.plan import Plan
 from offload.scheduler.renamed import Renamed
 from offload.scheduler.trace import Trace
@@ -33,7 +34,17 @@ from offload.session.components import components_of
 from offload.session.expert_methods import ExpertMethods
 from offload.session.model_notes import notes_on
 from offload.session.opened import Opened
-from offload.session.prepare import PlanInput, activations_of, fit_input, goal_of, prepare, workload_of
+from offload.session.prepare import (
+    PlanInput,
+    Prepared,
+    activations_of,
+    first_that_fits,
+    fit_input,
+    goal_of,
+    prepare,
+    workload_of,
+    workloads,
+)
 from offload.session.reporting import Reporter, Subject
 from offload.session.request import Request
 from offload.session.residency import Residency
@@ -152,19 +163,25 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         request = self._request
         held_bytes = _anonymous_bytes(request.target) if isinstance(request.target, nn.Module) else 0
         budgets = self._budgets(held_bytes)
-        loaded, activations = self._load(stack, loader, budgets, progress)
+        loaded, workload = self._load(stack, loader, budgets, progress)
         model = loaded.model
-        given = self._given(model, budgets)
         machine = self._machine(stack, loader, budgets, progress)
         for note in loaded.fallbacks:
             machine.notes.warn(note)
         # Optimizers write to weights themselves, and what they wrote is what comes next.
         placement = Placement(machine, loaded.places, shielded=request.training is None)
         stack.callback(placement.close)
-        for note in notes_on(model, machine.device, activations, self._hardware):
+        granularity = ExpertGranularity.PER_EXPERT if loaded.experts else None
+
+        def attempt(workload: Workload) -> tuple[Plan, tuple[PlanInput, ActivationSizes | None, Prepared]]:
+            given, activations = self._given(workload, budgets), activations_of(model, workload)
+            prepared = prepare(model, given, placement.slot_bytes, activations, granularity)
+            return prepared.plan, (given, activations, prepared)
+
+        choices = workloads(workload, request.max_tokens is None)
+        reserved, (given, activations, prepared) = first_that_fits(choices, attempt, self._may_round)
+        for note in notes_on(model, machine.device, activations, self._hardware, reserved, request.max_tokens):
             machine.notes.warn(note)
-        granularity = ExpertGranularity.PER_EXPERT if loaded.experts else given.granularity
-        prepared = prepare(model, given, placement.slot_bytes, activations, granularity)
         for note in prepared.notes:
             machine.notes.warn(note)
         executor = LayerExecutor(machine.device, machine.clock, machine.lock)
@@ -201,9 +218,13 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
             return request.machine.free_budgets(request.gpu_memory, request.cpu_memory)
         return resolve_budgets(request.device, request.gpu_memory, request.cpu_memory, held_bytes).check_free(request.device)
 
-    def _given(self, model: nn.Module, budgets: Budgets) -> PlanInput:
+    @property
+    def _may_round(self) -> bool:
+        """Passes may be taken apart without need."""
+        return self._request.exactness == ROUNDING or self._request.kv.asks_pages
+
+    def _given(self, workload: Workload, budgets: Budgets) -> PlanInput:
         request = self._request
-        workload = workload_of(model, request.batch_size, request.max_tokens)
         return PlanInput(
             budgets=budgets,
             workload=workload,
@@ -218,25 +239,29 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
 
     def _load(
         self, stack: ExitStack, loader: CheckpointLoader | None, budgets: Budgets, progress: Progress
-    ) -> tuple[LoadedModel, ActivationSizes | None]:
-        """Load the model, after its outline was found to fit; with what a pass holds."""
+    ) -> tuple[LoadedModel, Workload]:
+        """Load the model, after its outline was found to fit; with what memory is reserved for."""
+        request = self._request
         if loader is None:
-            model = self._request.target
+            model = request.target
             assert isinstance(model, nn.Module)
-            return LoadedModel(model, {}), activations_of(model, self._given(model, budgets).workload)
-        outline, activations, shapes = loader.outline(), None, {}
+            return LoadedModel(model, {}), workload_of(model, request.batch_size, request.max_tokens)
+        outline, shapes, workload = loader.outline(), {}, None
         if outline is not None:
             # What cannot fit is refused before anything is loaded.
-            given = self._given(outline, budgets)
-            activations = activations_of(outline, given.workload)
-            fitted, _ = fit_input(outline, given, loader.slot_bytes, activations, given.granularity)
+            def attempt(workload: Workload) -> tuple[Plan, FittedPlan]:
+                given, activations = self._given(workload, budgets), activations_of(outline, workload)
+                fitted, _ = fit_input(outline, given, loader.slot_bytes, activations, given.granularity)
+                return fitted.plan, fitted
+
+            asked = workload_of(outline, request.batch_size, request.max_tokens)
+            choices = workloads(asked, request.max_tokens is None)
+            workload, fitted = first_that_fits(choices, attempt, self._may_round)
             shapes = {name: tuple(value.shape) for unit in fitted.experts for name, value in unit.parameters.items()}
-        loaded = loader.load(self._request.disk_dir, progress, shapes)
+        loaded = loader.load(request.disk_dir, progress, shapes)
         for file in loaded.files:
             stack.callback(file.close)
-        if outline is None:
-            activations = activations_of(loaded.model, self._given(loaded.model, budgets).workload)
-        return loaded, activations
+        return loaded, workload or workload_of(loaded.model, request.batch_size, request.max_tokens)
 
     def _machine(self, stack: ExitStack, loader: CheckpointLoader | None, budgets: Budgets, progress: Progress) -> Machine:
         request = self._request
@@ -266,7 +291,9 @@ def _attach(stack: ExitStack, model: nn.Module, machine: Machine, residency: Res
         machine.host.engine.check_unchanged()
         residency.before_pass(call)
 
-    root = ModelPass(machine, before, residency.after_pass, residency.pass_is_over, chunk)
+    makers = [component.cache_maker(model) for component in residency.components]
+    new_cache = next((maker for maker in makers if maker is not None), None)
+    root = ModelPass(machine, before, residency.after_pass, residency.pass_is_over, chunk, new_cache, keeps_cache(model))
     if chunk:
         stack.callback(PrefillChunks(model, chunk).undo)
     stack.callback(ForwardWrap(model, root.wrap).undo)

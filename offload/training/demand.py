@@ -6,12 +6,15 @@ from dataclasses import replace
 from torch import nn
 
 from offload.config import Budgets
-from offload.model.blocks import Unit, estimated_slot_bytes
+from offload.model.blocks import Structure, Unit, estimated_slot_bytes, find_structure
+from offload.planning.describe import model_spec
 from offload.planning.fit import Demand, FittedPlan, fit
-from offload.scheduler.kv_pages import KvDemand
 from offload.scheduler.model_spec import ActivationSizes, Workload
-from offload.training.memory import TrainingMemory, training_memory
+from offload.training.chosen import chosen_parameters, held_parameters
+from offload.training.memory import TrainingMemory, check_beside, check_whole, training_memory
 from offload.training.options import CPU, NVME, Training
+
+_WITHOUT_LIMIT = 1 << 62
 
 
 def fit_training(
@@ -21,31 +24,43 @@ def fit_training(
     workload: Workload,
     slot_bytes: Callable[[Unit], int],
     activations: ActivationSizes | None,
-    kv: KvDemand,
 ) -> tuple[FittedPlan, TrainingMemory]:
     """Plan the model beside what training holds.
 
     Raises:
         BudgetTooSmall: if they do not fit together.
     """
-    token_bytes = 0 if activations is None else activations.token_bytes
-    memory = training_memory(model, training, workload.batch_size * workload.total_tokens, token_bytes)
+    tokens, token_bytes = workload.batch_size * workload.total_tokens, 0 if activations is None else activations.token_bytes
     discrete = budgets.host_bytes is not None
-    if training.activation_tier == CPU and discrete:
-        # They wait in CPU memory, which is charged as they come.
-        memory = replace(memory, activation_bytes=0, reserved_bytes=0)
-    in_files = training.full and training.state_tier == NVME
-    fitted = fit(
-        model,
-        memory.left_of(training, budgets),
-        workload,
-        (lambda unit: max(slot_bytes(unit), estimated_slot_bytes(unit))) if in_files else slot_bytes,
-        activations,
+    trained_ids = frozenset(id(value) for value in chosen_parameters(model, training))
+
+    def memory_of(structure: Structure) -> TrainingMemory:
+        return training_memory(model, training, tokens, token_bytes, structure, discrete)
+
+    def trained_slot_bytes(unit: Unit) -> int:
+        """What a unit takes in the slots, from a file of states too."""
+        goes_to_file = training.state_tier == NVME and any(id(value) in trained_ids for value in unit.parameters.values())
+        return max(slot_bytes(unit), estimated_slot_bytes(unit)) if goes_to_file else slot_bytes(unit)
+
+    def fitted_to(budgets: Budgets) -> FittedPlan:
+        return fit(model, budgets, workload, trained_slot_bytes, activations, demand)
+
+    demand = Demand(
+        allow_splits=False,
         # Nothing that is trained stays on a device whose memory the states do not share.
-        Demand(kv=kv, allow_splits=False, candidates=frozenset[str]() if training.full and discrete else None),
+        candidates=frozenset[str]() if training.full and discrete else None,
+        held=held_parameters(model, training, discrete),
+        beside=memory_of,
     )
-    memory.check(fitted.plan, training, budgets, sum(value.nbytes for value in model.parameters()))
+    if training.full and training.state_tier == CPU and not discrete:
+        structure = find_structure(model)
+        described = model_spec(model, structure, slot_bytes, activations)
+        check_whole(replace(described, workspace_bytes=budgets.workspace_bytes), budgets, workload, memory_of(structure))
+    if training.state_tier == CPU and discrete and trained_ids:
+        on_device = fitted_to(replace(budgets, host_bytes=_WITHOUT_LIMIT))
+        check_beside(on_device, budgets, trained_ids, memory_of(on_device.structure))
+    fitted = fitted_to(budgets)
+    memory = memory_of(fitted.structure)
     # Whoever plans again for what is added to the model has so much less.
-    held_bytes = memory.activation_bytes + (0 if discrete else memory.host_bytes)
-    always_resident_bytes = fitted.spec.always_resident_bytes + held_bytes
+    always_resident_bytes = fitted.spec.always_resident_bytes + memory.device_bytes(budgets)
     return replace(fitted, spec=replace(fitted.spec, always_resident_bytes=always_resident_bytes)), memory

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from offload.model.blocks import find_structure
 from offload.planning.predictor import Predictor
 from offload.report.training import TrainingEstimate
 from offload.scheduler.model_spec import ModelSpec, Workload
@@ -32,7 +33,7 @@ def estimate_training(
         trained=training_state.trainable.elements,
         gradient_bytes=training_state.gradient_bytes,
         state_bytes=training_state.states.nbytes,
-        activation_bytes=at_once * inputs_bytes(model, workload.batch_size * workload.total_tokens),
+        activation_bytes=at_once * inputs_bytes(model, find_structure(model), workload.batch_size * workload.total_tokens),
         activation_tier=training_state.training.activation_tier,
         disk_bytes=training_state.layout.nbytes if on_nvme else 0,
         written_bytes=training_state.layout.written_bytes if on_nvme else 0,

@@ -353,7 +353,7 @@ def test_the_kv_cache_takes_from_residents_and_then_stops():
         assert len(session.plan.weights.resident) < resident
         assert any("given up" in sentence for sentence in session.report().fallbacks)
         assert session.machine.ledger.peak_bytes <= session.machine.ledger.budget_bytes
-        with pytest.raises(BudgetExceeded, match=r"KV cache needs .* would do"):
+        with pytest.raises(BudgetExceeded, match=r"needs .* of KV cache .* would do"):
             model(input_ids=tokens(64, 100))
         assert torch.equal(model(input_ids=tokens()).logits, twin(input_ids=tokens()).logits)
 

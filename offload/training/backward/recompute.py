@@ -7,7 +7,6 @@ that whatever leaves a block by other ways than its result (router logits, hooks
 used: it lets go of the weights when the recomputation ends, and the slot would hold others by the time of their use.
 """
 
-import copy
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from offload.model.caches import is_known, snapshot
 from offload.model.pytree import leaves, tensors
 from offload.runtime.clock import PassClock
 from offload.runtime.executor import LayerExecutor
@@ -265,11 +265,9 @@ def _never(packed: Any) -> torch.Tensor:
 def _before_growth(value: Any) -> Any:
     """The arguments, with caches as they are now: the forward will add to them, and so would the second one."""
     if isinstance(value, Cache):
-        if not hasattr(value, "layers"):
+        if not is_known(value):
             raise SessionError(f"a {type(value).__name__} cannot be used in training; call the model with use_cache=False")
-        before = copy.copy(value)
-        before.layers = [copy.copy(layer) for layer in value.layers]
-        return before
+        return snapshot(value)
     if type(value) in (tuple, list):
         return type(value)(_before_growth(item) for item in value)
     if type(value) is dict:
