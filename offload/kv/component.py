@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from offload.config import IDENTICAL, ROUNDING
+from offload.kv.batch_generation import BatchGeneration
 from offload.kv.options import KvOptions
 from offload.kv.paged_cache import CATEGORY, PagedCache
 from offload.kv.prefix_cache import PrefixCache
@@ -77,6 +78,7 @@ class KvComponent(Component):
         return None if self.paged is None else partial(self.paged.new_cache, model)
 
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
+        stack.callback(BatchGeneration(model, self._tokens, self.reservation.workload, self._machine.notes.warn).undo)
         self.prefixes = PrefixCache(
             model, self._machine, self.options, self._plan.rounds, self._source_key, self._loading_beats_computing
         )
@@ -123,6 +125,11 @@ class KvComponent(Component):
             "prefix_loaded_tokens": loaded,
             "prefix_computed_tokens": computed,
         }
+
+    def _tokens(self) -> int:
+        """How many, of all sequences, what is reserved now holds keys and values of."""
+        each = self._spec.kv_bytes_per_token + sum(size for _, size in self._spec.kv_sliding_windows)
+        return self._plan.kv.reserved_bytes // each if each else 0
 
     def _prefix_tokens(self) -> tuple[int, int]:
         return (0, 0) if self.prefixes is None else (self.prefixes.loaded_tokens, self.prefixes.computed_tokens)
