@@ -98,6 +98,9 @@ def offload(
         CheckpointError: for a checkpoint that cannot be streamed.
         BudgetTooSmall: if no plan fits; its `least_bytes` would do. Nothing is loaded then.
     """
+    compiled = model_or_path if isinstance(model_or_path, nn.Module) and hasattr(model_or_path, "_orig_mod") else None
+    if compiled is not None:
+        model_or_path = compiled._orig_mod  # type: ignore[assignment]
     if exactness not in EXACTNESS:
         raise ConfigError(f"exactness={exactness!r} is not known; give one of {', '.join(EXACTNESS)}")
     experts = _either("experts", experts, ExpertOptions(expert_policy, expert_misses, expert_prefetch), ExpertOptions())
@@ -152,6 +155,7 @@ def offload(
             kv=kv,
             progress=progress or (lambda what, done, total: None),
             loading=LoadingOptions.of(loading, _OPTIONS),
+            compiled=compiled,
         )
     )
 

@@ -71,8 +71,8 @@ class BatchGeneration:
             )
         if config.num_blocks > fitting or not config.num_blocks:
             raise ConfigError(
-                f"generate_batch wants {max(1, config.num_blocks)} blocks of {size} tokens, and {fitting} fit what is reserved: "
-                "enter with a larger batch_size or max_tokens, or give fewer blocks"
+                f"generate_batch wants {max(1, config.num_blocks)} blocks of {size} tokens, and {fitting} fit what is "
+                "reserved: enter with a larger batch_size or max_tokens, or give fewer blocks"
             )
         config.max_batch_tokens = config.max_batch_tokens or sequences * self._workload.tokens_at_once
         if config.max_requests_per_batch is None:

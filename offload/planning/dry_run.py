@@ -145,7 +145,8 @@ class DryRun:
             inputs["past_key_values"] = cache
         scopes = _ModuleScopes(self._structure.units, counter, self._micro_batch)
         try:
-            with torch.no_grad(), _Fused(counter), counter, scopes:
+            # What the user compiled would be looked at now, and given up for good: there are no values.
+            with torch.compiler.set_stance("force_eager"), torch.no_grad(), _Fused(counter), counter, scopes:
                 output = self.model(**inputs)
         except DryRunFailed:
             raise

@@ -17,6 +17,7 @@ from offload.model.micro_batch import MicroBatches
 from offload.model.pytree import to_device
 from offload.runtime.adapted_parameters import is_wrapper, unwritten
 from offload.runtime.clock import PassClock
+from offload.runtime.compiled_code import CompiledLayers, Suspension, outside_of_graphs
 from offload.runtime.embedding_rows import EmbeddingTable, RowwiseEmbedding
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.hybrid_linear import HybridLinear
@@ -50,17 +51,17 @@ class ForwardWrap:
             self._module.__dict__.pop("forward", None)
 
 
+@outside_of_graphs
 class _Wrapped:
     """A forward in an onload scope, which looks like the one it wraps (signature, name) but is never copied."""
-
-    _torchdynamo_disable = True
 
     def __init__(self, original: Forward, make: Callable[[Forward], Forward]) -> None:
         functools.update_wrapper(self, original)
         self._call = make(original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
+        with Suspension():
+            return self._call(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
         # The copy would compute with the original's slots.
@@ -209,7 +210,8 @@ class ModuleWrappers:
         plan: says what the CPU computes, and how many sequences a layer computes at once.
         divided: products that the device and the CPU share, by block.
         on_device: makes the wrapper of a unit that the device computes.
-        told: of what is slower than planned, and why.
+        compiled: runs what the user compiled.
+        warn: told of what is slower than planned, and why.
     """
 
     def __init__(
@@ -221,9 +223,11 @@ class ModuleWrappers:
         on_device: Callable[[Unit], OnloadedModule],
         executor: LayerExecutor,
         clock: PassClock,
+        compiled: CompiledLayers,
         warn: Callable[[str], None],
     ) -> None:
-        self._wraps = [ForwardWrap(module, AroundParts(key, clock).wrap) for key, module in around.items()]
+        self._wraps = [ForwardWrap(module, compiled.leave_out) for module in around.values()]
+        self._wraps += [ForwardWrap(module, AroundParts(key, clock).wrap) for key, module in around.items()]
         on_host = frozenset(plan.weights.computed_on_host)
         parts = MicroBatches(plan.splits.micro_batch, plan.splits.decode_micro_batch, warn) if plan.splits.micro_batch else None
         for unit in units:
@@ -231,6 +235,8 @@ class ModuleWrappers:
             self._wraps += [ForwardWrap(wrapper, unwritten(wrapper)) for wrapper in wrappers]
             for product in cpu_gpu_split.get(unit.key, ()):
                 self._wraps.append(ForwardWrap(product.module, product.wrap))
+            if unit.role is BlockRole.LAYER and not any(unit.key.startswith(f"{key}.") for key in around):
+                self._wraps.append(ForwardWrap(unit.module, compiled.wrap))
             if parts is not None and unit.role is BlockRole.LAYER:
                 self._wraps.append(ForwardWrap(unit.module, parts.wrap))
             wrapper = on_device(unit) if on_host.isdisjoint(unit.uses) else CpuModule(unit, executor, clock)

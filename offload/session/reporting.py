@@ -140,7 +140,8 @@ class Reporter:
         lossy = next((level for level in levels if level not in (IDENTICAL, ROUNDING)), None)
         if lossy is not None:
             return lossy
-        return ROUNDING if self._residency.plan.rounds or ROUNDING in levels else IDENTICAL
+        rounds = self._residency.plan.rounds or self._residency.compiled.used or ROUNDING in levels
+        return ROUNDING if rounds else IDENTICAL
 
     def _compared(self, given: Mapping[str, float]) -> Comparison | None:
         """Compare what was predicted for the work so far with what was measured; None without a hardware profile.

@@ -22,6 +22,7 @@ class Request:
     Attributes:
         device: what computes; that of the machine where one was given.
         uses_session_optimizer: the session trains from the first pass on, with an optimizer of its own.
+        compiled: what torch.compile made of the target, where the user gave that; None otherwise.
         machine: shared with other sessions; None to open one for this session alone.
     """
 
@@ -42,4 +43,5 @@ class Request:
     kv: KvOptions
     progress: Progress
     loading: LoadingOptions
+    compiled: nn.Module | None = None
     machine: Machine | None = None

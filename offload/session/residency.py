@@ -11,6 +11,7 @@ from offload.config import Budgets
 from offload.model.blocks import Structure, Unit, find_structure
 from offload.runtime.buffers import DeviceBuffers
 from offload.runtime.call import Call
+from offload.runtime.compiled_code import CompiledLayers
 from offload.runtime.component import Component
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.file_copies import FileCopies
@@ -68,6 +69,7 @@ class Residency:
         self._call: Call | None = None
         self._edits = UnseenEdits()
         self._copies = FileCopies()
+        self.compiled = CompiledLayers(len(self.structure.units), machine.notes.warn)
         self._watch: RegistrationWatch | None = None
         self._wrappers: ModuleWrappers | None = None
 
@@ -102,6 +104,7 @@ class Residency:
 
     def wrap(self, stack: ExitStack) -> None:
         """Wrap every unit, around what components wrap."""
+        stack.callback(self.compiled.undo)
         self._wrappers = self._wrappers_of(self.structure.units)
         stack.callback(lambda: self._wrappers.undo() if self._wrappers is not None else None)
 
@@ -243,6 +246,7 @@ class Residency:
             self._onloaded,
             self._executor,
             self._machine.clock,
+            self.compiled,
             self._machine.notes.warn,
         )
 

@@ -18,6 +18,7 @@ from offload.planning.fit import ExpertGranularity, FittedPlan
 from offload.probe import kept_profile, suits
 from offload.report.live import Snapshot
 from offload.report.report import Report
+from offload.runtime.compiled_code import whole_model
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.interrupts import HeldInterrupts
 from offload.runtime.machine import Machine, machine_of
@@ -112,7 +113,8 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
     @property
     def model(self) -> nn.Module:
         """The model: plain transformers code works on it, `generate` and `state_dict` included."""
-        return self._parts.model
+        model = self._parts.model
+        return model if self._request.compiled is None else self._request.compiled
 
     @property
     def plan(self) -> Plan:
@@ -297,6 +299,7 @@ def _attach(stack: ExitStack, model: nn.Module, machine: Machine, residency: Res
     if chunk:
         stack.callback(PrefillChunks(model, chunk).undo)
     stack.callback(ForwardWrap(model, root.wrap).undo)
+    stack.callback(ForwardWrap(model, whole_model).undo)
     for component in residency.components:
         component.attach(model, stack)
     residency.wrap(stack)
