@@ -83,11 +83,13 @@ class ActivationSizes:
         token_bytes: for each token of the pass, of each sequence.
         context_bytes: for each token that is attended to, of each sequence: keys and values repeated, above all.
         between_bytes: of `token_bytes`, what lies between the layers (hidden states), which micro-batches do not make less.
+        state_bytes: what recurrent layers keep of a sequence, whatever its length; None where it was not counted.
     """
 
     token_bytes: int = 0
     context_bytes: int = 0
     between_bytes: int = 0
+    state_bytes: int | None = None
 
 
 def expected_distinct_experts(rows: int, count: int, chosen: int) -> float:

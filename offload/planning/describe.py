@@ -11,7 +11,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from offload.model.blocks import Structure, Unit, divisible_modules
 from offload.model.experts import ExpertsUnit, expert_slot_bytes
-from offload.planning.dry_run import DryRun, DryRunFailed
+from offload.planning.dry_run import DryRun
+from offload.planning.operations import DryRunFailed
 from offload.planning.pass_splits import LEAST_CHUNK
 from offload.scheduler.kv_pages import KvShape
 from offload.scheduler.model_spec import (
@@ -36,6 +37,9 @@ _MARGIN = 1.1
 
 _LEAST_TOKENS_COUNTED = 128
 """In fewer, what does not grow with the tokens would weigh too much."""
+
+_FEW_TOKENS = 4
+"""After which recurrent layers have their whole state."""
 
 _CHUNK_OF = 8
 """The part of a short prompt whose last piece is counted by itself; of a long one, the smallest chunk."""
@@ -76,7 +80,7 @@ def model_spec(
         kv_bytes_per_token=kv.token_bytes,
         kv_sliding_windows=kv.sliding_windows,
         kv=kv.shape,
-        state_bytes_per_sequence=state_bytes_per_sequence(config) if generates(model) else 0,
+        state_bytes_per_sequence=_state_bytes(config, activations) if generates(model) else 0,
         activations=activations or ActivationSizes(_activation_bytes(config, element_bytes)),
         logits_bytes_per_sequence=_LOGITS_BYTES_EACH * int(getattr(_text_config(config), "vocab_size", 0) or 0),
         experts=experts_spec(model, experts) if experts else None,
@@ -151,7 +155,23 @@ def kv_sizes(config: Any, element_bytes: int) -> KvSizes:
     )
 
 
-def state_bytes_per_sequence(config: Any) -> int:
+def _state_bytes(config: Any, activations: ActivationSizes | None) -> int:
+    counted = None if activations is None else activations.state_bytes
+    return estimated_state_bytes(config) if counted is None else counted
+
+
+def _counted_state_bytes(model: nn.Module, dry_run: DryRun) -> int | None:
+    """What the cache of a few tokens takes that is not keys and values."""
+    try:
+        held = dry_run.cache_bytes(_FEW_TOKENS)
+    except DryRunFailed:
+        return None
+    kv = kv_sizes(getattr(model, "config", None), element_bytes_of(model))
+    sliding = sum(min(_FEW_TOKENS, tokens) * nbytes for tokens, nbytes in kv.sliding_windows)
+    return max(0, held - _FEW_TOKENS * kv.token_bytes - sliding) if held else None
+
+
+def estimated_state_bytes(config: Any) -> int:
     """What state-space (Mamba) and linear-attention layers keep of a sequence, in fp32; every layer is counted as one."""
     text = _text_config(config)
     layers, hidden = _field(text, "num_hidden_layers") or 0, _field(text, "hidden_size") or 0
@@ -200,7 +220,9 @@ def count_activations(model: nn.Module, workload: Workload) -> ActivationSizes |
         each = most / tokens
     context = max(0.0, most / tokens - each)
     scale = _MARGIN / batch_size
-    return ActivationSizes(int(each * scale) + 1, int(context * scale) + 1, min(int(between) + 1, int(each * scale) + 1))
+    between = min(int(between) + 1, int(each * scale) + 1)
+    state = _counted_state_bytes(model, dry_run) if generates(model) else None
+    return ActivationSizes(int(each * scale) + 1, int(context * scale) + 1, between, state)
 
 
 def _divisible(unit: Unit) -> tuple[DivisibleWeight, ...]:

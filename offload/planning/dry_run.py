@@ -5,46 +5,28 @@ Runs the model's own code on torch's meta device, so that no formula of an archi
 
 import copy
 import inspect
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig
 
 from offload.model.blocks import Structure, Unit, find_structure
 from offload.model.micro_batch import MicroBatches
+from offload.planning.operations import Counter, DryRunFailed, Fused, tensors_of
 from offload.scheduler.model_spec import BlockRole
-from offload.scheduler.work import ModuleWork, PassWork, Work
+from offload.scheduler.work import ModuleWork, PassWork
 from offload.storage.blocks import BlockKey
 
 _CACHES = ("past_key_values", "cache_params")
-# fmt: off
-_VIEWS = {
-    "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "split", "alias",
-    "detach", "unbind", "_reshape_alias", "as_strided", "split_with_sizes", "chunk", "lift_fresh",
-}
-# fmt: on
-
-
 PREFILL, DECODE = "prefill", "decode"
-
-_MOST_OPERATIONS = 40_000
-"""A model of 200 layers has less; one that loops over its tokens would take minutes."""
 
 _MOST_COUNTED = 64
 Counted = TypeVar("Counted")
 
 _counted: dict[Any, Any] = {}
 """Sessions of one model follow one another: its work is counted once."""
-
-
-class DryRunFailed(Exception):
-    """The model's code needs values (a branch on them, say) or inputs that are not known here."""
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
@@ -113,17 +95,44 @@ class DryRun:
         return self._known((batch_size, tokens, context_tokens), self._continued)
 
     def _continued(self, batch_size: int, tokens: int, context_tokens: int) -> PassWork:
-        _, cache = self._trace(PREFILL, batch_size, context_tokens, None)
+        _, cache, _ = self._trace(PREFILL, batch_size, context_tokens, None)
         if cache is None:
             raise DryRunFailed("it returns no cache")
         return self._trace(PREFILL, batch_size, tokens, cache)[0]
 
-    def _passes(self, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
-        prefill, _ = self._trace(PREFILL, batch_size, prompt_tokens, None)
-        _, cache = self._trace(PREFILL, batch_size, max(1, context_tokens), None)
+    def reads_its_cache(self) -> bool:
+        """Whether a pass of several tokens looks at all that the passes before it left in the cache.
+
+        Some models' recurrent layers take their state up for a single token only: a prompt in pieces would be another one.
+
+        Raises:
+            DryRunFailed: if the model cannot be run without values, or keeps no cache.
+        """
+        return self._known((1, 2, 2), self._reads_its_cache)
+
+    def _reads_its_cache(self, batch_size: int, tokens: int, context_tokens: int) -> bool:
+        _, cache, _ = self._trace(PREFILL, batch_size, context_tokens, None)
         if cache is None:
             raise DryRunFailed("it returns no cache")
-        decode, _ = self._trace(DECODE, batch_size, 1, cache)
+        return not self._trace(PREFILL, batch_size, tokens, cache)[2]
+
+    def cache_bytes(self, tokens: int) -> int:
+        """What the cache of one sequence takes after a prompt of so many tokens.
+
+        Raises:
+            DryRunFailed: if the model cannot be run without values.
+        """
+        return self._known((1, tokens), self._cache_bytes)
+
+    def _cache_bytes(self, batch_size: int, tokens: int) -> int:
+        return _cache_bytes(self._trace(PREFILL, batch_size, tokens, None)[1])
+
+    def _passes(self, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
+        prefill, _, _ = self._trace(PREFILL, batch_size, prompt_tokens, None)
+        _, cache, _ = self._trace(PREFILL, batch_size, max(1, context_tokens), None)
+        if cache is None:
+            raise DryRunFailed("it returns no cache")
+        decode, _, _ = self._trace(DECODE, batch_size, 1, cache)
         return prefill, decode
 
     def _known(self, shape: tuple[int, ...], count: Callable[..., Counted]) -> Counted:
@@ -137,8 +146,8 @@ class DryRun:
             _counted[key] = count(*shape)
         return cast(Counted, _counted[key])
 
-    def _trace(self, phase: str, batch_size: int, tokens: int, cache: Any) -> tuple[PassWork, Any]:
-        counter = _Counter(self.model)
+    def _trace(self, phase: str, batch_size: int, tokens: int, cache: Any) -> tuple[PassWork, Any, set[int]]:
+        counter = Counter(self.model)
         counter.hold(cache)
         inputs = self._inputs(batch_size, tokens)
         if cache is not None:
@@ -146,7 +155,7 @@ class DryRun:
         scopes = _ModuleScopes(self._structure.units, counter, self._micro_batch)
         try:
             # What the user compiled would be looked at now, and given up for good: there are no values.
-            with torch.compiler.set_stance("force_eager"), torch.no_grad(), _Fused(counter), counter, scopes:
+            with torch.compiler.set_stance("force_eager"), torch.no_grad(), Fused(counter), counter, scopes:
                 output = self.model(**inputs)
         except DryRunFailed:
             raise
@@ -155,7 +164,11 @@ class DryRun:
         cache = next((getattr(output, name) for name in _CACHES if getattr(output, name, None) is not None), None)
         temporary = max(0, counter.peak_bytes - _cache_bytes(cache))
         between = min(temporary, scopes.between_bytes)
-        return PassWork(phase, batch_size, tokens, tuple(scopes.called), counter.outside, temporary, between), cache
+        return (
+            PassWork(phase, batch_size, tokens, tuple(scopes.called), counter.outside, temporary, between),
+            cache,
+            counter.unread,
+        )
 
     def _inputs(self, batch_size: int, tokens: int) -> dict[str, Any]:
         taken = inspect.signature(self.model.forward).parameters
@@ -173,155 +186,10 @@ class DryRun:
         return inputs
 
 
-class _Counter(TorchDispatchMode):
-    """Sums up operations, and the memory that their results hold."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.outside = Work()
-        self.peak_bytes = 0
-        self.begun_bytes = 0
-        self._live_bytes = 0
-        self._weights = {value.untyped_storage()._cdata for value in model.parameters()}
-        self._constant = {value.untyped_storage()._cdata for value in model.buffers()} | self._weights
-        self._held: set[int] = set()
-        self._open: list[_Sums] = []
-        self._sums = _Sums()
-        self._seen = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        self._count(function, args, kwargs or {}, result)
-        self._hold_all(result)
-        return result
-
-    @property
-    def held_bytes(self) -> int:
-        return self._live_bytes
-
-    def hold(self, cache: Any) -> None:
-        """Count the cache's tensors as held from the start."""
-        for tensor in _tensors_of(cache):
-            self._hold(tensor)
-        self.begun_bytes = self._live_bytes
-
-    def enter(self) -> None:
-        self._open.append(self._sums)
-        self._sums = _Sums()
-
-    def leave(self) -> Work:
-        work = self._sums.work()
-        self._sums = self._open.pop()
-        return work
-
-    def finish(self) -> None:
-        self.outside = self._sums.work()
-
-    def add(self, flops: float, nbytes: int) -> None:
-        """An operation that was not dispatched."""
-        self._sums.operations += 1
-        self._sums.other_flops += flops
-        self._sums.traffic_bytes += nbytes
-
-    def add_product(self, rows: int, flops: float) -> None:
-        """A product with weights that was not dispatched."""
-        self._sums.operations += 1
-        self._sums.products[rows] = self._sums.products.get(rows, 0.0) + flops
-
-    def _count(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
-        sums = self._sums
-        sums.operations += 1
-        self._seen += 1
-        if self._seen > _MOST_OPERATIONS:
-            raise DryRunFailed(f"a pass has more than {_MOST_OPERATIONS:,} operations, some of them for each token")
-        packet = getattr(function, "overloadpacket", function)
-        if packet.__name__ in _VIEWS:
-            return
-        tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        formula = flop_registry.get(packet)
-        flops = float(formula(*args, **kwargs, out_val=result)) if formula is not None else 0.0
-        if formula is not None and any(value.untyped_storage()._cdata in self._weights for value in tensors):
-            rows = max((_rows(value) for value in tensors if not self._is_weight(value)), default=1)
-            sums.products[rows] = sums.products.get(rows, 0.0) + flops
-            return
-        sums.other_flops += flops
-        touched = [value for value in tensors if not self._is_weight(value)]
-        results = [result] if isinstance(result, torch.Tensor) else []
-        sums.traffic_bytes += sum(value.nbytes for value in (*touched, *results))
-
-    def _is_weight(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._weights
-
-    def _hold_all(self, result: Any) -> None:
-        if isinstance(result, torch.Tensor):
-            self._hold(result)
-        elif isinstance(result, (tuple, list)):
-            for item in result:
-                self._hold_all(item)
-
-    def _hold(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._held or key in self._constant:
-            return
-        self._held.add(key)
-        nbytes = storage.nbytes()
-        self._live_bytes += nbytes
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
-        weakref.finalize(storage, self._release, key, nbytes)
-
-    def _release(self, key: int, nbytes: int) -> None:
-        self._held.discard(key)
-        self._live_bytes -= nbytes
-
-
-class _Sums:
-    def __init__(self) -> None:
-        self.operations = 0
-        self.products: dict[int, float] = {}
-        self.other_flops = 0.0
-        self.traffic_bytes = 0
-
-    def work(self) -> Work:
-        return Work(self.operations, tuple(sorted(self.products.items())), self.other_flops, self.traffic_bytes)
-
-
-class _Fused(TorchFunctionMode):
-    """Counts what the meta device takes apart (attention, scores and all) or refuses (products grouped by expert)."""
-
-    def __init__(self, counter: _Counter) -> None:
-        super().__init__()
-        self._counter = counter
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is nn.functional.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if getattr(function, "__name__", "") in ("_grouped_mm", "grouped_mm") and args[1].dim() == 3:
-            return self._grouped(args[0], args[1])
-        return function(*args, **kwargs)
-
-    def _attention(self, query: Any, key: Any, value: Any, *args: Any, is_causal: bool = False, **kwargs: Any) -> torch.Tensor:
-        batch, heads, rows, _ = query.shape
-        pairs = batch * heads * rows * key.shape[-2]
-        if is_causal and rows > 1:
-            pairs //= 2
-        result: torch.Tensor = query.new_empty((batch, heads, rows, value.shape[-1]))
-        flops = 2.0 * pairs * (query.shape[-1] + value.shape[-1])
-        self._counter.add(flops, sum(tensor.nbytes for tensor in (query, key, value, result)))
-        return result
-
-    def _grouped(self, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """[rows, width] by [experts, width, out]: each expert's product has its share of the rows."""
-        count = rows.shape[0]
-        self._counter.add_product(max(1, count // experts.shape[0]), 2.0 * count * experts.shape[1] * experts.shape[2])
-        return rows.new_empty((count, experts.shape[2]))
-
-
 class _ModuleScopes:
     """Notes the calls of the units while active."""
 
-    def __init__(self, units: list[Unit], counter: _Counter, micro_batch: int) -> None:
+    def __init__(self, units: list[Unit], counter: Counter, micro_batch: int) -> None:
         self.called: list[ModuleWork] = []
         self.between_bytes = 0
         """What is held around the layers, the result of one included."""
@@ -384,17 +252,8 @@ def _result_bytes(result: Any) -> list[int]:
     return [item.nbytes for item in result if isinstance(item, torch.Tensor)] if isinstance(result, (tuple, list)) else []
 
 
-def _tensors_of(cache: Any) -> list[torch.Tensor]:
-    layers = getattr(cache, "layers", None) or []
-    return [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-
-
 def _cache_bytes(cache: Any) -> int:
-    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in _tensors_of(cache)}.values())
-
-
-def _rows(tensor: torch.Tensor) -> int:
-    return max(1, tensor.numel() // max(1, tensor.shape[-1])) if tensor.dim() else 1
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors_of(cache)}.values())
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,12 +3,15 @@
 Both are of level *rounding*: products of other shapes are rounded otherwise.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from torch import nn
 
-from offload.planning.dry_run import DryRun, DryRunFailed
+from offload.model.caches import keeps_cache
+from offload.planning.dry_run import DryRun
+from offload.planning.operations import DryRunFailed
 from offload.scheduler.model_spec import Workload
 from offload.scheduler.plan import Plan
 from offload.storage.errors import PlanError
@@ -21,7 +24,7 @@ LEAST_CHUNK = 64
 def ways_to_split(model: nn.Module, workload: Workload) -> list[Workload]:
     """The ways to take `workload` apart that `model` can be run in, the whole not counted; the larger parts first."""
     in_batches = _in_micro_batches(model)
-    in_chunks = _generates(model) and (in_batches or _in_chunks(model))
+    in_chunks = _generates(model) and _in_chunks(model)
     batches = list(_halves(workload.batch_size, _LEAST_MICRO_BATCH)) if in_batches else []
     chunks = list(_halves(workload.pass_tokens, LEAST_CHUNK)) if in_chunks else []
     least = batches[-1:] or [0]
@@ -59,15 +62,19 @@ def _in_micro_batches(model: nn.Module) -> bool:
 
 
 def _in_chunks(model: nn.Module) -> bool:
-    return _runs(lambda: DryRun(model).continued(1, 2, 2))
+    """`generate` must make the cache, and the model take up all of it."""
+    makes_cache: Callable[[], bool] = getattr(model, "_supports_default_dynamic_cache", lambda: True)
+    if not makes_cache() or "past_key_values" not in inspect.signature(model.forward).parameters or not keeps_cache(model):
+        return False
+    return _runs(lambda: DryRun(model).reads_its_cache())
 
 
 def _runs(attempt: Callable[[], object]) -> bool:
+    """What the attempt returns counts as yes unless it is False."""
     try:
-        attempt()
+        return attempt() is not False
     except DryRunFailed:
         return False
-    return True
 
 
 def _generates(model: nn.Module) -> bool:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from offload.config import ROUNDING, Budgets
-from offload.planning.dry_run import DryRun, DryRunFailed
+from offload.planning.dry_run import DryRun
 from offload.planning.estimate import estimated_pass
+from offload.planning.operations import DryRunFailed
 from offload.planning.pass_splits import ways_to_split
 from offload.scheduler.cost import CostModel
 from offload.scheduler.hardware import HardwareProfile, LinkRate

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from offload.planning.dry_run import DryRun, DryRunFailed
+from offload.planning.dry_run import DryRun
+from offload.planning.operations import DryRunFailed
 from tests.architectures import ARCHITECTURES, BY_NAME, SPECIAL, make
 
 # With transformers 5.17, OPT looks at the values of a mask that it made itself; the others take other inputs than tokens.

@@ -8,7 +8,8 @@ from torch import nn
 
 from offload import BudgetTooSmall, PlanError, offload
 from offload.model.micro_batch import MicroBatches
-from offload.planning.dry_run import DryRun, DryRunFailed
+from offload.planning.dry_run import DryRun
+from offload.planning.operations import DryRunFailed
 from offload.planning.pass_splits import ways_to_split
 from offload.runtime.module_wrappers import OnloadedModule
 from offload.scheduler.model_spec import Workload
