@@ -68,6 +68,25 @@ class Structure:
     by_leaf: bool
 
 
+@dataclass(frozen=True, slots=True)
+class TakenApart:
+    """Which units are streamed by their sub-modules.
+
+    Attributes:
+        keys: of the units.
+        whole: modules that stay in one piece, since their code reads weights of what is inside of them.
+    """
+
+    keys: frozenset[BlockKey] = frozenset()
+    whole: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.keys)
+
+
+WHOLE_BLOCKS = TakenApart()
+
+
 def tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
     """The tensor's description.
 
@@ -82,14 +101,14 @@ def tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
 
 def find_structure(
     model: nn.Module,
-    by_submodule: frozenset[BlockKey] = frozenset(),
+    by_submodule: TakenApart = WHOLE_BLOCKS,
     excluded: Sequence[nn.Parameter] = (),
     held: Sequence[nn.Parameter] = (),
 ) -> Structure:
     """Take `model` apart: the children of every outermost repeated list, and the leaves outside of them.
 
     Args:
-        by_submodule: keys of units that are too large for a slot and are taken apart further.
+        by_submodule: units that are too large for a slot and are taken apart further.
         excluded: parameters that are no part of the structure: experts that are brought one by one.
         held: parameters that always stay on the device, whatever unit they are in.
     """
@@ -140,9 +159,7 @@ def _mark_tables(units: list[Unit]) -> None:
                 unit.role = BlockRole.TABLE
 
 
-def _modules_to_call(
-    module: nn.Module, path: str, by_submodule: frozenset[BlockKey]
-) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
+def _modules_to_call(module: nn.Module, path: str, by_submodule: TakenApart) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
     """The modules that are onloaded, below an ancestor of blocks."""
     repeated = _is_repeated_list(module)
     for name, child in module.named_children():
@@ -155,10 +172,10 @@ def _modules_to_call(
             yield from _leaves(child, child_path, by_submodule)
 
 
-def _block(block: nn.Module, path: str, by_submodule: frozenset[BlockKey]) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
+def _block(block: nn.Module, path: str, by_submodule: TakenApart) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
     if isinstance(block, _CONTAINERS):
         yield from _modules_to_call(block, path, by_submodule)
-    elif path in by_submodule:
+    elif path in by_submodule.keys:
         for name, child in block.named_children():
             yield from _leaves(child, f"{path}.{name}", by_submodule, BlockRole.LAYER)
     elif _has_parameters(block):
@@ -166,11 +183,11 @@ def _block(block: nn.Module, path: str, by_submodule: frozenset[BlockKey]) -> It
 
 
 def _leaves(
-    module: nn.Module, path: str, by_submodule: frozenset[BlockKey], role: BlockRole = BlockRole.OTHER
+    module: nn.Module, path: str, by_submodule: TakenApart, role: BlockRole = BlockRole.OTHER
 ) -> Iterator[tuple[BlockKey, nn.Module, BlockRole]]:
     """A module with parameters of its own is called as a whole: it may read its children's without calling them."""
-    own = any(True for _ in module.parameters(recurse=False))
-    if own and path not in by_submodule:
+    own = any(True for _ in module.parameters(recurse=False)) or path in by_submodule.whole
+    if own and path not in by_submodule.keys:
         yield path, module, role
         return
     for name, child in module.named_children():

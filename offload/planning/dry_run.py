@@ -6,18 +6,19 @@ Runs the model's own code on torch's meta device, so that no formula of an archi
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from offload.model.blocks import Structure, Unit, find_structure
+from offload.model.blocks import WHOLE_BLOCKS, Structure, TakenApart, Unit, find_structure
 from offload.model.micro_batch import MicroBatches
 from offload.planning.operations import Counter, DryRunFailed, Fused, tensors_of
 from offload.scheduler.model_spec import BlockRole
 from offload.scheduler.work import ModuleWork, PassWork
-from offload.storage.blocks import BlockKey
 
 _CACHES = ("past_key_values", "cache_params")
 PREFILL, DECODE = "prefill", "decode"
@@ -55,17 +56,34 @@ class DryRun:
 
     Args:
         model: on the meta device, or any; it is copied there, and not kept.
-        split: keys of blocks that are taken apart.
+        by_submodule: units that are taken apart.
         micro_batch: sequences that a layer computes at once; 0 for all.
     """
 
-    def __init__(self, model: nn.Module, by_submodule: frozenset[BlockKey] = frozenset(), micro_batch: int = 0) -> None:
-        on_meta = all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-        self.model = (model if on_meta else meta_twin(model)).eval()
-        """On the meta device."""
-        self._structure: Structure = find_structure(self.model, by_submodule)
+    def __init__(self, model: nn.Module, by_submodule: TakenApart = WHOLE_BLOCKS, micro_batch: int = 0) -> None:
+        self._given, self._by_submodule = model, by_submodule
         self._identity = _identity(model, by_submodule, micro_batch)
         self._micro_batch = micro_batch
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """On the meta device; made when something is counted that was not counted before."""
+        given = self._given
+        on_meta = all(tensor.is_meta for tensor in (*given.parameters(), *given.buffers()))
+        return (given if on_meta else meta_twin(given)).eval()
+
+    def keep_twin(self) -> "DryRun":
+        """Make the copy on the meta device now: a model that is offloaded cannot be copied.
+
+        Raises:
+            DryRunFailed: if a part of the model cannot be.
+        """
+        _ = self._structure
+        return self
+
+    @cached_property
+    def _structure(self) -> Structure:
+        return find_structure(self.model, self._by_submodule)
 
     def passes(self, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
         """A prefill of `prompt_tokens`, and a decode step after `context_tokens`.
@@ -84,7 +102,7 @@ class DryRun:
         return self._known((batch_size, tokens), self._forward)
 
     def _forward(self, batch_size: int, tokens: int) -> PassWork:
-        return self._trace(PREFILL, batch_size, tokens, None)[0]
+        return self._run(PREFILL, batch_size, tokens, None).work
 
     def continued(self, batch_size: int, tokens: int, context_tokens: int) -> PassWork:
         """A pass of `tokens` after `context_tokens` that the KV cache holds: a chunk of a prompt.
@@ -95,10 +113,10 @@ class DryRun:
         return self._known((batch_size, tokens, context_tokens), self._continued)
 
     def _continued(self, batch_size: int, tokens: int, context_tokens: int) -> PassWork:
-        _, cache, _ = self._trace(PREFILL, batch_size, context_tokens, None)
+        cache = self._run(PREFILL, batch_size, context_tokens, None).cache
         if cache is None:
             raise DryRunFailed("it returns no cache")
-        return self._trace(PREFILL, batch_size, tokens, cache)[0]
+        return self._run(PREFILL, batch_size, tokens, cache).work
 
     def reads_its_cache(self) -> bool:
         """Whether a pass of several tokens looks at all that the passes before it left in the cache.
@@ -111,10 +129,27 @@ class DryRun:
         return self._known((1, 2, 2), self._reads_its_cache)
 
     def _reads_its_cache(self, batch_size: int, tokens: int, context_tokens: int) -> bool:
-        _, cache, _ = self._trace(PREFILL, batch_size, context_tokens, None)
+        cache = self._run(PREFILL, batch_size, context_tokens, None).cache
         if cache is None:
             raise DryRunFailed("it returns no cache")
-        return not self._trace(PREFILL, batch_size, tokens, cache)[2]
+        return not self._run(PREFILL, batch_size, tokens, cache).counter.unread
+
+    def stray_reads(self) -> frozenset[str]:
+        """Names of weights that are used while no unit that has them is called: by code around it.
+
+        Raises:
+            DryRunFailed: if the model cannot be run without values.
+        """
+        return self._known((1, 2), self._stray_reads)
+
+    def _stray_reads(self, batch_size: int, tokens: int) -> frozenset[str]:
+        prompt = self._run(PREFILL, batch_size, tokens, None, guesses=True)
+        try:
+            # Some code computes a single token in a way of its own.
+            token = self._run(DECODE, batch_size, 1, prompt.cache, guesses=True)
+        except DryRunFailed:
+            return frozenset(prompt.counter.stray_reads)
+        return frozenset(prompt.counter.stray_reads | token.counter.stray_reads)
 
     def cache_bytes(self, tokens: int) -> int:
         """What the cache of one sequence takes after a prompt of so many tokens.
@@ -125,14 +160,14 @@ class DryRun:
         return self._known((1, tokens), self._cache_bytes)
 
     def _cache_bytes(self, batch_size: int, tokens: int) -> int:
-        return _cache_bytes(self._trace(PREFILL, batch_size, tokens, None)[1])
+        return _cache_bytes(self._run(PREFILL, batch_size, tokens, None).cache)
 
     def _passes(self, batch_size: int, prompt_tokens: int, context_tokens: int) -> tuple[PassWork, PassWork]:
-        prefill, _, _ = self._trace(PREFILL, batch_size, prompt_tokens, None)
-        _, cache, _ = self._trace(PREFILL, batch_size, max(1, context_tokens), None)
+        prefill = self._run(PREFILL, batch_size, prompt_tokens, None).work
+        cache = self._run(PREFILL, batch_size, max(1, context_tokens), None).cache
         if cache is None:
             raise DryRunFailed("it returns no cache")
-        decode, _, _ = self._trace(DECODE, batch_size, 1, cache)
+        decode = self._run(DECODE, batch_size, 1, cache).work
         return prefill, decode
 
     def _known(self, shape: tuple[int, ...], count: Callable[..., Counted]) -> Counted:
@@ -146,8 +181,8 @@ class DryRun:
             _counted[key] = count(*shape)
         return cast(Counted, _counted[key])
 
-    def _trace(self, phase: str, batch_size: int, tokens: int, cache: Any) -> tuple[PassWork, Any, set[int]]:
-        counter = Counter(self.model)
+    def _run(self, phase: str, batch_size: int, tokens: int, cache: Any, guesses: bool = False) -> "_Counted":
+        counter = Counter(self.model, self._structure.always_resident.values(), guesses)
         counter.hold(cache)
         inputs = self._inputs(batch_size, tokens)
         if cache is not None:
@@ -164,11 +199,8 @@ class DryRun:
         cache = next((getattr(output, name) for name in _CACHES if getattr(output, name, None) is not None), None)
         temporary = max(0, counter.peak_bytes - _cache_bytes(cache))
         between = min(temporary, scopes.between_bytes)
-        return (
-            PassWork(phase, batch_size, tokens, tuple(scopes.called), counter.outside, temporary, between),
-            cache,
-            counter.unread,
-        )
+        work = PassWork(phase, batch_size, tokens, tuple(scopes.called), counter.outside, temporary, between)
+        return _Counted(work, cache, counter)
 
     def _inputs(self, batch_size: int, tokens: int) -> dict[str, Any]:
         taken = inspect.signature(self.model.forward).parameters
@@ -184,6 +216,15 @@ class DryRun:
             # As `generate` does.
             inputs["logits_to_keep"] = 1
         return inputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """One pass: what it takes, the cache that it left, and what else was seen."""
+
+    work: PassWork
+    cache: Any
+    counter: Counter
 
 
 class _ModuleScopes:
@@ -216,7 +257,7 @@ class _ModuleScopes:
                 return forward(*args, **kwargs)
             self._depth += 1
             around = self._counter.held_bytes
-            self._counter.enter()
+            self._counter.enter(unit.module)
             try:
                 result = forward(*args, **kwargs)
             finally:
@@ -236,7 +277,7 @@ def _refuse(reason: str) -> None:
     raise DryRunFailed(reason)
 
 
-def _identity(model: nn.Module, by_submodule: frozenset[BlockKey], micro_batch: int) -> tuple[Any, ...] | None:
+def _identity(model: nn.Module, by_submodule: TakenApart, micro_batch: int) -> tuple[Any, ...] | None:
     """Equal for models that compute the same: class, config, kinds and sizes of their modules; None without a config."""
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):

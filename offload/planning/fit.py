@@ -8,9 +8,11 @@ from typing import Protocol
 from torch import nn
 
 from offload.config import Budgets
-from offload.model.blocks import Structure, Unit, find_structure, has_submodules
+from offload.model.blocks import Structure, TakenApart, Unit, find_structure, has_submodules
 from offload.model.experts import ExpertsUnit, find_experts, undecorated_experts
 from offload.planning.describe import model_spec
+from offload.planning.dry_run import DryRun
+from offload.planning.operations import DryRunFailed
 from offload.planning.pass_splits import ways_to_split
 from offload.scheduler.kv_pages import KvDemand, PagedKv
 from offload.scheduler.model_spec import ActivationSizes, ModelSpec, Workload
@@ -35,7 +37,7 @@ class FittedPlan:
     structure: Structure
     spec: ModelSpec
     plan: Plan
-    by_submodule: frozenset[BlockKey]
+    by_submodule: TakenApart
     fallbacks: tuple[str, ...]
     experts: tuple[ExpertsUnit, ...] = ()
     """Those that are brought one by one."""
@@ -169,11 +171,12 @@ def _fitting(
     experts: tuple[ExpertsUnit, ...],
 ) -> "FittedPlan | list[BudgetTooSmall]":
     """The first of the workloads that fits, with as few blocks taken apart as possible; else what was refused."""
-    by_submodule: frozenset[BlockKey] = frozenset()
+    keys: frozenset[BlockKey] = frozenset()
     refusals: list[BudgetTooSmall] = []
+    single = [value for unit in experts for value in unit.parameters.values()]
     while True:
-        single = [value for unit in experts for value in unit.parameters.values()]
-        structure = find_structure(model, by_submodule, single, demand.held)
+        by_submodule, strays = _in_one_piece(model, keys, single)
+        structure = find_structure(model, by_submodule, single, [*demand.held, *strays])
         described = model_spec(model, structure, slot_bytes, activations, experts)
         spec = replace(described, workspace_bytes=budgets.workspace_bytes)
         beside = None if demand.beside is None else demand.beside(structure)
@@ -186,10 +189,38 @@ def _fitting(
                 refusals.append(error if beside is None else beside.refused(error, budgets))
             else:
                 return FittedPlan(structure, spec, plan, by_submodule, _said(structure, by_submodule), experts)
-        largest = _largest_to_split(structure)
+        largest = _largest_to_split(structure, by_submodule.whole)
         if not largest:
             return refusals
-        by_submodule |= largest
+        keys |= largest
+
+
+def _in_one_piece(
+    model: nn.Module, keys: frozenset[BlockKey], single: Sequence[nn.Parameter]
+) -> tuple[TakenApart, list[nn.Parameter]]:
+    """Keep together what reads weights of its parts without calling them, as the model's own code shows.
+
+    Args:
+        keys: of the units to take apart.
+        single: parameters of experts, which the runtime hands out one by one.
+
+    Returns:
+        What is taken apart, and parameters that code reads which no unit is called for: they stay on the device.
+    """
+    known, excluded, whole = dict(model.named_parameters()), {id(value) for value in single}, frozenset[str]()
+    while True:
+        by_submodule = TakenApart(keys, whole)
+        try:
+            names = DryRun(model, by_submodule).stray_reads()
+        except DryRunFailed:
+            return by_submodule, []
+        strays = {name for name in names if name in known and id(known[name]) not in excluded}
+        inside = {name for name in strays if any(name.startswith(f"{key}.") for key in keys)}
+        # The module around the one whose weight it is; what is taken apart already is in one piece again.
+        around = {name.rpartition(".")[0].rpartition(".")[0] for name in inside}
+        if around <= whole:
+            return by_submodule, [known[name] for name in strays]
+        keys, whole = keys - around, whole | around
 
 
 def _other_experts(model: nn.Module, fitted: FittedPlan, experts: ExpertGranularity) -> list[str]:
@@ -200,20 +231,20 @@ def _other_experts(model: nn.Module, fitted: FittedPlan, experts: ExpertGranular
     return [f"{' and '.join(names)} hold experts otherwise than transformers' interface for them: whole layers are streamed"]
 
 
-def _largest_to_split(structure: Structure) -> frozenset[BlockKey]:
-    sizes = {unit.key: unit.block.nbytes for unit in structure.units if has_submodules(unit)}
+def _largest_to_split(structure: Structure, whole: frozenset[str]) -> frozenset[BlockKey]:
+    sizes = {unit.key: unit.block.nbytes for unit in structure.units if has_submodules(unit) and unit.key not in whole}
     largest = max(sizes.values(), default=0)
     return frozenset(key for key, size in sizes.items() if size == largest)
 
 
-def _said(structure: Structure, by_submodule: frozenset[BlockKey]) -> tuple[str, ...]:
+def _said(structure: Structure, by_submodule: TakenApart) -> tuple[str, ...]:
     sentences = []
     if structure.by_leaf:
         sentences.append("the model has no list of repeated blocks: it is streamed by single modules, a transfer each")
     if by_submodule:
         largest = max(unit.block.nbytes for unit in structure.units)
         sentences.append(
-            f"{len(by_submodule)} blocks are larger than the budget has room for and are streamed by their "
+            f"{len(by_submodule.keys)} blocks are larger than the budget has room for and are streamed by their "
             f"sub-modules, of which the largest has {gib(largest)}"
         )
     return tuple(sentences)

@@ -1,7 +1,7 @@
 """What the operations of a pass without values come to: products, traffic, memory that is held, what of a cache is read."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class DryRunFailed(Exception):
 class Counter(TorchDispatchMode):
     """Sums up operations, and the memory that their results hold."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, always_there: Iterable[nn.Parameter] = (), guesses: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.outside = Work()
         self.unread: set[int] = set()
@@ -43,6 +43,14 @@ class Counter(TorchDispatchMode):
         self.begun_bytes = 0
         self._live_bytes = 0
         self._weights = {value.untyped_storage()._cdata for value in model.parameters()}
+        self._names = {value.untyped_storage()._cdata: name for name, value in model.named_parameters()}
+        self._always_there = {value.untyped_storage()._cdata for value in always_there}
+        self._guesses = guesses
+        """Values that the code asks for are made up: enough to see which weights it uses, not what that costs."""
+        self._there = self._always_there
+        """Weights of the unit that is called, and those that always are."""
+        self.stray_reads: set[str] = set()
+        """Names of the others that were used."""
         self._constant = {value.untyped_storage()._cdata for value in model.buffers()} | self._weights
         self._held: set[int] = set()
         self._open: list[_Sums] = []
@@ -50,6 +58,8 @@ class Counter(TorchDispatchMode):
         self._seen = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._guesses and function is torch.ops.aten._local_scalar_dense.default:
+            return 1
         result = function(*args, **(kwargs or {}))
         self._count(function, args, kwargs or {}, result)
         self._hold_all(result)
@@ -63,14 +73,17 @@ class Counter(TorchDispatchMode):
         """Count the cache's tensors as held from the start."""
         for tensor in tensors_of(cache):
             self._hold(tensor)
-            self.unread.add(tensor.untyped_storage()._cdata)
+            if tensor.dim() > 1:
+                self.unread.add(tensor.untyped_storage()._cdata)
         self.begun_bytes = self._live_bytes
 
-    def enter(self) -> None:
+    def enter(self, module: nn.Module) -> None:
+        self._there = self._always_there | {value.untyped_storage()._cdata for value in module.parameters()}
         self._open.append(self._sums)
         self._sums = _Sums()
 
     def leave(self) -> Work:
+        self._there = self._always_there
         work = self._sums.work()
         self._sums = self._open.pop()
         return work
@@ -95,6 +108,9 @@ class Counter(TorchDispatchMode):
         self._seen += 1
         if self._seen > _MOST_OPERATIONS:
             raise DryRunFailed(f"a pass has more than {_MOST_OPERATIONS:,} operations, some of them for each token")
+        for value in leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor) and (key := value.untyped_storage()._cdata) in self._weights - self._there:
+                self.stray_reads.add(self._names[key])
         packet = getattr(function, "overloadpacket", function)
         if packet.__name__ in _VIEWS:
             return

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from offload.config import ROUNDING, Budgets
+from offload.model.blocks import TakenApart
 from offload.planning.dry_run import DryRun
 from offload.planning.estimate import estimated_pass
 from offload.planning.operations import DryRunFailed
@@ -19,7 +20,6 @@ from offload.scheduler.phases import DECODE, PREFILL, PhaseTimes
 from offload.scheduler.plan import Plan
 from offload.scheduler.prediction import Prediction, WhatIf, predict
 from offload.scheduler.work import PassWork
-from offload.storage.blocks import BlockKey
 from offload.storage.errors import BudgetTooSmall
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Predictor:
     def __init__(
         self,
         model: nn.Module,
-        by_submodule: frozenset[BlockKey],
+        by_submodule: TakenApart,
         hardware: HardwareProfile,
         dtype: str,
     ) -> None:
@@ -94,7 +94,7 @@ class Predictor:
         """Why the model's work is estimated from sizes; None if it was counted."""
         self._dry_run: DryRun | None = None
         try:
-            self._dry_run = DryRun(model, by_submodule)
+            self._dry_run = DryRun(model, by_submodule).keep_twin()
         except DryRunFailed as error:
             self.failure = str(error)
         self._known: dict[Shape, tuple[tuple[PassWork, ...], PassWork]] = {}

@@ -237,7 +237,7 @@ class Residency:
             ) from error
 
     def _wrappers_of(self, units: Sequence[Unit]) -> ModuleWrappers:
-        around = {key: self._model.get_submodule(key) for key in self.by_submodule}
+        around = {key: self._model.get_submodule(key) for key in self.by_submodule.keys}
         return ModuleWrappers(
             units,
             around,

@@ -13,7 +13,7 @@ import transformers as hf
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from offload import offload
+from offload import BudgetExceeded, BudgetTooSmall, offload
 from offload.kv import demand
 from offload.kv.attention import attend
 from offload.kv.options import METHODS, Method
@@ -22,6 +22,7 @@ from offload.scheduler.kv_pages import cut, streamed_bytes
 from offload.scheduler.model_spec import Workload
 from offload.storage.blocks import Tier
 from tests.architectures import ARCHITECTURES, BY_NAME, VOCAB, make, oracle_of, tokens
+from tests.budgets import NONE, budget_for, spec_of
 from tests.delayed import DelayedDevice
 from tests.offload.kv_layers import layer_of
 
@@ -459,3 +460,49 @@ def test_the_state_of_other_layers_goes_down_too(name, monkeypatch):
             assert isinstance(found, (torch.Tensor, dict)) and "_offloaded_state" not in vars(away[0])
             del cache, away, found
             assert sum(session._kv.paged.store._bytes.values()) == 0
+
+
+def test_a_pass_that_keeps_no_cache_is_charged_none():
+    """It fits where the cache of so many tokens would not, and gives nothing up."""
+    model = make("llama")
+    twin = oracle_of(model)
+    ids = torch.randint(3, VOCAB, (2, 60), generator=torch.Generator().manual_seed(2))
+    spec = spec_of(model, batch_size=2, max_tokens=60)
+    budget = budget_for(spec, NONE, 2, 60) - Workload(2, 60, 60).kv_bytes(spec) + Workload(2, 8, 8).kv_bytes(spec)
+    with offload(model, device="cpu", cpu_memory=budget, batch_size=2, max_tokens=8) as session, torch.no_grad():
+        assert torch.equal(session.model(ids, use_cache=False).logits, twin(ids, use_cache=False).logits)
+        with pytest.raises(BudgetExceeded) as refused:
+            session.model(ids)
+    assert refused.value.least_bytes > budget
+    enough = refused.value.least_bytes
+    with offload(model, device="cpu", cpu_memory=enough, batch_size=2, max_tokens=8) as session, torch.no_grad():
+        assert torch.equal(session.model(ids).logits, twin(ids).logits)
+
+
+def test_a_cache_that_the_model_makes_itself_is_in_pages_too():
+    model = make("llama")
+    twin = oracle_of(model)
+    ids = torch.randint(3, VOCAB, (1, 64), generator=torch.Generator().manual_seed(2))
+    with offload(model, device="cpu", cpu_memory="16MiB", batch_size=1, max_tokens=80, kv_memory="32KiB") as session:
+        with torch.no_grad():
+            ours, theirs = session.model(ids), twin(ids)
+            assert torch.equal(ours.logits, theirs.logits)
+            again = session.model(ids[:, :1], past_key_values=ours.past_key_values)
+            wanted = twin(ids[:, :1], past_key_values=theirs.past_key_values).logits
+        # In so little memory a layer is read piece by piece, which rounds.
+        torch.testing.assert_close(again.logits, wanted)
+        assert session.report().kv["peak_nvme_bytes"] > 0
+
+
+@pytest.mark.parametrize("form", ["path", "module"])
+def test_where_nobody_said_how_many_tokens_what_fits_is_reserved(form, tmp_path):
+    model = make("llama")
+    model.config.max_position_embeddings = 2048
+    model.save_pretrained(tmp_path)
+    target = str(tmp_path) if form == "path" else model
+    budget = budget_for(spec_of(model, max_tokens=256), NONE, 1, 256)
+    with pytest.raises(BudgetTooSmall, match="2048 tokens"):
+        offload(target, device="cpu", cpu_memory=100_000, max_tokens=2048).__enter__()
+    with offload(target, device="cpu", cpu_memory=budget + 8192) as session:
+        assert session.plan.rounds == ()
+        assert any("since 2,048 do not fit" in sentence for sentence in session.report().fallbacks)
