@@ -29,6 +29,11 @@ def budget_for(spec: ModelSpec, residency: str, batch_size: int, max_tokens: int
     return {NONE: least, SOME: (least + everything) // 2, ALL: everything, SPLIT: least - 1}[residency]
 
 
+def training_budget_for(spec: ModelSpec, residency: str, batch_size: int, max_tokens: int) -> int:
+    """The same, with what the layers of a tiny model keep for backward: their inputs, 32 wide, in fp32."""
+    return budget_for(spec, residency, batch_size, max_tokens) + len(spec.layers) * batch_size * max_tokens * 32 * 4
+
+
 @contextmanager
 def enter(target: Any, budget_bytes: int, **options: Any) -> Iterator[Session]:
     """A session on the CPU in `budget_bytes`, or in what the refusal says is least.

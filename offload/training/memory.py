@@ -76,13 +76,11 @@ class TrainingMemory:
         discrete = budgets.host_bytes is not None
         taken = self.beside_device_bytes(budgets) if error.of_host else self.device_bytes(budgets)
         budget = budgets.host_bytes if error.of_host else budgets.device_bytes
-        holds = (
-            []
-            if discrete and not error.of_host
-            else [f"{gib(self.gradient_bytes)} of gradients", f"{gib(self.state_bytes)} of optimizer state"]
-        )
+        holds = []
+        if not discrete or error.of_host:
+            holds += [(self.gradient_bytes, "gradients"), (self.state_bytes, "optimizer state")]
         if self.activations_on_host == error.of_host:
-            holds.append(f"{gib(self.activation_bytes)} of what layers keep for backward")
+            holds.append((self.activation_bytes, "what layers keep for backward"))
         ways = [f"a larger {'cpu_memory' if error.of_host or not discrete else 'gpu_memory'}"]
         if self.training.state_tier == CPU and self.host_bytes and holds:
             ways.append("state_tier='nvme'")
@@ -90,7 +88,7 @@ class TrainingMemory:
             ways.append("train adapters")
         least = error.least_bytes + taken
         return BudgetTooSmall(
-            f"training holds {', '.join(holds)}, and the budget is {gib(budget or 0)}; with the model beside, {gib(least)} "
+            f"training holds {', '.join(f'{gib(nbytes)} of {what}' for nbytes, what in holds if nbytes)}, and the budget is {gib(budget or 0)}; with the model beside, {gib(least)} "
             f"({least} bytes) would do: give {', or '.join(ways)}. Of what is left for the model: {error}",
             least,
             error.of_host,

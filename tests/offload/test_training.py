@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from offload import BudgetTooSmall, ConfigError, SessionError, offload
 from offload.scheduler.model_spec import Workload
 from tests.architectures import VOCAB, make, oracle_of
-from tests.budgets import ALL, NONE, SOME, budget_for, spec_of
+from tests.budgets import ALL, NONE, SOME, budget_for, spec_of, training_budget_for
 from tests.delayed import DelayedDevice
 from tests.poison import poison_homes
 
@@ -60,7 +60,7 @@ def test_what_an_optimizer_writes_without_a_trace_is_seen(where, monkeypatch, tm
     if where == "checkpoint":
         model.save_pretrained(tmp_path)
         target = str(tmp_path)
-    options = {"device": "cpu", "cpu_memory": budget_for(spec_of(target, **RESERVE), NONE, BATCH, LENGTH)}
+    options = {"device": "cpu", "cpu_memory": training_budget_for(spec_of(target, **RESERVE), NONE, BATCH, LENGTH)}
     if where == "device":
         options = {"gpu_memory": options["cpu_memory"] + 16_384, "cpu_memory": 1 << 26}
         monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice())
@@ -101,7 +101,7 @@ def lora(model):
 def test_all_weights_are_trained_alike(name, residency, tied):
     model = make(name, tied)
     twin = oracle_of(model)
-    budget = budget_for(spec_of(model, **RESERVE), residency, BATCH, LENGTH)
+    budget = training_budget_for(spec_of(model, **RESERVE), residency, BATCH, LENGTH)
     with offload(model, device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
         losses = train(session.model)
         report = session.report()
@@ -117,7 +117,7 @@ def test_adapters_are_trained_alike(name, residency, tmp_path):
     model = make(name)
     twin = oracle_of(model)
     model.save_pretrained(tmp_path)
-    budget = budget_for(spec_of(str(tmp_path), **RESERVE), residency, BATCH, LENGTH) + (1 << 20)
+    budget = training_budget_for(spec_of(str(tmp_path), **RESERVE), residency, BATCH, LENGTH) + (1 << 20)
     expected = train(lora(twin))
     with offload(str(tmp_path), device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
         adapted = lora(session.model)
@@ -134,7 +134,7 @@ def test_weights_are_brought_for_each_direction_and_homes_are_not_computed_with(
     model = make("llama")
     model.save_pretrained(tmp_path)
     twin = oracle_of(model)
-    budget = budget_for(spec_of(str(tmp_path), **RESERVE), residency, BATCH, LENGTH)
+    budget = training_budget_for(spec_of(str(tmp_path), **RESERVE), residency, BATCH, LENGTH)
     batch = next(batches(1))
     with offload(str(tmp_path), device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
         ours = session.model.requires_grad_(False)
@@ -174,7 +174,7 @@ def spec_of_device(model):
 def test_what_was_changed_before_backward_is_refused_and_training_goes_on():
     model = make("llama")
     twin = oracle_of(model)
-    budget = budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
+    budget = training_budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
     batch = next(batches(1))
     with offload(model, device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
         loss = session.model(**batch).loss
@@ -190,7 +190,7 @@ def test_what_was_changed_before_backward_is_refused_and_training_goes_on():
 
 def test_an_input_that_was_written_to_is_refused():
     model = make("llama").requires_grad_(False)
-    budget = budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
+    budget = training_budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
     embedded = torch.randn(BATCH, LENGTH, 32)
     with offload(model, device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
         session.model.model.norm.weight.requires_grad_()
@@ -208,7 +208,7 @@ def test_an_input_that_was_written_to_is_refused():
 def test_backward_twice_through_one_graph():
     model = make("qwen3")
     twin = oracle_of(model)
-    budget = budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
+    budget = training_budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
     batch = next(batches(1))
     for item, context in (
         (model, offload(model, device="cpu", cpu_memory=budget, training=True, **RESERVE)),
@@ -226,7 +226,7 @@ def test_router_logits_keep_their_gradient():
     model = make("mixtral")
     model.config.output_router_logits = True
     twin = oracle_of(model)
-    budget = budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
+    budget = training_budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
     with offload(model, device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
         losses = train(session.model)
     assert losses == train(twin)
@@ -236,7 +236,7 @@ def test_router_logits_keep_their_gradient():
 def test_checkpointing_may_be_on():
     model = make("llama")
     twin = oracle_of(model)
-    budget = budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
+    budget = training_budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
     with offload(model, device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
         session.model.gradient_checkpointing_enable({"use_reentrant": False})
         losses = train(session.model)
@@ -248,7 +248,7 @@ def test_checkpointing_may_be_on():
 def test_in_bf16_with_autocast():
     model = make("llama")
     twin = oracle_of(model)
-    budget = budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
+    budget = training_budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
     with torch.autocast("cpu", torch.bfloat16):
         with offload(model, device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
             losses = train(session.model)
@@ -270,7 +270,7 @@ def test_a_trainer_trains_the_same(tmp_path):
 
     model = make("llama")
     twin = oracle_of(model)
-    budget = budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
+    budget = training_budget_for(spec_of(model, **RESERVE), NONE, BATCH, LENGTH)
     with offload(model, device="cpu", cpu_memory=budget, training=True, **RESERVE) as session:
         losses = trained(session.model)
     assert losses == trained(twin)
@@ -283,6 +283,6 @@ def test_training_is_exact_or_refused():
         offload(model, device="cpu", training=True, exactness="rounding")
     reserve = {"batch_size": 8, "max_tokens": 128}
     spec = spec_of(model, **reserve)
-    budget = budget_for(spec, NONE, 8, 128) - Workload(8, 128, 128).activation_bytes(spec) // 3
+    budget = training_budget_for(spec, NONE, 8, 128) - Workload(8, 128, 128).activation_bytes(spec) // 3
     with pytest.raises(BudgetTooSmall):
         offload(model, device="cpu", cpu_memory=budget, training=True, **reserve).__enter__()
