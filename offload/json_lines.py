@@ -49,5 +49,5 @@ def json_lines(path: str | Path, option: str) -> Iterator[Item]:
             try:
                 # Control characters within strings, which JSON wants escaped, are taken as well.
                 yield where, number, json.loads(line, strict=False)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{where} is not JSON ({error})") from error

@@ -154,7 +154,7 @@ class HardwareProfile:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except OSError as error:
             raise ProfileError(f"the hardware profile {path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProfileError(f"{path}: {error}") from error
 
 

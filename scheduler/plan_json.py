@@ -57,7 +57,7 @@ def sections_from_json(text: str) -> dict[str, Any]:
     """
     try:
         content: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"the plan is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise PlanError("the plan must be a JSON object")

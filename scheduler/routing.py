@@ -12,6 +12,9 @@ from pathlib import Path
 from offload.storage.errors import ConfigError
 
 FORMAT = "route_trace v1"
+_MOST = 1 << 16
+"""Layers of a model, or experts of a layer: none has as many."""
+
 COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert", "weight", "residency", "expert_bytes")
 PREFILL, DECODE = 0, 1
 
@@ -96,6 +99,8 @@ class Routing:
         if not visits:
             raise ConfigError(f"{path} is a routing trace without a single choice")
         layers = max(visit.layer for visit in visits) + 1
+        if max(layers, *(max(visit.experts) for visit in visits)) > _MOST:
+            raise ConfigError(f"{path} is no routing trace: it has more than {_MOST:,} layers or experts")
         named = re.search(r"n_expert=(\d+)", given)
         experts = max(int(named[1]) if named else 0, 1 + max(max(visit.experts) for visit in visits))
         model = re.search(r"model=(\S+)", given)

@@ -64,13 +64,22 @@ def weight_files(folder: str, variant: str | None = None) -> list[str]:
         names = sorted({str(Path(name)) for name in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{index} is not a safetensors index: {error!r}") from error
-    missing = [name for name in names if not Path(folder, name).exists()]
+    missing = [name for name in names if name == "." or not _exists(Path(folder, name))]
     if missing:
+        shown = ", ".join(name[:80] for name in missing[:4])
         raise MissingShard(
             f"{index} names {len(names)} files, and {len(missing)} of them are not in the folder: "
-            f"{', '.join(missing[:4])}. Download the checkpoint again, or copy the missing files beside the index."
+            f"{shown}. Download the checkpoint again, or copy the missing files beside the index."
         )
     return [str(Path(folder, name)) for name in names]
+
+
+def _exists(path: Path) -> bool:
+    """False too for what cannot be the name of a file, and for none at all."""
+    try:
+        return bool(path.name) and path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def read_header(path: str) -> dict[str, StoredTensor]:

@@ -3,6 +3,9 @@
 Each message says what was asked, what there is, and what to change.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "BudgetExceeded",
     "BudgetTooSmall",
@@ -44,6 +47,24 @@ def duration(seconds: float) -> str:
 
 class OffloadError(Exception):
     """The root of the tree: catch this to catch everything that offload raises on purpose."""
+
+
+@contextmanager
+def foreign_file(what: str, kind: type[OffloadError]) -> Iterator[None]:
+    """While a library reads a file that somebody gave: what it raises, of whatever type, is an error of ours in one line.
+
+    Args:
+        what: cannot be used, and why: `config.json cannot be used`.
+    """
+    try:
+        yield
+    except (OffloadError, MemoryError):
+        raise
+    except RecursionError as error:
+        raise kind(f"{what} (it is nested too deeply)") from error
+    except Exception as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise kind(f"{what} ({said or type(error).__name__})") from error
 
 
 class ConfigError(OffloadError, ValueError):

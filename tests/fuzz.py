@@ -68,9 +68,22 @@ def generate(*more: str) -> Callable[[Path], list[str]]:
     return lambda case: ["generate", str(case / "model"), *GENERATE, *(part.replace("CASE", str(case)) for part in more)]
 
 
-def tune(case: Path) -> list[str]:
-    options = ["--max-steps", "1", "--sequence-length", "16", "--batch-size", "1", "--device", "cpu", "--cpu-memory", "64MiB"]
-    return ["finetune", str(case / "model"), "--data", str(case / "data.jsonl"), "--output", str(case / "tuned"), *options]
+def tune(case: Path, output: str = "tuned") -> list[str]:
+    options = [
+        "--max-steps",
+        "1",
+        "--save-every",
+        "1",
+        "--sequence-length",
+        "16",
+        "--batch-size",
+        "1",
+        "--device",
+        "cpu",
+        "--cpu-memory",
+        "64MiB",
+    ]
+    return ["finetune", str(case / "model"), "--data", str(case / "data.jsonl"), "--output", str(case / output), *options]
 
 
 KINDS = [
@@ -83,13 +96,13 @@ KINDS = [
     Kind("chat template", "model/chat_template.jinja", generate("--chat")),
     Kind("adapter config", "adapter/adapter_config.json", generate("--adapter", "CASE/adapter")),
     Kind("adapter weights", "adapter/adapter_model.safetensors", generate("--adapter", "CASE/adapter")),
-    Kind("manifest", "tuned/checkpoint/offload-checkpoint.json", lambda case: [*tune(case), "--resume", "--max-steps", "2"]),
+    Kind("manifest", "tuned/checkpoint/training.json", lambda case: [*tune(case), "--resume", "--max-steps", "2"]),
     Kind("plan", "plan.json", generate("--plan", "CASE/plan.json")),
     Kind("profile", "profile.json", lambda case: ["plan", str(case / "model"), "--hardware", str(case / "profile.json")]),
     Kind("report", "report.json", lambda case: ["report", str(case / "report.json")]),
     Kind("report page", "report.json", lambda case: ["report", str(case / "report.json"), "--output", str(case / "page.html")]),
     Kind("routing trace", "trace.csv", lambda case: ["experts", "replay", str(case / "trace.csv"), "--slots-per-layer", "2"]),
-    Kind("training data", "data.jsonl", tune),
+    Kind("training data", "data.jsonl", lambda case: tune(case, "anew")),
     Kind("prompts", "prompts.jsonl", lambda case: ["generate", str(case / "model"), "--prompts", str(case / "prompts.jsonl"), *GENERATE[2:]]),
     Kind("prefix block", "prefixes", generate("--prefix-cache", "CASE/prefixes")),
 ]  # fmt: skip
@@ -131,24 +144,33 @@ class Hang(BaseException):
     """A command took longer than any of these should."""
 
 
-def run(arguments: list[str]) -> tuple[int, str]:
-    """A command's status and output; an exception that it lets through is raised."""
-    out = io.StringIO()
+def run(arguments: list[str], limit_seconds: int = 0) -> tuple[int, str]:
+    """A command's status and output; an exception that it lets through is raised, and Hang after a limit that is not 0."""
+    if not limit_seconds:
+        return _run(arguments)
 
     def late(number: int, frame: Any) -> None:
         raise Hang
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(HANG_SECONDS)
+    signal.alarm(limit_seconds)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            try:
-                return main(arguments), out.getvalue()
-            except SystemExit as end:
-                return int(end.code or 0), out.getvalue()
+        return _run(arguments)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _run(arguments: list[str]) -> tuple[int, str]:
+    out = io.StringIO()
+    # Standard output is closed where its reader is gone, and has to be a file for that.
+    with tempfile.TemporaryFile("w+") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(out):
+        try:
+            status = main(arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said.seek(0)
+        return status, said.read() + out.getvalue()
 
 
 def damage(path: Path, rng: random.Random) -> str:
@@ -239,7 +261,7 @@ def plain_text(folder: Path) -> str | None:
         return None
 
 
-def tried(kind: Kind, whole: Path, seed: int) -> tuple[str, str]:
+def tried(kind: Kind, whole: Path, seed: int, limit_seconds: int = 0) -> tuple[str, str]:
     """Run one case; `well`, or what is wrong, and the details."""
     rng = random.Random(f"{kind.name} {seed}")
     with tempfile.TemporaryDirectory() as folder:
@@ -248,7 +270,7 @@ def tried(kind: Kind, whole: Path, seed: int) -> tuple[str, str]:
         what = damage(case / kind.file, rng)
         command = kind.command(case)
         try:
-            status, output = run(command)
+            status, output = run(command, limit_seconds)
         except Hang:
             return "hang", what
         except BaseException:
@@ -279,7 +301,7 @@ def fuzz(minutes: float, seed: int, only: str | None = None, verbose: bool = Fal
         kinds = [kind for kind in KINDS if only in (None, kind.name)]
         while time.monotonic() < end:
             for kind in kinds:
-                outcome, details = tried(kind, whole, seed)
+                outcome, details = tried(kind, whole, seed, HANG_SECONDS)
                 counts[kind.name, outcome] += 1
                 if verbose or outcome not in ("well", "done"):
                     print(f"{outcome}: {kind.name}, seed {seed}: {details}", flush=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from offload.storage.block_file import BlockFileWriter, spill_folder
-from offload.storage.errors import ConfigError
+from offload.storage.errors import ConfigError, foreign_file
 from offload.storage.whole_file import PARTIAL
 
 
@@ -66,10 +66,8 @@ def load_adapters(model: nn.Module, folder: str) -> Any:
     peft = _peft()
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ConfigError(f"{folder} holds no adapter: no adapter_config.json; `offload finetune --output DIR` writes one")
-    try:
+    with foreign_file(f"the adapter {folder} cannot be used, or does not fit the model", ConfigError):
         return peft.PeftModel.from_pretrained(model, folder).eval()
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ConfigError(f"the adapter {folder} does not fit the model: {str(error).splitlines()[0]}") from error
 
 
 def _peft() -> Any:

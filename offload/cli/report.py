@@ -9,7 +9,7 @@ from offload.cli.terminal import check_writable, print_table, say
 from offload.report.record import Record
 from offload.report.report import Report
 from offload.report.write import write_record
-from offload.storage.errors import ConfigError, duration, gib
+from offload.storage.errors import ConfigError, duration, foreign_file, gib
 
 SUMMARY = "Show a run again that `generate --report FILE.json` wrote; given two, compare them."
 
@@ -30,10 +30,13 @@ def run(request: argparse.Namespace) -> None:
         _compare(request.runs, [record.report for record in records])
     elif request.output:
         check_writable(request.output)
-        write_record(records[0], request.output)
+        with foreign_file(f"{request.runs[0]} is no run that can be shown", ConfigError):
+            write_record(records[0], request.output)
         say(f"written to {request.output}")
     else:
-        print(Report.from_dict(records[0].report))
+        with foreign_file(f"{request.runs[0]} is no run that can be shown", ConfigError):
+            text = str(Report.from_dict(records[0].report))
+        print(text)
 
 
 def _compare(names: list[str], reports: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from offload.storage.errors import CheckpointError, ConfigError
+from offload.storage.errors import CheckpointError, ConfigError, foreign_file
 
 LEAST_SHARED_TOKENS = 64
 """Fewer are computed sooner than they are shared."""
@@ -120,8 +120,10 @@ class Prompts:
     def _encode(self, text: str, chat: bool) -> list[int]:
         if chat:
             message = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return list(self.tokenizer(text, add_special_tokens=not chat)["input_ids"])
+            with foreign_file("the model's chat template cannot be used: mend it, or leave --chat out", CheckpointError):
+                text = str(self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+        with foreign_file("the model's tokenizer does not take this text", CheckpointError):
+            return list(self.tokenizer(text, add_special_tokens=not chat)["input_ids"])
 
 
 def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:
@@ -130,13 +132,26 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: if there is none.
     """
-    try:
+    what = f"{folder} holds no tokenizer that can be used: copy the model's tokenizer files there"
+    with foreign_file(what, CheckpointError):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder} holds no tokenizer that can be used ({str(error).splitlines()[0]}); "
-            "copy the model's tokenizer files there"
-        ) from error
+
+
+def check_generation_config(model: Any) -> None:
+    """Values of other types than these break `generate` in its middle.
+
+    Raises:
+        CheckpointError: which names the value.
+    """
+    config = getattr(model, "generation_config", None)
+    for name, value in ({} if config is None else vars(config)).items():
+        counted = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id"):
+            right = value is None or all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in counted)
+        else:
+            right = value is None or isinstance(value, bool) or not name.startswith(("output_", "return_", "do_", "use_"))
+        if not right:
+            raise CheckpointError(f"generation_config.json of the model says {name}={value!r}, which is no such thing: mend it")
 
 
 def complete(
@@ -157,6 +172,7 @@ def complete(
         begin: given the tokens that a batch of prompts begins with and how many prompts there are, a cache that holds some of
             them; None to compute every prompt as a whole.
     """
+    check_generation_config(model)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     tokenizer = prompts.tokenizer

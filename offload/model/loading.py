@@ -25,10 +25,13 @@ from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, unknown
 from offload.storage.block_file import BlockFile, key_of
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, FileRange
 from offload.storage.checkpoint import dtypes_of, identity, read_checkpoint, weight_files
-from offload.storage.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
+from offload.storage.errors import CheckpointError, ConfigError, CorruptCheckpoint, UnsupportedCheckpoint, foreign_file
 from offload.storage.read_plan import plan_reads
 
 DEMO = "demo"
+
+_LARGEST_COUNT = 1 << 40
+"""No size of a model is above it."""
 _OF_THE_CONFIG = ("attn_implementation", "experts_implementation")
 _LAYOUT_VERSION = 1
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
@@ -122,7 +125,7 @@ def read_config(place: str, options: LoadingOptions) -> Any:
         return copy.deepcopy(options.config)
     given = options.config if options.config is not None else place
     hub = {} if os.path.isdir(given) else {**options.hub, "subfolder": options.subfolder}
-    try:
+    with foreign_file(f"{given}/config.json cannot be used", CheckpointError):
         config, unused = AutoConfig.from_pretrained(
             given,
             return_unused_kwargs=True,
@@ -131,8 +134,6 @@ def read_config(place: str, options: LoadingOptions) -> Any:
             **hub,
             **copy.deepcopy(dict(options.overrides)),
         )
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{given}/config.json cannot be used: {error}") from error
     if left := [name for name in options.overrides if name in unused]:
         raise unknown(left, {*config.to_dict(), *options.siblings})
     return config
@@ -158,6 +159,14 @@ def find_outline(name: str, dtype: Any = "auto", trust_remote_code: bool = False
         ) from error
     headers = {tensor: info.dtype for file in files.values() for tensor, info in file.tensors.items()}
     return CheckpointLoader(folder, options, headers)
+
+
+def _counts(content: Any) -> Iterator[tuple[str, int]]:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _counts({str(key): item for key, item in value.items()})
+        elif isinstance(value, int) and not isinstance(value, bool) and not name.endswith(("_id", "_index")):
+            yield name, value
 
 
 class CheckpointLoader:
@@ -191,7 +200,11 @@ class CheckpointLoader:
         """The model without values, on torch's meta device: for planning; None for a quantised one, known late."""
         if self._method is not None:
             return None
-        with torch.device("meta"):
+        self._check_counts()
+        with (
+            torch.device("meta"),
+            foreign_file(f"{self.folder}/config.json describes no model that can be made", CheckpointError),
+        ):
             kind = self._class()
             options = {name: self._options.model[name] for name in _OF_THE_CONFIG if name in self._options.model}
             if kind is AutoModelForCausalLM:
@@ -201,6 +214,16 @@ class CheckpointLoader:
                 kind = kind._from_config
             outline: nn.Module = kind(self.config, dtype=self.dtype, **options)
             return outline
+
+    def _check_counts(self) -> None:
+        """A config with counts of another world would be built for hours."""
+        for name, value in _counts(self.config.to_dict()):
+            most = len(self.stored) if "layer" in name and self.stored else _LARGEST_COUNT
+            if value > most:
+                raise CorruptCheckpoint(
+                    f"{self.folder}/config.json says {name}={value}, and the checkpoint has {len(self.stored)} tensors: give "
+                    "the config.json that belongs to it"
+                )
 
     def slot_bytes(self, unit: Unit) -> int:
         """What a block of the outline will take in the slots: exact where the files hold its tensors as they are."""
@@ -269,7 +292,8 @@ class CheckpointLoader:
             options["code_revision"] = asked.code_revision
         kind: Any = self._class()
         if self._method is None:
-            plain: tuple[Any, dict[str, Any]] = kind.from_pretrained(self.folder, **options)
+            with foreign_file(f"{self.folder} cannot be loaded", CheckpointError):
+                plain: tuple[Any, dict[str, Any]] = kind.from_pretrained(self.folder, **options)
             return plain
         try:
             model, found = kind.from_pretrained(self.folder, **options)

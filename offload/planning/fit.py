@@ -45,7 +45,7 @@ class FittedPlan:
     """Other ways to keep keys and values in pages, of the same exactness, where they are."""
 
 
-class Beside(Protocol):
+class FeatureMemory(Protocol):
     """What a feature holds in the budgets beside a model."""
 
     def left_of(self, budgets: Budgets) -> Budgets:
@@ -67,7 +67,7 @@ class Demand:
         allow_splits: passes may be split.
         candidates: the blocks that may stay on the device; None for all.
         held: parameters that always stay on the device.
-        beside: what is held beside a model that is taken apart so; None for nothing.
+        memory: what a feature holds beside a model that is taken apart so; None for nothing.
     """
 
     experts: ExpertGranularity = ExpertGranularity.PER_LAYER
@@ -75,7 +75,7 @@ class Demand:
     allow_splits: bool = True
     candidates: frozenset[BlockKey] | None = None
     held: tuple[nn.Parameter, ...] = ()
-    beside: Callable[[Structure], Beside] | None = None
+    memory: Callable[[Structure], FeatureMemory] | None = None
 
 
 def fit(
@@ -179,14 +179,14 @@ def _fitting(
         structure = find_structure(model, by_submodule, single, [*demand.held, *strays])
         described = model_spec(model, structure, slot_bytes, activations, experts)
         spec = replace(described, workspace_bytes=budgets.workspace_bytes)
-        beside = None if demand.beside is None else demand.beside(structure)
-        left = budgets if beside is None else beside.left_of(budgets)
+        memory = None if demand.memory is None else demand.memory(structure)
+        left = budgets if memory is None else memory.left_of(budgets)
         # The parts of layers are no layers: a batch cannot be taken apart around them.
         for workload in (item for item in workloads if not (by_submodule and item.micro_batch)):
             try:
                 plan = make_plan(spec, left.device_bytes, workload, left.host_bytes, demand.candidates)
             except BudgetTooSmall as error:
-                refusals.append(error if beside is None else beside.refused(error, budgets))
+                refusals.append(error if memory is None else memory.refused(error, budgets))
             else:
                 return FittedPlan(structure, spec, plan, by_submodule, _said(structure, by_submodule), experts)
         largest = _largest_to_split(structure, by_submodule.whole)

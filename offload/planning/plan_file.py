@@ -14,7 +14,7 @@ def load_plan(path: str | Path) -> Plan:
         return Plan.from_json(Path(path).read_text())
     except OSError as error:
         raise PlanError(f"the plan {path} cannot be read: {error.strerror}") from error
-    except PlanError as error:
+    except (PlanError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: {error}") from error
 
 

@@ -34,5 +34,5 @@ class Record:
             return cls(Report.from_dict(content).to_dict(), trace)
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is no run that `generate --report FILE.json` wrote ({error!r})") from error

@@ -81,7 +81,7 @@ class CompiledLayers:
 
     def __init__(self, count: int, warn: Callable[[str], None]) -> None:
         self.used = False
-        self._count, self._warn = count, warn
+        self._count, self.warn = count, warn
         self._limit: int | None = None
 
     def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,7 +94,7 @@ class CompiledLayers:
             if callback is None and plain is forward:
                 return forward(*args, **kwargs)
             if torch.is_grad_enabled():
-                self._warn("compiled code is not used while gradients are recorded: layers are computed again for backward")
+                self.warn("compiled code is not used while gradients are recorded: layers are computed again for backward")
                 return plain(*args, **kwargs)
             self._begin()
             if callback is None:
@@ -110,15 +110,15 @@ class CompiledLayers:
     def leave_out(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return the forward of a layer that is taken apart, which says that it is not compiled."""
 
-        def told(*args: Any, **kwargs: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
             if getattr(_present, "callback", None) is not None:
-                self._warn(
+                self.warn(
                     "layers are streamed by their sub-modules in this budget, and are not compiled: torch.compile needs room "
                     "for a whole layer"
                 )
             return forward(*args, **kwargs)
 
-        return told
+        return noted
 
     def undo(self) -> None:
         if self._limit is not None:
@@ -127,7 +127,7 @@ class CompiledLayers:
     def _begin(self) -> None:
         if not self.used:
             self.used = True
-            self._warn(
+            self.warn(
                 "the model is compiled: its layers are, one by one, and what is around them is not; exactness is rounding, "
                 "against the model without torch.compile"
             )

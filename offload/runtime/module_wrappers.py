@@ -210,8 +210,7 @@ class ModuleWrappers:
         plan: says what the CPU computes, and how many sequences a layer computes at once.
         divided: products that the device and the CPU share, by block.
         on_device: makes the wrapper of a unit that the device computes.
-        compiled: runs what the user compiled.
-        warn: told of what is slower than planned, and why.
+        compiled: runs what the user compiled; says what is slower than planned, and why.
     """
 
     def __init__(
@@ -224,12 +223,15 @@ class ModuleWrappers:
         executor: LayerExecutor,
         clock: PassClock,
         compiled: CompiledLayers,
-        warn: Callable[[str], None],
     ) -> None:
         self._wraps = [ForwardWrap(module, compiled.leave_out) for module in around.values()]
         self._wraps += [ForwardWrap(module, AroundParts(key, clock).wrap) for key, module in around.items()]
         on_host = frozenset(plan.weights.computed_on_host)
-        parts = MicroBatches(plan.splits.micro_batch, plan.splits.decode_micro_batch, warn) if plan.splits.micro_batch else None
+        parts = (
+            MicroBatches(plan.splits.micro_batch, plan.splits.decode_micro_batch, compiled.warn)
+            if plan.splits.micro_batch
+            else None
+        )
         for unit in units:
             wrappers = [module for module in unit.module.modules() if is_wrapper(module)]
             self._wraps += [ForwardWrap(wrapper, unwritten(wrapper)) for wrapper in wrappers]

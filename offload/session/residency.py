@@ -247,7 +247,6 @@ class Residency:
             self._executor,
             self._machine.clock,
             self.compiled,
-            self._machine.notes.warn,
         )
 
     def _onloaded(self, unit: Unit) -> OnloadedModule:

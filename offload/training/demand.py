@@ -50,7 +50,7 @@ def fit_training(
         # Nothing that is trained stays on a device whose memory the states do not share.
         candidates=frozenset[str]() if training.full and discrete else None,
         held=held_parameters(model, training, discrete),
-        beside=memory_of,
+        memory=memory_of,
     )
     if training.full and training.state_tier == CPU and not discrete:
         structure = find_structure(model)

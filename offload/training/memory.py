@@ -87,8 +87,9 @@ class TrainingMemory:
         if self.training.full:
             ways.append("train adapters")
         least = error.least_bytes + taken
+        held = ", ".join(f"{gib(nbytes)} of {what}" for nbytes, what in holds if nbytes)
         return BudgetTooSmall(
-            f"training holds {', '.join(f'{gib(nbytes)} of {what}' for nbytes, what in holds if nbytes)}, and the budget is {gib(budget or 0)}; with the model beside, {gib(least)} "
+            f"training holds {held}, and the budget is {gib(budget or 0)}; with the model beside, {gib(least)} "
             f"({least} bytes) would do: give {', or '.join(ways)}. Of what is left for the model: {error}",
             least,
             error.of_host,
@@ -193,7 +194,7 @@ def _input_bytes_of(model: nn.Module, structure: Structure, tokens: int) -> list
 
 
 def _input_width(unit: Unit, hidden: int) -> int:
-    """Of a layer the hidden state's; of a part of one, at most what its weight shows."""
+    """How wide what a layer is given is; of a part of one, at most what its weight shows."""
     if isinstance(unit.module, nn.Linear):
         return unit.module.in_features
     own = [max(value.shape) for value in unit.module.parameters(recurse=False) if value.dim() == 2]

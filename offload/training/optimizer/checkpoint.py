@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.storage.errors import ConfigError, CorruptCheckpoint, OffloadError
+from offload.storage.errors import ConfigError, CorruptCheckpoint, OffloadError, foreign_file
 from offload.storage.fingerprint import fingerprint_of
 from offload.storage.whole_file import is_partial_of, replace_text
 from offload.training.optimizer.states import StateSnapshot
@@ -130,12 +130,13 @@ class Checkpoints:
         manifest = read_manifest(self.folder)
         if manifest is None:
             return None
-        compare("model", manifest["model"], self._model)
-        compare("optimizer", manifest["optimizer"]["kind"], self._managed.settings()["kind"])
-        self._last = self._resumed(self.folder / manifest["states"], manifest)
-        _remove_others(self.folder, manifest["states"])
-        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(manifest["random"])), dtype=torch.uint8))
-        return dict(manifest["progress"])
+        with foreign_file(f"{self.folder / MANIFEST} is no manifest of a training", CorruptCheckpoint):
+            compare("model", manifest["model"], self._model)
+            compare("optimizer", manifest["optimizer"]["kind"], self._managed.settings()["kind"])
+            self._last = self._resumed(self.folder / manifest["states"], manifest)
+            _remove_others(self.folder, manifest["states"])
+            torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(manifest["random"])), dtype=torch.uint8))
+            return dict(manifest["progress"])
 
     def _resumed(self, path: Path, manifest: Mapping[str, Any]) -> StateSnapshot:
         """The states as they were, and the weights that follow from them."""
@@ -159,6 +160,7 @@ class Checkpoints:
             frozen.wait()
             manifest |= {"states": name, "checksums": frozen.file.checksums(manifest["bytes"])}
             self.copied = not frozen.file.link(str(self.folder / name)) or self.copied
+            manifest["checksum"] = _checksum(manifest)
             replace_text(self.folder / MANIFEST, json.dumps(manifest, indent=1))
         except BaseException as error:  # handed to whoever saves or waits next
             (self.folder / name).unlink(missing_ok=True)
@@ -181,11 +183,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
             raise ValueError(f"its version is {manifest['version']}, and this is {_VERSION}")
         if not _STATES_NAME.fullmatch(manifest["states"]):
             raise ValueError(f"the states that it names, {manifest['states']!r}, are no file that is written here")
+        # Older ones have none.
+        if manifest.get("checksum", _checksum(manifest)) != _checksum(manifest):
+            raise ValueError("it fails its checksum: it is not what was written")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} is no manifest of a training ({error})") from error
     return manifest
+
+
+def _checksum(manifest: Mapping[str, Any]) -> int:
+    """Sum up all but the checksum."""
+    content = {name: value for name, value in manifest.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def identity_of(model: nn.Module, files: Iterable[str]) -> dict[str, Any]:
