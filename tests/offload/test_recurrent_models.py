@@ -12,6 +12,8 @@ from offload.scheduler.model_spec import Workload
 from tests.architectures import VOCAB, make, tokens
 from tests.poison import poison_homes
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 _SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
