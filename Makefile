@@ -3,12 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-card quick lint types check clean
+.PHONY: demo test test-all test-card quick lint types check clean
 
 demo: .venv/installed
 	$(BIN)/offload generate demo --prompt "And the king said" --max-new-tokens 60 --device cpu --cpu-memory 6MiB
 
 test: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not every_case"
+
+# Every combination, where `test` has a sample.
+test-all: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 # Everything in tests/gpu on a pretended CUDA card (tests/pretended), and the script for a real one; skipped without g++.

@@ -29,12 +29,12 @@ def trainings() -> list[Any]:
 
 
 def some(cases: list[Any], count: int) -> list[Any]:
-    """A sample that is the same each time; the others are slow."""
+    """A sample that is the same each time; `make test-all` runs the others."""
     chosen = set(random.Random(3).sample(range(len(cases)), count))
     return [
         pytest.param(*case, id="-".join(map(str, (case[0], case[1], *(case[2] if type(case[2]) is tuple else (case[2],))))))
         if index in chosen
-        else pytest.param(*case, marks=pytest.mark.slow)
+        else pytest.param(*case, marks=pytest.mark.every_case)
         for index, case in enumerate(cases)
     ]
 
