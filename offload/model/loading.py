@@ -30,6 +30,17 @@ from offload.storage.read_plan import plan_reads
 
 DEMO = "demo"
 
+_LAYER_COUNTS = {
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+}
+"""Each layer has a tensor at least."""
+
 _LARGEST_COUNT = 1 << 40
 """No size of a model is above it."""
 _OF_THE_CONFIG = ("attn_implementation", "experts_implementation")
@@ -218,7 +229,7 @@ class CheckpointLoader:
     def _check_counts(self) -> None:
         """A config with counts of another world would be built for hours."""
         for name, value in _counts(self.config.to_dict()):
-            most = len(self.stored) if "layer" in name and self.stored else _LARGEST_COUNT
+            most = len(self.stored) if name in _LAYER_COUNTS and self.stored else _LARGEST_COUNT
             if value > most:
                 raise CorruptCheckpoint(
                     f"{self.folder}/config.json says {name}={value}, and the checkpoint has {len(self.stored)} tensors: give "

@@ -175,7 +175,9 @@ def _activation_bytes(model: nn.Module, structure: Structure, training: Training
         case "cpu":
             return (sum(pages) + _SHARED_INPUTS * max(pages)) * training.micro_batches
         case "gpu":
-            return training.micro_batches * (sum(each) + len(each) * tokens * token_bytes)
+            # What a layer holds, however many parts it is streamed in.
+            layers = sum(unit.role is BlockRole.LAYER for unit in find_structure(model).units)
+            return training.micro_batches * (sum(each) + layers * tokens * token_bytes)
     return training.micro_batches * sum(each)
 
 

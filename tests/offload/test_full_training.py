@@ -442,7 +442,7 @@ def test_where_layers_inputs_wait(name, tier, major, monkeypatch, tmp_path):
     training = Training(**FAST, activation_tier=tier, state_dir=str(tmp_path), sub_group_elements=4096)
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=training, **RESERVE) as session:
         assert not session.plan.weights.streamed
-    budget = device_budget(model) + 65_536
+    budget = device_budget(model) + 131_072
     training = Training(full=True, **FAST, activation_tier=tier, state_dir=str(tmp_path), sub_group_elements=4096)
     with offload(model, gpu_memory=budget, cpu_memory=1 << 26, training=training, **RESERVE) as session:
         assert session.plan.weights.streamed
