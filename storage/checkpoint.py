@@ -75,9 +75,9 @@ def weight_files(folder: str, variant: str | None = None) -> list[str]:
 
 
 def _exists(path: Path) -> bool:
-    """False too for what cannot be the name of a file, and for none at all."""
+    """False too for what cannot be the name of a file."""
     try:
-        return bool(path.name) and path.exists()
+        return path.exists()
     except (OSError, ValueError):
         return False
 

@@ -108,9 +108,7 @@ class Counter(TorchDispatchMode):
         self._seen += 1
         if self._seen > _MOST_OPERATIONS:
             raise DryRunFailed(f"a pass has more than {_MOST_OPERATIONS:,} operations, some of them for each token")
-        for value in leaves((args, kwargs)):
-            if isinstance(value, torch.Tensor) and (key := value.untyped_storage()._cdata) in self._weights - self._there:
-                self.stray_reads.add(self._names[key])
+        self._note_strays(args, kwargs)
         packet = getattr(function, "overloadpacket", function)
         if packet.__name__ in _VIEWS:
             return
@@ -127,6 +125,13 @@ class Counter(TorchDispatchMode):
         touched = [value for value in tensors if not self._is_weight(value)]
         results = [result] if isinstance(result, torch.Tensor) else []
         sums.traffic_bytes += sum(value.nbytes for value in (*touched, *results))
+
+    def _note_strays(self, args: Any, kwargs: Any) -> None:
+        for value in leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                key = value.untyped_storage()._cdata
+                if key in self._weights and key not in self._there:
+                    self.stray_reads.add(self._names[key])
 
     def _note_reads(self, name: str, args: Any, kwargs: Any) -> None:
         for value in leaves((args[1:] if name in _WRITES else args, kwargs)):
