@@ -3,7 +3,7 @@
 from transformers import AutoTokenizer
 
 from offload import offload
-from offload.model.loading import find_folder
+from offload.model.checkpoint_folder import find_folder
 
 folder = find_folder("demo")
 tokenizer = AutoTokenizer.from_pretrained(folder)

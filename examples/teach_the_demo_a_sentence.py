@@ -8,7 +8,7 @@ from offload import Training, offload
 from offload.finetune.data import Batches, Example
 from offload.finetune.loop import train
 from offload.finetune.recipe import Recipe
-from offload.model.loading import find_folder
+from offload.model.checkpoint_folder import find_folder
 
 warnings.simplefilter("ignore")
 folder = find_folder("demo")

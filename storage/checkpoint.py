@@ -3,7 +3,7 @@
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -54,16 +54,13 @@ def read_checkpoint(folder: str, variant: str | None = None) -> dict[str, Stored
 
 def weight_files(folder: str, variant: str | None = None) -> list[str]:
     """The safetensors files of the checkpoint in `folder`, each of which exists."""
-    index = Path(folder, _of_variant(INDEX_NAME, variant))
-    single = Path(folder, _of_variant(SINGLE_NAME, variant))
+    index = index_of(folder, variant)
+    single = Path(folder, of_variant(SINGLE_NAME, variant))
     if single.exists():
         return [str(single)]
     if not index.exists():
-        raise _no_safetensors(folder, single.name, index.name)
-    try:
-        names = sorted({str(Path(name)) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{index} is not a safetensors index: {error!r}") from error
+        raise no_safetensors(folder, sorted(path.name for path in Path(folder).glob("*")), single.name, index.name)
+    names = indexed_files(index)
     missing = [name for name in names if name == "." or not _exists(Path(folder, name))]
     if missing:
         shown = ", ".join(name[:80] for name in missing[:4])
@@ -72,6 +69,23 @@ def weight_files(folder: str, variant: str | None = None) -> list[str]:
             f"{shown}. Download the checkpoint again, or copy the missing files beside the index."
         )
     return [str(Path(folder, name)) for name in names]
+
+
+def index_of(folder: str, variant: str | None = None) -> Path:
+    """Where the index of a sharded checkpoint is, if it is one."""
+    return Path(folder, of_variant(INDEX_NAME, variant))
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The files that an index names, relative to its folder.
+
+    Raises:
+        CorruptCheckpoint: if it is none.
+    """
+    try:
+        return sorted({str(Path(name)) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{index} is not a safetensors index: {error!r}") from error
 
 
 def _exists(path: Path) -> bool:
@@ -167,27 +181,30 @@ def _stored(path: str, name: str, entry: Any, data_start: int) -> StoredTensor:
     return StoredTensor(TensorSpec(name, dtype, shape), FileRange(path, data_start + begin, end - begin))
 
 
-def _of_variant(name: str, variant: str | None) -> str:
-    """As transformers names it: `model.safetensors.index.fp16.json`."""
+def of_variant(name: str, variant: str | None) -> str:
+    """The name of a variant's file, as transformers makes it: `model.safetensors.index.fp16.json`."""
     stem, _, suffix = name.rpartition(".")
     return name if variant is None else f"{stem}.{variant}.{suffix}"
 
 
-def _no_safetensors(folder: str, single: str, index: str) -> CheckpointError:
-    pickles = sorted(path.name for path in Path(folder).glob("*") if path.name.endswith(_PICKLE_SUFFIXES))
-    shards = sorted(path.name for path in Path(folder).glob("*.safetensors"))
+def no_safetensors(place: str, files: Sequence[str], single: str, index: str) -> CheckpointError:
+    """The error for a folder or a repository that has neither of both files, with what it has and what to do.
+
+    Args:
+        files: what is in it, by name.
+    """
+    pickles = [name for name in files if name.endswith(_PICKLE_SUFFIXES)]
+    shards = [name for name in files if name.endswith(".safetensors")]
     if len(shards) > 1:
         return UnsupportedCheckpoint(
-            f"{folder} holds {len(shards)} safetensors files ({', '.join(shards[:3])}) and neither {single} nor {index}, which "
+            f"{place} holds {len(shards)} safetensors files ({', '.join(shards[:3])}) and neither {single} nor {index}, which "
             "says what is in which. Copy it beside them."
         )
     if not pickles:
-        return UnsupportedCheckpoint(
-            f"{folder} holds neither {single} nor {index}. Give a folder that `save_pretrained` wrote."
-        )
+        return UnsupportedCheckpoint(f"{place} holds neither {single} nor {index}. Give a folder that `save_pretrained` wrote.")
     return UnsupportedCheckpoint(
-        f"{folder} holds its weights as pickle files ({', '.join(pickles[:3])}), which cannot be streamed. Convert once, "
+        f"{place} holds its weights as pickle files ({', '.join(pickles[:3])}), which cannot be streamed. Convert once, "
         'on a machine with enough memory: python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\" "
+        f"M.from_pretrained('{place}', dtype='auto').save_pretrained('{place}-safetensors')\" "
         "(and copy the tokenizer's files)."
     )

@@ -33,8 +33,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offload.cli.main import main
+from offload.model.checkpoint_folder import find_folder
 from offload.model.from_pretrained import LoadingOptions
-from offload.model.loading import find_folder
 from offload.scheduler.routing import COLUMNS
 
 HANG_SECONDS = 10

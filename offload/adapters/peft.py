@@ -70,6 +70,17 @@ def load_adapters(model: nn.Module, folder: str) -> Any:
         return peft.PeftModel.from_pretrained(model, folder).eval()
 
 
+def inject_adapters(model: Any, folder: str) -> None:
+    """Add the adapters of a folder to the model, as transformers does for one that is loaded by that folder.
+
+    Raises:
+        ConfigError: if they are those of another model.
+    """
+    _peft()
+    with foreign_file(f"the adapter {folder} cannot be used, or does not fit the model", ConfigError):
+        model.load_adapter(folder)
+
+
 def _peft() -> Any:
     try:
         import peft

@@ -20,7 +20,7 @@ from offload.finetune.data import Batches, check_packing, packed, read_examples
 from offload.finetune.loop import Step, train
 from offload.finetune.recipe import FULL, LORA, METHODS, Recipe
 from offload.generation.text import load_tokenizer
-from offload.model.loading import find_folder
+from offload.model.checkpoint_folder import find_folder
 from offload.report.record import Record
 from offload.report.training import TrainingEstimate, TrainingReport
 from offload.report.write import write_record

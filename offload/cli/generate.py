@@ -16,8 +16,8 @@ from offload.cli.terminal import check_writable, live_console, progress_bar, say
 from offload.config import EXACTNESS, ROUNDING, Progress, resolve_device
 from offload.generation.text import LEAST_SHARED_TOKENS, Completion, Prompts, Sampling, complete, load_tokenizer
 from offload.json_lines import decoded, json_lines
+from offload.model.checkpoint_folder import find_model
 from offload.model.from_pretrained import LoadingOptions
-from offload.model.loading import find_folder
 from offload.probe import hardware_profile, kept_profile
 from offload.report.live import LiveView
 from offload.report.perfetto import as_perfetto
@@ -101,7 +101,10 @@ def run(request: argparse.Namespace) -> None:
     sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
     texts = _read_prompts(request.prompt, request.prompts)
     transformers_logging.set_verbosity_error()
-    folder = find_folder(request.model, LoadingOptions.of({"revision": request.revision}))
+    folder, adapter = find_model(request.model, LoadingOptions.of({"revision": request.revision}))
+    if adapter is not None and request.adapter is not None:
+        raise ConfigError(f"{request.model} is an adapter, and --adapter {request.adapter} another: give the model with one")
+    request.adapter = adapter or request.adapter
     prompts = Prompts(load_tokenizer(folder, request.trust_remote_code), texts, request.chat)
     completions, record = _generate(request, folder, prompts, sampling)
     if request.json:

@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 from offload.adapters.peft import load_adapters, merge, save_model
 from offload.cli.terminal import say
 from offload.generation.text import load_tokenizer
-from offload.model.loading import find_folder
+from offload.model.checkpoint_folder import find_folder
 from offload.storage.errors import ConfigError
 
 SUMMARY = "Fold an adapter into its model. Writes a folder that transformers loads."

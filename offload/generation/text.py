@@ -74,8 +74,9 @@ class Prompts:
         self.tokenizer = tokenizer
         if chat and not getattr(tokenizer, "chat_template", None):
             raise ConfigError("--chat was asked for, and this model's tokenizer has no chat template; leave --chat out")
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        if tokenizer.pad_token_id is None:
+            has_end = tokenizer.eos_token_id is not None
+            tokenizer.pad_token = tokenizer.eos_token if has_end else tokenizer.convert_ids_to_tokens(0)
         tokenizer.padding_side = "left"
         self._ids = [self._encode(text, chat) for text in self.texts]
         for text, ids in zip(self.texts, self._ids, strict=True):

@@ -1,14 +1,15 @@
 """From a checkpoint to parameters, and what a model is made of.
 
-from_pretrained  its keywords
-loading          a checkpoint looked at, then loaded
-conversions      what transformers' converters produce
-expert_loading   experts out of checkpoints, one by one
-lazy_experts     placeholders until they are read
-blocks           finds what is streamed as one
-experts          finds experts
-homes            where a parameter is when it is not on the device
-caches           what a transformers cache holds
-micro_batch      a layer's batch in parts
-pytree           tensors in nested values
+from_pretrained    its keywords
+checkpoint_folder  found, or fetched from the hub
+loading            a checkpoint looked at, then loaded
+conversions        what transformers' converters produce
+expert_loading     experts out of checkpoints, one by one
+lazy_experts       placeholders until they are read
+blocks             finds what is streamed as one
+experts            finds experts
+homes              where a parameter is when it is not on the device
+caches             what a transformers cache holds
+micro_batch        a layer's batch in parts
+pytree             tensors in nested values
 """

@@ -83,6 +83,19 @@ class TakenApart:
     def __bool__(self) -> bool:
         return bool(self.keys)
 
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules of both kinds, by their paths in the model now."""
+        return {path: model.get_submodule(path) for path in (*self.keys, *self.whole)}
+
+    def where_they_are(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> "TakenApart":
+        """The same modules, after some were removed from the model or moved in it."""
+        paths = {id(module): path for path, module in model.named_modules()}
+        now = {path: paths.get(id(module)) for path, module in modules.items()}
+        return TakenApart(
+            frozenset(path for key in self.keys if (path := now[key]) is not None),
+            frozenset(path for key in self.whole if (path := now[key]) is not None),
+        )
+
 
 WHOLE_BLOCKS = TakenApart()
 

@@ -1,11 +1,15 @@
 """The keywords of `from_pretrained`: which mean the same here, and what to say instead of the others."""
 
+import copy
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from offload.storage.errors import ConfigError
+from transformers import AutoConfig, PreTrainedConfig
+
+from offload.storage.errors import CheckpointError, ConfigError, foreign_file
 
 HUB = frozenset({"revision", "cache_dir", "token", "local_files_only", "force_download"})
 """Where a hub id's files come from."""
@@ -21,7 +25,7 @@ _QUANTISED = "weights are streamed as the checkpoint has them; give a checkpoint
 _ONE_DEVICE = "one device computes here"
 _WHOLE = "parameters are views of safetensors files, so that all of them must be there, in the shapes that the config says"
 _KERNELS = "modules are streamed as the model's own code has them"
-_ADAPTER = "load the base model, and add the adapter inside of the session: peft.PeftModel.from_pretrained(session.model, ...)"
+_ADAPTER = "give the adapter's folder as the model, or add it inside of the session: session.model.load_adapter(...)"
 _NOT_YOURS = "it is transformers' own, between its functions"
 
 REFUSED: dict[str, str] = {
@@ -134,3 +138,28 @@ def unknown(names: Iterable[str], known: Iterable[str]) -> ConfigError:
     return ConfigError(
         f"{', '.join(said)}: no option of offload or of from_pretrained, and nothing that the model's config knows"
     )
+
+
+def read_config(place: str, options: LoadingOptions) -> Any:
+    """The config of a folder or a hub id, as the options change it.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+        ConfigError: for an override of what it does not know.
+    """
+    if isinstance(options.config, PreTrainedConfig):
+        return copy.deepcopy(options.config)
+    given = options.config if options.config is not None else place
+    hub = {} if os.path.isdir(given) else {**options.hub, "subfolder": options.subfolder}
+    with foreign_file(f"{given}/config.json cannot be used", CheckpointError):
+        config, unused = AutoConfig.from_pretrained(
+            given,
+            return_unused_kwargs=True,
+            trust_remote_code=options.trust_remote_code,
+            code_revision=options.code_revision,
+            **hub,
+            **copy.deepcopy(dict(options.overrides)),
+        )
+    if left := [name for name in options.overrides if name in unused]:
+        raise unknown(left, {*config.to_dict(), *options.siblings})
+    return config

@@ -1,34 +1,30 @@
 """From a checkpoint folder or a hub id to a model whose parameters are views of files: loaded without being read."""
 
 import contextlib
-import copy
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from offload.config import Progress
 from offload.model.blocks import Unit, estimated_slot_bytes, tensor_spec
+from offload.model.checkpoint_folder import DEMO, fetch_headers, find_folder
 from offload.model.conversions import Conversions
 from offload.model.expert_loading import SingleExperts
 from offload.model.experts import ExpertPieces
-from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, unknown
+from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, read_config
 from offload.storage.block_file import BlockFile, key_of
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, FileRange
 from offload.storage.checkpoint import dtypes_of, identity, read_checkpoint, weight_files
 from offload.storage.errors import CheckpointError, ConfigError, CorruptCheckpoint, UnsupportedCheckpoint, foreign_file
 from offload.storage.read_plan import plan_reads
-
-DEMO = "demo"
 
 _LAYER_COUNTS = {
     "num_hidden_layers",
@@ -45,7 +41,6 @@ _LARGEST_COUNT = 1 << 40
 """No size of a model is above it."""
 _OF_THE_CONFIG = ("attn_implementation", "experts_implementation")
 _LAYOUT_VERSION = 1
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 
 _loading = threading.Lock()
 """transformers' converters are wrapped while a model loads: one model at a time."""
@@ -69,87 +64,6 @@ class LoadedModel:
     fallbacks: list[str] = field(default_factory=list)
 
 
-def find_folder(name: str, options: LoadingOptions = AS_IT_IS) -> str:
-    """The local folder of a model: a folder as it is, `demo` as shipped, a hub id from the hub's cache or the network.
-
-    Raises:
-        CheckpointError: if there is no such folder and the hub does not give it.
-    """
-    if name == DEMO:
-        return str(resources.files("offload") / "demo")
-    if os.path.isdir(name):
-        folder = os.path.join(name, options.subfolder) if options.subfolder else name
-        if (revision := options.hub.get("revision")) is not None:
-            raise ConfigError(f"revision {revision} was asked for, and {name} is a folder: only the hub has revisions")
-        if not Path(folder, "config.json").exists():
-            raise CheckpointError(_what_it_is(Path(folder)))
-        _check_regular(folder)
-        return folder
-    if os.path.exists(name):
-        raise CheckpointError(f"{name} is a file; give the folder that holds the checkpoint, with its config.json")
-    if options.overrides:
-        # A typo is answered before anything large is fetched.
-        read_config(name, options)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        folder = snapshot_download(name, allow_patterns=_HUB_FILES, **options.hub)
-    except HFValidationError as error:
-        raise CheckpointError(f"there is no folder {name!r}, and it is no hub id either") from error
-    except Exception as error:
-        raise CheckpointError(
-            f"there is no folder {name}, and the hub did not give a model of that name: {str(error).splitlines()[0]}"
-        ) from error
-    return os.path.join(folder, options.subfolder) if options.subfolder else folder
-
-
-def _what_it_is(folder: Path) -> str:
-    """What a folder without config.json holds, and what to do with it."""
-    if (folder / "adapter_config.json").is_file():
-        return f"{folder} holds an adapter: give the model that it was made for, and the folder as --adapter {folder}"
-    if (folder / "model_index.json").is_file():
-        parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        return f"{folder} is a diffusers pipeline: give one of its models ({', '.join(parts)}), like {folder / 'text_encoder'}"
-    if files := sorted(path.name for path in folder.glob("*.gguf")):
-        return f"{folder} holds GGUF files ({', '.join(files[:3])}), which are not read; give a folder with safetensors"
-    return f"{folder} holds no config.json; give a folder that save_pretrained wrote"
-
-
-def _check_regular(folder: str) -> None:
-    """Raise CheckpointError for what would be opened and is no file: a pipe is waited for, for ever."""
-    for pattern in _HUB_FILES:
-        for path in Path(folder).glob(pattern):
-            if path.exists() and not path.is_file():
-                kind = "a folder" if path.is_dir() else "a pipe, a socket or a device"
-                raise CheckpointError(f"{path} is {kind}, and a checkpoint consists of files")
-
-
-def read_config(place: str, options: LoadingOptions) -> Any:
-    """The config of a folder or a hub id, as the options change it.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-        ConfigError: for an override of what it does not know.
-    """
-    if isinstance(options.config, PreTrainedConfig):
-        return copy.deepcopy(options.config)
-    given = options.config if options.config is not None else place
-    hub = {} if os.path.isdir(given) else {**options.hub, "subfolder": options.subfolder}
-    with foreign_file(f"{given}/config.json cannot be used", CheckpointError):
-        config, unused = AutoConfig.from_pretrained(
-            given,
-            return_unused_kwargs=True,
-            trust_remote_code=options.trust_remote_code,
-            code_revision=options.code_revision,
-            **hub,
-            **copy.deepcopy(dict(options.overrides)),
-        )
-    if left := [name for name in options.overrides if name in unused]:
-        raise unknown(left, {*config.to_dict(), *options.siblings})
-    return config
-
-
 def find_outline(name: str, dtype: Any = "auto", trust_remote_code: bool = False) -> "CheckpointLoader":
     """A loader to look at: of a hub id nothing but the config and the safetensors headers is fetched.
 
@@ -159,16 +73,7 @@ def find_outline(name: str, dtype: Any = "auto", trust_remote_code: bool = False
     options = LoadingOptions(dtype, trust_remote_code)
     if name == DEMO or os.path.exists(name):
         return CheckpointLoader(find_folder(name), options)
-    from huggingface_hub import get_safetensors_metadata, snapshot_download
-
-    try:
-        folder = snapshot_download(name, allow_patterns=["config.json", "*.py"])
-        files = get_safetensors_metadata(name).files_metadata
-    except Exception as error:
-        raise CheckpointError(
-            f"there is no folder {name!r}, and the hub did not give a model of that name: {str(error).splitlines()[0]}"
-        ) from error
-    headers = {tensor: info.dtype for file in files.values() for tensor, info in file.tensors.items()}
+    folder, headers = fetch_headers(name)
     return CheckpointLoader(folder, options, headers)
 
 
@@ -230,7 +135,7 @@ class CheckpointLoader:
         """A config with counts of another world would be built for hours."""
         for name, value in _counts(self.config.to_dict()):
             most = len(self.stored) if name in _LAYER_COUNTS and self.stored else _LARGEST_COUNT
-            if value > most:
+            if value > most or (value < 0 and name in _LAYER_COUNTS):
                 raise CorruptCheckpoint(
                     f"{self.folder}/config.json says {name}={value}, and the checkpoint has {len(self.stored)} tensors: give "
                     "the config.json that belongs to it"

@@ -4,9 +4,11 @@
 when activation checkpointing stops a recomputation early, and the slot would stay taken.
 """
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ class ForwardWrap:
     def __init__(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
         self._module = module
         self._before = module.__dict__.get("forward")
-        module.forward = _Wrapped(module.forward, make)
+        module.forward = _Wrapped(module.forward, make, module, self._before)
 
     def undo(self) -> None:
         if self._before is not None:
@@ -53,21 +55,26 @@ class ForwardWrap:
 
 @outside_of_graphs
 class _Wrapped:
-    """A forward in an onload scope, which looks like the one it wraps (signature, name) but is never copied."""
+    """A forward in an onload scope, which looks like the one it wraps (signature, name); a copied module has the plain one."""
 
-    def __init__(self, original: Forward, make: Callable[[Forward], Forward]) -> None:
+    def __init__(
+        self, original: Forward, make: Callable[[Forward], Forward], module: nn.Module, on_instance: Forward | None
+    ) -> None:
         functools.update_wrapper(self, original)
         self._call = make(original)
+        self._module = module
+        self._on_instance = on_instance
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with Suspension():
             return self._call(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        # The copy would compute with the original's slots.
-        raise SessionError(
-            "a part of an offloaded model cannot be copied. Leave the context first, or save_pretrained and load it again."
-        )
+        # With this one, the copy would compute with the original's slots. Its weights are copies of the values.
+        if self._on_instance is not None:
+            return copy.deepcopy(self._on_instance, memo)
+        copied = memo[id(self._module)]
+        return MethodType(type(copied).forward, copied)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SessionError("an offloaded model cannot be pickled. Use save_pretrained, or leave the context first.")

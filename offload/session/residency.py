@@ -62,6 +62,7 @@ class Residency:
         self._model = model
         self._budgets = budgets
         self.by_submodule = prepared.fitted.by_submodule
+        self._taken_apart = self.by_submodule.modules(model)
         self._workload: Workload = prepared.workload
         self._owners: dict[int, BlockKey] = {
             id(value): unit.key for unit in self.structure.units for value in unit.parameters.values()
@@ -215,6 +216,8 @@ class Residency:
             self._free(added_bytes)
         self.placement.adopt(self._model)
         excluded = [value for component in self.components for value in component.excluded]
+        self.by_submodule = self.by_submodule.where_they_are(self._model, self._taken_apart)
+        self._taken_apart = self.by_submodule.modules(self._model)
         units = find_structure(self._model, self.by_submodule, excluded).units
         for unit in units:
             owners = (self._owners.get(id(value)) for value in unit.module.parameters())

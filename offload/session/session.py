@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar
@@ -10,10 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from offload.adapters.peft import inject_adapters
 from offload.config import ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
 from offload.model.caches import keeps_cache
+from offload.model.checkpoint_folder import find_model
 from offload.model.homes import FileMaps
-from offload.model.loading import CheckpointLoader, LoadedModel, find_folder
+from offload.model.loading import CheckpointLoader, LoadedModel
 from offload.planning.fit import ExpertGranularity, FittedPlan
 from offload.probe import kept_profile, suits
 from offload.report.live import Snapshot
@@ -87,12 +90,14 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
             raise SessionError("this session was entered already; call offload(...) again for another one")
         self._stack = ExitStack()
         before_bytes = process_bytes()
-        loader = self._find()
+        loader, adapter = self._find()
         try:
             # Parameters, homes and slots outlive an inference mode that the user is in, and are written to after it.
             with HeldInterrupts() as interrupts, torch.inference_mode(False):
                 progress = partial(_progress_between_interrupts, interrupts, self._request.progress)
                 self._opened = self._open(self._stack, loader, progress, before_bytes)
+                if adapter is not None:
+                    inject_adapters(self._opened.model, adapter)
         except BaseException:
             with HeldInterrupts():
                 self._stack.close()
@@ -148,18 +153,19 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
             )
         return self._opened
 
-    def _find(self) -> CheckpointLoader | None:
-        """Find the checkpoint, downloaded if need be; None for a model that the user holds."""
+    def _find(self) -> tuple[CheckpointLoader | None, str | None]:
+        """Find the checkpoint, downloaded if need be, and what adapts it; None for a model that the user holds."""
         request = self._request
         if isinstance(request.target, nn.Module):
             if request.kv.prefix_dir is not None:
                 make_folder(request.kv.prefix_dir)
                 raise ConfigError("prefix_cache needs a model by its path: what a model in memory was made of is not known")
-            return None
-        loader = CheckpointLoader(find_folder(request.target, request.loading), request.loading)
+            return None, None
+        folder, adapter = find_model(request.target, request.loading)
+        loader = CheckpointLoader(folder, request.loading if adapter is None else replace(request.loading, subfolder=""))
         if request.kv.prefix_dir is not None:
             make_folder(request.kv.prefix_dir)
-        return loader
+        return loader, adapter
 
     def _open(self, stack: ExitStack, loader: CheckpointLoader | None, progress: Progress, before_bytes: int) -> Opened:
         request = self._request

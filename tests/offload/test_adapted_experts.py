@@ -16,7 +16,7 @@ from transformers import (
 
 from offload import Training, offload
 from offload.cli.main import main
-from offload.model.loading import find_folder
+from offload.model.checkpoint_folder import find_folder
 from tests import oracle_loop
 from tests.architectures import oracle_of, tokens
 from tests.budgets import ALL, NONE, budget_for, spec_of

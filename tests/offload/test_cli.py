@@ -26,7 +26,7 @@ def run(capsys, *arguments):
 @pytest.fixture(scope="module")
 def plain():
     """The demo model without us: a function from a prompt to its continuation."""
-    from offload.model.loading import find_folder
+    from offload.model.checkpoint_folder import find_folder
 
     folder = find_folder("demo")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
@@ -226,7 +226,7 @@ def test_a_bad_line_is_named(capsys, tmp_path, line):
 def test_chat_uses_the_template(tmp_path, capsys):
     import shutil
 
-    from offload.model.loading import find_folder
+    from offload.model.checkpoint_folder import find_folder
 
     shutil.copytree(find_folder("demo"), tmp_path / "chat")
     (tmp_path / "chat" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} said{% endfor %}")

@@ -4,6 +4,9 @@ import pytest
 
 from tests.fuzz import KINDS, Kind, prepare, tried
 
+FOUND = {"config": [5190], "tokenizer config": [5002]}
+"""Cases that were not well once."""
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -15,6 +18,6 @@ def whole(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_damaged_file_is_one_sentence_or_does_no_harm(kind: Kind, whole):
-    for seed in (1, 2, 3):
+    for seed in (1, 2, 3, *FOUND.get(kind.name, [])):
         outcome, details = tried(kind, whole, seed)
         assert outcome in ("well", "done"), f"seed {seed}: {outcome}: {details}"

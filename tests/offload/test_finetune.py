@@ -15,7 +15,7 @@ from offload.cli.main import main
 from offload.finetune.data import IGNORED, Batches, Example, check_packing, packed, read_examples
 from offload.finetune.loop import train
 from offload.finetune.recipe import Recipe
-from offload.model.loading import find_folder
+from offload.model.checkpoint_folder import find_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 

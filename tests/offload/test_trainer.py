@@ -13,7 +13,7 @@ from offload import SessionError, Training, offload, token_shares
 from offload.finetune.data import Batches, read_examples
 from offload.finetune.loop import train
 from offload.finetune.recipe import Recipe
-from offload.model.loading import find_folder
+from offload.model.checkpoint_folder import find_folder
 from tests.architectures import make, oracle_of, tokens
 from tests.budgets import NONE, budget_for, spec_of
 
