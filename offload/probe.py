@@ -311,14 +311,15 @@ def _arrived_block(key: str) -> StreamedBlock:
 class _Arrived:
     """A source whose block is there as soon as it is asked for."""
 
-    brings_homes = False
-
     def __init__(self, homes: list[ParameterHome]) -> None:
         self.offsets, self.slot_bytes = packed_offsets(homes)
         self.payload_bytes = self.slot_bytes
 
     def start(self, region: SlotRegion, after: Event | None) -> "_Arrived":
         return self
+
+    def brings(self, home: ParameterHome) -> bool:
+        return True
 
     def wait(self) -> Waits:
         return {}

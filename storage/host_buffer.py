@@ -38,11 +38,27 @@ class HostBuffer:
         with torch.inference_mode(False):
             self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = self.tensor.data_ptr()
+        self._lent_address = _over(self._lent, 0, self.nbytes).data_ptr()
 
     def own_storage(self, offset: int, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] over this memory whose storage is just those bytes, so that saving it writes no more."""
-        with torch.inference_mode(False):
-            return torch.frombuffer(memoryview(self._lent)[offset : offset + nbytes], dtype=torch.uint8)
+        return _over(self._lent, offset, nbytes)
+
+    def behind(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The buffer's own bytes behind a tensor in shielded memory, in the same shape; None for a tensor elsewhere."""
+        offset = tensor.data_ptr() - self._lent_address
+        if not self.shielded or not 0 <= offset < self.nbytes:
+            return None
+        return _over(self._map, offset, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's bytes are the buffer's, so that what is written to them is copied from here."""
+        return self.address <= tensor.data_ptr() < self.address + self.nbytes
+
+
+def _over(memory: mmap.mmap, offset: int, nbytes: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.frombuffer(memoryview(memory)[offset : offset + nbytes], dtype=torch.uint8)
 
 
 def _twice_mapped(nbytes: int) -> tuple[mmap.mmap, mmap.mmap]:

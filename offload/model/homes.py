@@ -10,6 +10,7 @@ from torch import nn
 
 from offload.storage.blocks import FileRange
 from offload.storage.errors import SessionError
+from offload.storage.host_buffer import HostBuffer
 from offload.storage.written_pages import written
 
 
@@ -75,6 +76,7 @@ class ParameterHome:
         modified: True once the values differ from those that the block's source delivers.
         version: the parameter's version counter when it was last looked at.
         managed: the session's optimizer writes it, and says where; in the end it keeps the memory that it lies in then.
+        shield: memory whose shielded side the tensor lies in; None for any other.
         device_rows: of a weight that the device and the CPU compute with together, the device's: the first ones. None for all.
     """
 
@@ -85,6 +87,7 @@ class ParameterHome:
     modified: bool = False
     version: int = 0
     trained: bool = False
+    shield: HostBuffer | None = None
     device_rows: int | None = None
 
     @property
@@ -132,6 +135,20 @@ class ParameterHome:
     def accept_changes(self) -> None:
         """The values that it has now are where they come from."""
         self.modified, self.version = False, self.parameter._version
+
+    def leave_shield(self) -> None:
+        """Live in the memory that the device copies from: it is trained, and each write would take a page more otherwise."""
+        behind = None if self.shield is None else self.shield.behind(self.tensor)
+        self.shield = None
+        if behind is None:
+            return
+        begin = self.tensor.data_ptr()
+        with torch.no_grad(), torch.inference_mode(False):
+            if self.was_changed or written([(begin, begin + self.tensor.nbytes)]) != [False]:
+                behind.copy_(self.tensor)
+            if self.parameter.data_ptr() == begin:
+                self.parameter.data = behind
+        self.tensor = behind
 
     def bind(self, view: torch.Tensor, complete: bool = False) -> None:
         """Point the parameter into the slot.

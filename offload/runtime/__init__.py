@@ -19,6 +19,7 @@ hybrid_linear       products that device and CPU share
 prefill_chunks      prompts in chunks
 spilling            weights that no file holds, written to one
 buffers             the model's buffers on the device
+merged_adapters     peft's merges, where written memory is not told
 registration_watch  notices what is added to the model
 model_facade        what the model answers inside of the context
 adapted_parameters  peft's wrappers of fused experts

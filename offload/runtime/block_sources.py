@@ -37,10 +37,7 @@ class BlockSource(Protocol):
         offsets: where each tensor of the block lies in the slot afterwards.
         payload_bytes: bytes of the tensors, the figure that the link counts.
         slot_bytes: what the block takes in the slots.
-        brings_homes: it reads the homes' own memory, so that it brings what was written to them before it began.
     """
-
-    brings_homes: bool
 
     @property
     def offsets(self) -> Sequence[int]: ...
@@ -54,11 +51,12 @@ class BlockSource(Protocol):
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         """Begin; nothing is written before `after` is passed."""
 
+    def brings(self, home: ParameterHome) -> bool:
+        """It reads the home's own memory, so that it brings what was written there before it began."""
+
 
 class DirectSource:
     """Disk straight into the slot, on a device whose memory is the host's."""
-
-    brings_homes = False
 
     def __init__(self, key: BlockKey, reader: DiskReader, ranges: Sequence[FileRange], read_plan: ReadPlan) -> None:
         self._key, self._reader, self._ranges, self._read_plan = key, reader, ranges, read_plan
@@ -71,11 +69,12 @@ class DirectSource:
         memory = region.memory[: self._read_plan.slot_bytes]
         return self._reader.read(self._ranges, self._read_plan, memory, name=self._key)
 
+    def brings(self, home: ParameterHome) -> bool:
+        return False
+
 
 class StagedSource:
     """Disk to a staging buffer to the device."""
-
-    brings_homes = False
 
     def __init__(self, key: BlockKey, reader: StagedReader, ranges: Sequence[FileRange], read_plan: ReadPlan) -> None:
         self._key, self._reader, self._ranges, self._read_plan = key, reader, ranges, read_plan
@@ -86,6 +85,9 @@ class StagedSource:
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         return self._reader.start(self._key, self._ranges, self._read_plan, region.tensor[: self.slot_bytes], after)
 
+    def brings(self, home: ParameterHome) -> bool:
+        return False
+
 
 class HostSource:
     """Page-locked host memory to the device: one copy a block."""
@@ -94,7 +96,6 @@ class HostSource:
         self, key: BlockKey, memory: PageLockedMemory, buffer: HostBuffer, offsets: Sequence[int], payload_bytes: int
     ) -> None:
         self._key, self._memory, self._buffer = key, memory, buffer
-        self.brings_homes = not buffer.shielded
         self.offsets = offsets
         self.payload_bytes = payload_bytes
         self.slot_bytes = buffer.nbytes
@@ -102,6 +103,9 @@ class HostSource:
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         size = self._buffer.nbytes
         return self._memory.start_copy(self._buffer, [(region.tensor[:size], self._buffer.tensor[:size])], after, self._key)
+
+    def brings(self, home: ParameterHome) -> bool:
+        return self._buffer.holds(home.tensor)
 
 
 class DividedSource:
@@ -117,13 +121,15 @@ class DividedSource:
     ) -> None:
         self._key, self._memory, self._buffer, self._homes = key, memory, buffer, homes
         self._parts = views_of(homes, places, buffer.tensor)
-        self.brings_homes = not buffer.shielded
         self.offsets, self.slot_bytes = packed_offsets(homes)
         self.payload_bytes = sum(home.device_part.nbytes for home in homes)
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         targets = views_of(self._homes, self.offsets, region.tensor)
         return self._memory.start_copy(self._buffer, list(zip(targets, self._parts, strict=True)), after, self._key)
+
+    def brings(self, home: ParameterHome) -> bool:
+        return self._buffer.holds(home.tensor)
 
 
 def views_of(homes: Sequence[ParameterHome], offsets: Sequence[int], memory: torch.Tensor) -> list[torch.Tensor]:

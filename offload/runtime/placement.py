@@ -39,12 +39,10 @@ class Placement:
 
     Args:
         known: where tensors lie that no file mapping tells of, by name.
-        shielded: what users write to weights in CPU memory is to be told from what was there.
     """
 
-    def __init__(self, machine: Machine, known: Mapping[str, FileRange], shielded: bool = True) -> None:
+    def __init__(self, machine: Machine, known: Mapping[str, FileRange]) -> None:
         self.on_resident: Callable[[Sequence[ParameterHome]], None] = lambda homes: None
-        self._shielded = shielded
         self.resident: dict[BlockKey, ResidentBlock] = {}
         self.streamed: dict[BlockKey, StreamedBlock] = {}
         self.tables: dict[BlockKey, EmbeddingTable] = {}
@@ -149,6 +147,7 @@ class Placement:
         """From now on the homes of what is trained have the values: fused optimizers write without a trace."""
         for home in self._homes.values():
             if home.parameter.requires_grad and not home.trained:
+                home.leave_shield()
                 home.modified = True
 
     def home_of(self, parameter: nn.Parameter) -> ParameterHome | None:
@@ -335,12 +334,12 @@ class Placement:
 
     def _live_in_host_memory(self, unit: Unit, category: str) -> tuple[HostBuffer, list[int]]:
         """Make one new host buffer the home of the unit's parameters."""
-        buffer, offsets = self._read_to_host(unit, self.host_ledger, category, self._shielded)
+        buffer, offsets = self._read_to_host(unit, self.host_ledger, category, shielded=True)
         for home, offset in zip(self.homes_of(unit), offsets, strict=True):
             view = buffer.own_storage(offset, home.tensor.nbytes).view(home.tensor.dtype).view(home.tensor.shape)
             if self.source_of(home.name, home.parameter) is None:
                 home.original = None
-            home.tensor = view
+            home.tensor, home.shield = view, buffer
             home.parameter.data = view
         return buffer, offsets
 

@@ -23,7 +23,8 @@ class StreamedBlock:
     @property
     def brought_now(self) -> tuple[tuple[int, int], ...] | None:
         """Which values a load that starts now brings, changed ones too; None if it brings none of these."""
-        if not self.source.brings_homes or not any(home.modified for home in self.homes):
+        changed = [home for home in self.homes if home.modified]
+        if not changed or not all(self.source.brings(home) for home in changed):
             return None
         return tuple((home.parameter._version, home.parameter.data_ptr()) for home in self.homes)
 

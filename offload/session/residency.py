@@ -18,6 +18,7 @@ from offload.runtime.file_copies import FileCopies
 from offload.runtime.interrupts import HeldInterrupts
 from offload.runtime.late_generation import GenerationWatch
 from offload.runtime.machine import Machine
+from offload.runtime.merged_adapters import MergedAdapters
 from offload.runtime.model_facade import OffloadedModelClass
 from offload.runtime.module_wrappers import ModuleWrappers, OnloadedModule
 from offload.runtime.placement import Placement
@@ -69,6 +70,7 @@ class Residency:
         }
         self._call: Call | None = None
         self._edits = UnseenEdits()
+        self._merged = MergedAdapters(model)
         self._copies = FileCopies()
         self.compiled = CompiledLayers(len(self.structure.units), machine.notes.warn)
         self._watch: RegistrationWatch | None = None
@@ -117,6 +119,7 @@ class Residency:
                 "this system does not tell which memory was written to (/proc/self/pagemap): edits of weights through .data or "
                 "NumPy are not seen; write to the parameters themselves, under torch.no_grad()"
             )
+            self._merged.check()
         for component in self.components:
             component.before_pass(call)
         self.adopt_if_changed()

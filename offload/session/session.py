@@ -176,8 +176,7 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         machine = self._machine(stack, loader, budgets, progress)
         for note in loaded.fallbacks:
             machine.notes.warn(note)
-        # Optimizers write to weights themselves, and what they wrote is what comes next.
-        placement = Placement(machine, loaded.places, shielded=request.training is None)
+        placement = Placement(machine, loaded.places)
         stack.callback(placement.close)
         granularity = ExpertGranularity.PER_EXPERT if loaded.experts else None
 

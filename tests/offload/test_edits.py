@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from offload import SessionError, offload
 from offload.storage import written_pages
 from tests.architectures import make, oracle_of, tokens
-from tests.budgets import ALL, NONE, SOME, budget_for, enter, spec_of
+from tests.budgets import ALL, NONE, SOME, budget_for, enter, spec_of, training_budget_for
 from tests.delayed import DelayedDevice
 from tests.offload.test_experts import plan_for
 from tests.plans import edited as changed
@@ -95,6 +95,46 @@ def test_beside_a_device(residency, host, edit, saved, monkeypatch):
         assert torch.equal(model.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("trained", ["adapters", "half of the layers", "all"])
+@pytest.mark.parametrize("edit", list(EDITS))
+def test_between_the_steps_of_training_beside_a_device(edit, trained, saved, monkeypatch):
+    """Frozen weights that were loaded ahead, and those that an optimizer writes."""
+    monkeypatch.setattr("offload.api.resolve_device", lambda name: DelayedDevice())
+    sizes = {"gpu_memory": training_budget_for(spec_of(saved, **RESERVE), NONE, 2, 40) + 65_536, "cpu_memory": "1GiB"}
+
+    def losses(model):
+        torch.manual_seed(4)
+        if trained == "adapters":
+            config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+            model = get_peft_model(model, config).train()
+        if trained == "half of the layers":
+            for name, value in model.named_parameters():
+                value.requires_grad_("layers.0" in name or "layers.1" in name)
+        values = [value for value in model.parameters() if value.requires_grad]
+        optimizer = torch.optim.AdamW(values, lr=0.01, fused=True)
+        base = model.get_base_model() if trained == "adapters" else model
+        for step in range(4):
+            loss = model(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step in (1, 2):
+                parts = {name.replace(".base_layer", ""): value for name, value in base.named_parameters()}
+                with torch.no_grad():
+                    for name in WEIGHTS:
+                        EDITS[edit](parts[name])
+            yield loss.item()
+
+    wanted = list(losses(make("llama")))
+    with offload(saved, device="cuda", training=True, **sizes, **RESERVE) as session:
+        assert list(losses(session.model)) == wanted
+        homes = [home for block in session._parts.residency.placement.streamed.values() for home in block.homes]
+        assert homes
+        # What an optimizer writes does not take memory a second time.
+        assert all(home.shield is None for home in homes if home.parameter.requires_grad)
+        assert any(home.shield is not None for home in homes) == (trained != "all")
+
+
 @pytest.mark.parametrize("way", ["merge_and_unload", "merge_adapter"])
 @pytest.mark.parametrize("residency", [NONE, SOME, ALL])
 def test_adapters_are_merged(residency, way, saved, tmp_path):
@@ -174,6 +214,17 @@ def test_without_a_page_map_it_is_said(saved, monkeypatch):
     with enter(saved, 1 << 26, **RESERVE) as session:
         logits(session.model)
         assert any("/proc/self/pagemap" in note for note in session.report().fallbacks)
+
+
+@pytest.mark.parametrize("way", ["merge_and_unload", "merge_adapter"])
+def test_without_a_page_map_merges_are_refused(way, saved, monkeypatch):
+    monkeypatch.setattr("offload.runtime.unseen_edits.written", lambda ranges: None)
+    with enter(saved, 1 << 26, **RESERVE) as session:
+        adapted = get_peft_model(session.model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        logits(adapted)
+        merged = getattr(adapted, way)() or adapted
+        with pytest.raises(SessionError, match="merge before entering"):
+            logits(merged)
 
 
 def test_both_ways_to_ask_agree(tmp_path, monkeypatch):

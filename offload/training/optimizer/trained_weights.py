@@ -52,6 +52,7 @@ class TrainedWeights:
     def take_over(self) -> None:
         """From now on only the optimizer writes to them."""
         for home in self.homes.values():
+            home.leave_shield()
             home.trained = True
 
     def leave_files(self) -> None:
