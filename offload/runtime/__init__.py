@@ -26,6 +26,8 @@ adapted_parameters  peft's wrappers of fused experts
 rng_state           generators and autocast, replayed
 clock               whose time it is
 recorder            spans and memory over time
+kernel_memory       what CPU kernels keep, held back in a tight budget
+padded_products     products of experts in few sizes
 meters              tiers, links and peaks
 interrupts          Ctrl-C, held while a model is taken hold of
 """

@@ -39,6 +39,8 @@ class LayerExecutor:
         self.slot_count = 0
         self.before_load: Callable[[Sequence[BlockKey]], None] | None = None
         """Called with the blocks that are about to be loaded."""
+        self.after_use: Callable[[], None] = lambda: None
+        """Called where a block, or one expert of one, was computed with."""
         self.extras: Callable[[BlockKey], Sequence[Arrival]] | None = None
         """Starts to bring what must be there with a block."""
         self._device = device
@@ -125,6 +127,7 @@ class LayerExecutor:
 
     def close(self, keys: Iterable[BlockKey]) -> None:
         """The compute that uses `keys` has been submitted; their slots are free once the device is through with it."""
+        self.after_use()
         held = [key for key in keys if key in self.blocks]
         if held:
             self._clock.enter(OWN, held[0])

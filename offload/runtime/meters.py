@@ -37,6 +37,16 @@ def predicted_peak_bytes(plan: Plan, shares_host_memory: bool) -> int:
     return plan.device_bytes + _BESIDE_BYTES + int(_KEPT_SHARE * (plan.kv.reserved_bytes + plan.activation_bytes))
 
 
+def bytes_between_layers(before_bytes: int, budget_bytes: int, plan: Plan) -> int:
+    """What a process may hold between two layers, on the CPU: none of what a layer computes with, nor of its pieces.
+
+    Args:
+        before_bytes: what it held before the session.
+        budget_bytes: of the session.
+    """
+    return before_bytes + budget_bytes - int((1 + _KEPT_SHARE) * plan.activation_bytes)
+
+
 class CopyMeter:
     """Adds up the copies of one device, whoever asked for them."""
 

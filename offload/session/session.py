@@ -15,6 +15,7 @@ from offload.adapters.peft import inject_adapters
 from offload.config import ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
 from offload.model.caches import keeps_cache
 from offload.model.checkpoint_folder import find_model
+from offload.model.experts import find_experts
 from offload.model.homes import FileMaps
 from offload.model.loading import CheckpointLoader, LoadedModel
 from offload.planning.fit import ExpertGranularity, FittedPlan
@@ -24,7 +25,9 @@ from offload.report.report import Report
 from offload.runtime.compiled_code import whole_model
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.interrupts import HeldInterrupts
+from offload.runtime.kernel_memory import KernelMemory
 from offload.runtime.machine import Machine, machine_of
+from offload.runtime.meters import bytes_between_layers
 from offload.runtime.module_wrappers import ForwardWrap
 from offload.runtime.passes import ModelPass
 from offload.runtime.placement import Placement
@@ -55,6 +58,7 @@ from offload.session.residency import Residency
 from offload.session.training_methods import TrainingMethods
 from offload.storage.block_file import make_folder
 from offload.storage.errors import ConfigError, ProfileError, SessionError
+from offload.storage.host_buffer import release_freed_memory
 
 
 class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
@@ -89,6 +93,7 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         if self._stack is not None:
             raise SessionError("this session was entered already; call offload(...) again for another one")
         self._stack = ExitStack()
+        release_freed_memory()
         before_bytes = process_bytes()
         loader, adapter = self._find()
         try:
@@ -192,11 +197,16 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         for note in prepared.notes:
             machine.notes.warn(note)
         executor = LayerExecutor(machine.device, machine.clock, machine.lock)
+        kernels = None
+        if not machine.discrete:
+            between = bytes_between_layers(before_bytes - held_bytes, budgets.device_bytes, prepared.plan)
+            kernels = KernelMemory(between)
+            executor.after_use = kernels.glance
         residency = Residency(machine, executor, placement, model, prepared, budgets)
         key = None if loader is None or request.kv.prefix_dir is None else loader.key
         components = components_of(request, prepared, machine, executor, residency, loaded.experts, key)
         residency.open(components, stack)
-        root = _attach(stack, model, machine, residency)
+        root = _attach(stack, model, machine, residency, kernels)
         name = request.target if isinstance(request.target, str) else type(model).__name__
         subject = Subject.of(model, name, before_bytes, held_bytes)
         return Opened(
@@ -289,9 +299,12 @@ def _anonymous_bytes(model: nn.Module) -> int:
     return sum(value.nbytes for value in model.parameters() if maps.locate(value.data) is None)
 
 
-def _attach(stack: ExitStack, model: nn.Module, machine: Machine, residency: Residency) -> ModelPass:
+def _attach(
+    stack: ExitStack, model: nn.Module, machine: Machine, residency: Residency, kernels: KernelMemory | None
+) -> ModelPass:
     """Wrap the model and its modules, from the outside to the inside."""
     residency.watch(stack)
+    experts = [unit.module for unit in find_experts(model)]
     chunk = residency.plan.splits.prefill_chunk
 
     def before(call: Any) -> None:
@@ -307,5 +320,8 @@ def _attach(stack: ExitStack, model: nn.Module, machine: Machine, residency: Res
     stack.callback(ForwardWrap(model, whole_model).undo)
     for component in residency.components:
         component.attach(model, stack)
+    if kernels is not None:
+        for module in experts:
+            stack.callback(ForwardWrap(module, kernels.few_sizes).undo)
     residency.wrap(stack)
     return root
