@@ -150,9 +150,9 @@ class Simulation:
         rate = self._rates[link]
         free = self._link_free[link]
         # A queue hides the latency of all but its first request.
-        begin, latency = (earliest, rate.latency_seconds) if earliest >= free else (free, 0.0)
-        nbytes = self._bytes[key]
-        end = begin + latency + nbytes / rate.bytes_per_second
+        hidden = 0.0 if earliest >= free else rate.latency_seconds
+        begin, nbytes = max(earliest, free), self._bytes[key]
+        end = begin + rate.seconds(nbytes) - hidden
         self._link_free[link] = end
         self.trace.spans.append(Span(link, key, begin, end, nbytes))
         return end

@@ -124,6 +124,28 @@ def test_a_divided_layer_takes_the_longer_of_its_halves(percent):
     assert by_hand * 0.99 <= seconds <= by_hand * 1.05 + hops
 
 
+def test_a_device_and_the_cpu_compute_their_halves_at_once():
+    """A device that computes behind the host's back, as busy as the CPU: one of both, not their sum."""
+    cost = CostModel(machine(8 * GIB, 60e9, 1e12, 1e12, 1e9), "bfloat16")
+    model = divisible(1, 400 * MIB)
+    (block,) = model.blocks
+    module = work(model, "decode", 1).modules[0]
+    half = 200 * MIB / 60e9
+    hops = 4 * 2e-5
+    assert half <= cost.hybrid(module, block, 50, 0).compute_seconds <= 1.1 * half + hops
+
+
+def test_attention_takes_the_larger_of_its_arithmetic_and_its_memory():
+    cost = CostModel(LAPTOP, "bfloat16")
+    rate = max(point.flops_per_second for point in LAPTOP.device.matrix_rates["bfloat16"])
+    product = Work(1, ((1, 2.0 * 128e6),))  # 256 MB of weights at 256 GB/s
+    assert cost.module(product).compute_seconds == pytest.approx(1e-3, rel=0.01)
+    reading = Work(1, product.products, rate * 1e-4, int(512e6))
+    assert cost.module(reading).compute_seconds == pytest.approx(3e-3, rel=0.01)
+    computing = Work(1, product.products, rate * 5e-3, int(512e6))
+    assert cost.module(computing).compute_seconds == pytest.approx(6e-3, rel=0.01)
+
+
 def test_copies_and_the_cpu_share_the_memory():
     cost = CostModel(machine(8 * GIB, 1000e9, 165e12, 30e9, 1e9), "bfloat16")
     matvec = Work(1, ((1, 2.0 * 300e6),))  # 600 MB of weights at 60 GB/s
