@@ -50,7 +50,13 @@ class Conversions:
         """The file with the converted tensors; None if nothing had to be converted."""
         if self._kept is not None:
             return self._kept
-        return None if self._writer is None else self._writer.finish()
+        if self._writer is None:
+            return None
+        try:
+            return self._writer.finish()
+        except BaseException:
+            self._writer.abandon()
+            raise
 
     def _wrap(self, original: Any) -> Any:
         def convert(mapping: Any, layer_name: str, *args: Any, **kwargs: Any) -> Any:

@@ -39,6 +39,8 @@ def spill(homes: Sequence[ParameterHome], folder: str, progress: Progress) -> tu
             home.tensor = torch.empty(1, dtype=home.tensor.dtype).expand(home.tensor.shape)
             home.parameter.data = home.tensor
             home.original = None
+        progress("spilling", total, total)
+        file = writer.finish()
     except BaseException:
         # Whatever it is: a full disk, a write error, Ctrl-C.
         _take_over(writer.so_far(), homes)
@@ -46,8 +48,6 @@ def spill(homes: Sequence[ParameterHome], folder: str, progress: Progress) -> tu
             home.restore()
         writer.abandon()
         raise
-    progress("spilling", total, total)
-    file = writer.finish()
     _take_over(file, homes)
     return file, writer.nbytes
 

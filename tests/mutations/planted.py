@@ -55,9 +55,9 @@ FAULTS = [
     _in("offload/runtime/executor.py", "interval == self._clock.interval and brought is not None", "brought is not None", _EDITS, "tests/offload/test_training.py"),
     # Weights: where they are, and what was written to them.
     _in("offload/model/homes.py", "        if self.modified and not complete:", "        if False:", _EDITS),
-    _in("offload/model/homes.py", "                self.device_part.copy_(self.parameter.data)\n            self.modified = True", "                self.device_part.copy_(self.parameter.data)", _UNDO, _EDITS),
+    _in("offload/model/homes.py", "                self.device_part.copy_(self.parameter.data)", "                pass", _UNDO, _EDITS),
     _in("offload/model/homes.py", "                behind.copy_(self.tensor)", "                pass", _EDITS),
-    _in("offload/model/homes.py", "                    self.original.copy_(current)", "                    pass", _UNDO),
+    _in("offload/model/homes.py", "                    self.original.copy_(current)", "                    pass", _UNDO, _EDITS),
     _in("offload/runtime/unseen_edits.py", "        if any(found):", "        if False:", _EDITS),
     _in("offload/runtime/weights.py", "all(self.source.brings(home) for home in changed)", "True", _EDITS),
     _in("offload/runtime/merged_adapters.py", "if merged - self._merged or", "if", _EDITS),
