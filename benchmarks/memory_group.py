@@ -9,6 +9,7 @@ from pathlib import Path
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
+_DISKS = Path("/sys/fs/cgroup/blkio")
 
 
 def available() -> bool:
@@ -25,14 +26,18 @@ class MemoryGroup:
 
     Args:
         limit_bytes: what the processes in it may hold, page cache included; more kills them.
+        disk_bytes_per_second: what they may read of the disk, O_DIRECT included (version 1 only); None for what it gives.
+        folder: on that disk.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, disk_bytes_per_second: int | None = None, folder: str = ".") -> None:
         version_1 = (_V1 / "memory.limit_in_bytes").exists()
         self._path = (_V1 if version_1 else _V2) / f"offload-{uuid.uuid4().hex[:12]}"
         self._limit_file = "memory.limit_in_bytes" if version_1 else "memory.max"
         self._anonymous = "rss" if version_1 else "anon"
         self._limit_bytes = limit_bytes
+        self._disk = None if disk_bytes_per_second is None else _DISKS / self._path.name
+        self._disk_limit = f"{_disk_of(folder)} {disk_bytes_per_second}"
 
     def __enter__(self) -> "MemoryGroup":
         self._path.mkdir()
@@ -41,22 +46,23 @@ class MemoryGroup:
         except OSError:
             self._path.rmdir()
             raise
+        if self._disk is not None:
+            self._disk.mkdir()
+            (self._disk / "blkio.throttle.read_bps_device").write_text(self._disk_limit)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for _ in range(100):
-            try:
-                self._path.rmdir()
-                return
-            except OSError:
-                time.sleep(0.05)
-        raise RuntimeError(f"{self._path} still has processes in it")
+        for group in (self._path, self._disk):
+            if group is not None:
+                _remove(group)
 
     def run(self, command: Sequence[str], **options: object) -> tuple[subprocess.CompletedProcess[str], int]:
         """Run a command in the group; what it did, and the most anonymous memory that it held, sampled."""
 
         def enter() -> None:
-            (self._path / "cgroup.procs").write_text(str(os.getpid()))
+            for group in (self._path, self._disk):
+                if group is not None:
+                    (group / "cgroup.procs").write_text(str(os.getpid()))
 
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=enter, **options
@@ -75,6 +81,24 @@ class MemoryGroup:
             if name == self._anonymous:
                 return int(value)
         raise RuntimeError(f"{self._path}/memory.stat tells no {self._anonymous}")
+
+
+def _remove(group: Path) -> None:
+    for _ in range(100):
+        try:
+            group.rmdir()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise RuntimeError(f"{group} still has processes in it")
+
+
+def _disk_of(folder: str) -> str:
+    """The whole disk of a folder, as `major:minor`: a limit counts for no partition."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    parent = Path(f"/sys/dev/block/{number}").resolve().parent / "dev"
+    return parent.read_text().strip() if parent.is_file() else number
 
 
 def evict(folder: str) -> None:

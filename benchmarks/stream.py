@@ -1,15 +1,17 @@
 """Claim: weights stream at nearly the disk's own speed, and generation is as fast as that allows.
 
-Makes (or takes) a checkpoint, and in each round runs, one after another, each in a fresh control group with the files
-evicted from the page cache:
+Makes (or takes) a checkpoint, and in each round runs, one after another, in another order each time, each in a fresh control
+group with the files evicted from the page cache, and with the disk held at a rate if one is given:
 
 - `ours`: offload, the report's figures included;
 - `raw`: O_DIRECT reads of exactly the ranges that ours streams in a pass, by code that shares nothing with ours;
-- `accelerate`: its disk offload, with as many layers kept in memory as ours keeps (`accelerate-all-disk`: none);
+- `accelerate`: its disk offload, with as many layers kept in memory as ours keeps (`accelerate-all-disk`: none), in memory of
+  their own and not in maps of the files, which the kernel may take away;
 - `plain`: transformers without any offloading, which pages through the memory map;
 - `resident`: transformers with all the memory it wants: what computing alone takes.
 
-    python -m benchmarks.stream --rounds 5 --out benchmarks/results/stream-cpu.json
+    python -m benchmarks.stream --out benchmarks/results/stream-cpu.json
+    python -m benchmarks.stream --disk-rate 1GB --out benchmarks/results/stream-cpu-held.json
 """
 
 import argparse
@@ -23,9 +25,11 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import commit
 from benchmarks.memory_group import MemoryGroup, evict
 
 MIB = 1 << 20
@@ -40,7 +44,8 @@ def main() -> None:
     parser.add_argument("--cpu-memory", default="1000MiB", help="our budget, and what accelerate may keep in memory")
     parser.add_argument("--limit", default="1500MiB", help="of the control group")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=11, help="of which all but the first are decode steps (default: 11)")
+    parser.add_argument("--disk-rate", help="bytes a second that a group may read, like 1GB (default: what the disk gives)")
     parser.add_argument("--out")
     parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--ranges", help=argparse.SUPPRESS)
@@ -55,22 +60,23 @@ def main() -> None:
             subprocess.run(
                 [sys.executable, "-m", "offload.cli.main", "synth", request.model, "--size", request.size], check=True
             )
-        result = summarise(request, [measure_round(request, number, scratch) for number in range(request.rounds)])
+        # Told once what ours streams and keeps, so that no system has to go first.
+        ours = in_group(request, "ours", "", 0)
+        ranges = f"{scratch}/ranges.json"
+        Path(ranges).write_text(json.dumps(ours["ranges"]))
+        measure = partial(measure_round, request, ranges, ours["resident_layers"])
+        result = summarise(request, [measure(number) for number in range(request.rounds)])
     print(json.dumps(result["summary"], indent=2))
     if request.out:
         Path(request.out).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure_round(request: argparse.Namespace, number: int, scratch: str) -> dict[str, Any]:
+def measure_round(request: argparse.Namespace, ranges: str, resident: int, number: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    ranges = f"{scratch}/ranges.json"
-    # Ours goes first, since it tells the others what is streamed; the rest alternate in order.
-    rest = SYSTEMS[1:] if number % 2 else SYSTEMS[:0:-1]
-    for system in ("ours", *rest):
-        resident = figures["ours"].get("resident_layers", 0) if figures else 0
+    begin = number % len(SYSTEMS)
+    for system in (*SYSTEMS[begin:], *SYSTEMS[:begin]):
         figures[system] = in_group(request, system, ranges, resident)
-        if system == "ours":
-            Path(ranges).write_text(json.dumps(figures["ours"].pop("ranges")))
+        figures[system].pop("ranges", None)
         print(f"round {number} {system}: {short(figures[system])}", file=sys.stderr, flush=True)
     return figures
 
@@ -96,7 +102,8 @@ def in_group(request: argparse.Namespace, system: str, ranges: str, resident: in
     else:
         evict(request.model)
     assert limit is not None
-    with MemoryGroup(limit) as group:
+    rate = None if request.disk_rate is None else parse_bytes(request.disk_rate)
+    with MemoryGroup(limit, rate, request.model) as group:
         done, peak = group.run(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
     if done.returncode:
         return {"failed": f"exit status {done.returncode}: {done.stderr[-400:]}"}
@@ -169,7 +176,11 @@ def _accelerated(request: argparse.Namespace, resident: int) -> Any:
     places = {f"model.layers.{index}": "cpu" if index < resident else "disk" for index in range(layers)}
     places |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
-        return AutoModelForCausalLM.from_pretrained(request.model, device_map=places, offload_folder=folder, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(request.model, device_map=places, offload_folder=folder, dtype="auto")
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def plain(request: argparse.Namespace) -> dict[str, Any]:
@@ -250,7 +261,8 @@ def summarise(request: argparse.Namespace, rounds: list[dict[str, Any]]) -> dict
     best_accelerate = min((medians[name] for name in ("accelerate", "accelerate-all-disk") if name in medians), default=None)
     summary = {
         "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
-        "request": {key: getattr(request, key) for key in ("size", "cpu_memory", "limit", "rounds", "tokens")},
+        "commit": commit(),
+        "request": {key: getattr(request, key) for key in ("size", "cpu_memory", "limit", "rounds", "tokens", "disk_rate")},
         "weight_bytes": weights,
         "streamed_bytes": streamed,
         "seconds_per_token": medians,
