@@ -146,3 +146,17 @@ def test_backward_begins_with_what_forward_left(slots):
     steps = turned
     step(), step()
     assert step() == (2 * count - slots, 0)
+
+
+def test_what_is_open_is_not_evicted_for_what_is_opened_inside_of_it():
+    """Three slots, two blocks open, one loaded ahead: the latter makes room, though the outer one is needed again last."""
+    outer, inner, ahead, further = names(4)
+    schedule = SlotSchedule(3, dict.fromkeys((outer, inner, further, ahead), 1))
+    schedule.open([outer], "forward")
+    schedule.open([inner], "forward")
+    (loaded,) = schedule.look_ahead("forward")
+    assert loaded.lease.key == further
+    instructions = schedule.open([ahead], "forward")
+    assert [(type(item), item.lease.key) for item in instructions] == [(Evict, further), (Load, ahead)]
+    assert schedule.is_open(outer)
+    assert schedule.lease(outer).key == outer
