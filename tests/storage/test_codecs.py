@@ -54,3 +54,17 @@ def test_zeros_stay_zeros(case):
 def test_it_takes_fewer_bytes_than_halves(case):
     codec, _ = case
     assert codec.nbytes(4096) < 4096 * 2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_groups_are_rounded_to_the_nearest_of_their_levels(bits):
+    """Half a step off at most, beside what 16 bits make of the group's minimum and scale."""
+    torch.manual_seed(0)
+    codec = AffineGroups(bits)
+    values = torch.randn(50, 256) * 3 + 10
+    parts = codec.parts(50, 256, torch.device("cpu"))
+    codec.encode(values, parts)
+    groups = values.view(50, -1, 32)
+    spread = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
+    allowed = 0.5 * spread / (2**bits - 1) + (groups.amin(-1, keepdim=True).abs() + spread) * 2**-11
+    assert ((codec.decode(parts, 256).view_as(groups) - groups).abs() <= allowed).all()
