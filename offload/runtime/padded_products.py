@@ -51,7 +51,8 @@ class PaddedProducts(TorchFunctionMode):
             # A tensor that takes groups apart itself, by products that come here again.
             with self:
                 return type(weight).__torch_function__(function, types, args, kwargs)
-        if not _concerns(rows, weight, 3 if name in _GROUPED else 2):
+        # A bias or another dtype, by name, is left to the function itself.
+        if kwargs.keys() - {"offs", "out"} or not _concerns(rows, weight, 3 if name in _GROUPED else 2):
             return function(*args, **kwargs)
         if name in _GROUPED:
             ends = kwargs["offs"] if "offs" in kwargs else args[2] if len(args) == 3 else None

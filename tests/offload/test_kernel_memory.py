@@ -55,6 +55,14 @@ def test_a_kernel_that_computes_a_row_otherwise_is_not_padded(monkeypatch):
     assert asked[-2] == 5
 
 
+def test_a_bias_counts_however_it_is_given():
+    rows, weight, bias = torch.randn(5, 8).bfloat16(), torch.randn(8, 8).bfloat16(), torch.randn(8).bfloat16()
+    wanted = functional.linear(rows, weight, bias)
+    with PaddedProducts():
+        assert torch.equal(functional.linear(rows, weight, bias), wanted)
+        assert torch.equal(functional.linear(rows, weight, bias=bias), wanted)
+
+
 def test_what_is_trained_is_not_padded():
     rows, weight = torch.randn(5, 8).bfloat16(), torch.randn(8, 8).bfloat16().requires_grad_()
     shapes = []
