@@ -213,7 +213,7 @@ def run_worker(request: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(os.cpu_count() or 1)
     if request.worker == "nothing":
-        from offload.config import process_bytes
+        from offload.storage.process_memory import process_bytes
 
         # What every system has in memory before it begins: the libraries, ours included.
         importlib.import_module("offload.api")

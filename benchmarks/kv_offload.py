@@ -55,7 +55,7 @@ def _model() -> Any:
 def child(tokens: int, exactness: str) -> dict[str, Any]:
     """Decode after so many tokens; seconds, bytes, and what reading these bytes takes by itself."""
     from offload import offload
-    from offload.config import process_bytes
+    from offload.storage.process_memory import process_bytes
 
     torch.set_num_threads(2)
     model = _model()

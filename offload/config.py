@@ -1,6 +1,5 @@
 """What a user may ask for, read and checked before anything is loaded."""
 
-import mmap
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ import torch
 from offload.storage.devices.base import Device
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import BudgetTooSmall, ConfigError, PlatformError, gib
+from offload.storage.process_memory import process_bytes
 
 IDENTICAL, ROUNDING = "identical", "rounding"
 EXACTNESS = (IDENTICAL, ROUNDING)
@@ -137,20 +137,6 @@ def default_host_bytes(held_bytes: int) -> int:
             HOST_MARGIN_BYTES,
         )
     return room - HOST_MARGIN_BYTES
-
-
-def process_bytes() -> int:
-    """Memory that only this process has: Python, torch, and whatever is loaded."""
-    with open("/proc/self/status") as file:
-        sizes = [int(line.split()[1]) * 1024 for line in file if line.startswith(("RssAnon:", "RssShmem:"))]
-    return sum(sizes) if sizes else int(psutil.Process().memory_info().rss)
-
-
-def anonymous_bytes() -> int:
-    """The same without shared memory, in a third of the time."""
-    with open("/proc/self/statm", "rb") as file:
-        _, resident, shared, *_ = map(int, file.read().split())
-    return (resident - shared) * mmap.PAGESIZE
 
 
 def cgroup_limit_bytes() -> int | None:

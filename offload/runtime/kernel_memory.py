@@ -6,10 +6,10 @@ mixture's experts have another number of rows each time. The allocator keeps wha
 
 from collections.abc import Callable
 
-from offload.config import anonymous_bytes, process_bytes
 from offload.runtime.module_wrappers import Forward
 from offload.runtime.padded_products import PaddedProducts
 from offload.storage.host_buffer import release_freed_memory
+from offload.storage.process_memory import anonymous_bytes, process_bytes
 
 _STEP_BYTES = 8 << 20
 _GROWTH_BYTES = 1 << 20

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from offload.config import process_bytes
 from offload.report.facts import LinkUse, Peak, TierUse
 from offload.runtime.recorder import Recorder
 from offload.scheduler.plan import Plan
 from offload.storage.blocks import Tier
 from offload.storage.devices.base import Device
 from offload.storage.ledger import MemoryLedger
+from offload.storage.process_memory import process_bytes
 from offload.storage.reader import DiskReader
 from offload.storage.transfer import Link
 

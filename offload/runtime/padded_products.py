@@ -42,7 +42,7 @@ class PaddedProducts(TorchFunctionMode):
         """Whether padded products of such a weight are the same bits."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {key: value for key, value in (kwargs or {}).items() if value is not None}
         name = getattr(function, "__name__", "")
         if len(args) < 2 or name not in (*_GROUPED, *_PRODUCTS):
             return function(*args, **kwargs)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from offload.adapters.peft import inject_adapters
-from offload.config import ROUNDING, Budgets, Progress, process_bytes, resolve_budgets
+from offload.config import ROUNDING, Budgets, Progress, resolve_budgets
 from offload.model.caches import keeps_cache
 from offload.model.checkpoint_folder import find_model
 from offload.model.experts import find_experts
@@ -59,6 +59,7 @@ from offload.session.training_methods import TrainingMethods
 from offload.storage.block_file import make_folder
 from offload.storage.errors import ConfigError, ProfileError, SessionError
 from offload.storage.host_buffer import release_freed_memory
+from offload.storage.process_memory import process_bytes
 
 
 class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):

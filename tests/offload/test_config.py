@@ -2,9 +2,10 @@
 
 import pytest
 
-from offload.config import cgroup_limit_bytes, default_host_bytes, parse_bytes, process_bytes, resolve_budgets
+from offload.config import cgroup_limit_bytes, default_host_bytes, parse_bytes, resolve_budgets
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import BudgetTooSmall, ConfigError
+from offload.storage.process_memory import process_bytes
 from tests.delayed import DelayedDevice
 
 

@@ -38,6 +38,7 @@ def test_padded_products_are_the_same_bits(dtype):
             found = functional.linear(rows, weight), rows @ weight.T, torch.mm(rows, weight.T)
             if dtype is not torch.float32:
                 assert torch.equal(torch._grouped_mm(rows, many, offs=ends), grouped)
+                assert torch.equal(functional.grouped_mm(rows, many, offs=ends), grouped)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
