@@ -5,17 +5,16 @@ cache. Two sections:
 
 - `lora`: adapters on a model twice as large as the group. A step's bound is the larger of computing (plain torch and peft
   with everything in memory and gradient checkpointing, which computes what ours computes) and reading (the bytes that ours
-  moves, by raw O_DIRECT reads).
+  moves, by raw O_DIRECT reads asked in the way that the disk likes best).
 - `full`: all weights in bf16 with fp32 masters and AdamW, weights and states on NVMe. Its bound is the larger of computing
-  and of raw reads and writes of the bytes that ours moves. `memory` is ours with everything in CPU memory, `plain` plain torch
-  with masters, both in all the memory they want; `accelerate` its cpu_offload, which lets a loop run and trains nothing.
+  and of raw reads and writes, both at once, of the bytes that ours moves. `memory` is ours with everything in CPU memory,
+  `plain` plain torch with masters, both in all the memory they want; `accelerate` its cpu_offload, which lets a loop run and trains nothing.
 
     python -m benchmarks.finetune --rounds 3 --out benchmarks/results/finetune-cpu.json
 """
 
 import argparse
 import json
-import mmap
 import os
 import platform
 import statistics
@@ -26,8 +25,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import commit
 from benchmarks.memory_group import MemoryGroup, evict
-from benchmarks.stream import MIB, read_all
+from benchmarks.raw_disk import beginnings, reads_and_writes, reads_of
 
 WARM_UP = 2
 """Steps that are not counted: the first one makes files and finds nothing learned about the order of blocks."""
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--disk-rate", help="bytes a second that a group may read, like 1GB (default: what the disk gives)")
     parser.add_argument("--only", choices=tuple(SECTIONS))
     parser.add_argument("--out")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -76,12 +77,12 @@ def main() -> None:
 def asked(request: argparse.Namespace) -> dict[str, Any]:
     names = ("size", "limit", "memory")
     return {f"{section}_{name}": getattr(request, f"{section}_{name}") for section in SECTIONS for name in names} | {
-        name: getattr(request, name) for name in ("tokens", "steps", "rounds")
+        name: getattr(request, name) for name in ("tokens", "steps", "rounds", "disk_rate")
     }
 
 
 def machine() -> dict[str, Any]:
-    return {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+    return {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version(), "commit": commit()}
 
 
 def made(folder: str, size: str) -> str:
@@ -110,7 +111,8 @@ def in_group(request: argparse.Namespace, section: str, system: str, moved: dict
     command += [f"--{section}-memory", getattr(request, f"{section}_memory")]
     evict(model)
     assert limit is not None
-    with MemoryGroup(limit) as group:
+    rate = None if request.disk_rate is None else parse_bytes(request.disk_rate)
+    with MemoryGroup(limit, rate, model) as group:
         done, peak = group.run(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
     if done.returncode:
         return {"failed": f"exit status {done.returncode}: {done.stderr[-600:]}"}
@@ -261,39 +263,11 @@ def plain_steps(request: argparse.Namespace, model: Any, update: Any) -> dict[st
 
 
 def raw_lora(request: argparse.Namespace, folder: str) -> dict[str, Any]:
-    files = [str(path) for path in sorted(Path(folder).glob("*.safetensors"))]
-    return {"read_bytes_per_second": max(read_all(parts_of(files, request.moved["read_bytes"]), threads) for threads in (4, 8))}
+    return reads_of(beginnings(folder, request.moved["read_bytes"]))
 
 
 def raw_full(request: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Writes a file of what a step writes, and reads what a step reads of it, as often as it takes."""
-    written, read = request.moved["written_bytes"], request.moved["read_bytes"]
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(folder)) as file:
-        buffer = mmap.mmap(-1, 8 * MIB)
-        buffer.write(os.urandom(8 * MIB))
-        descriptor = os.open(file.name, os.O_RDWR | os.O_DIRECT)
-        os.posix_fallocate(descriptor, 0, written + 8 * MIB)
-        begun = time.perf_counter()
-        for offset in range(0, written, 8 * MIB):
-            os.pwrite(descriptor, buffer, offset)
-        writing = time.perf_counter() - begun
-        os.close(descriptor)
-        begun = time.perf_counter()
-        read_all(parts_of([file.name], read), 4)
-        reading = time.perf_counter() - begun
-    return {"write_bytes_per_second": written / writing, "read_bytes_per_second": read / reading}
-
-
-def parts_of(files: list[str], total: int) -> list[tuple[Any, ...]]:
-    """Ranges of the files, from their beginnings on, `total` bytes in all; again from the first one if need be."""
-    parts: list[tuple[Any, ...]] = []
-    while total > 0:
-        for path in files:
-            for offset in range(0, os.path.getsize(path) // (8 * MIB) * 8 * MIB, 8 * MIB):
-                if total > 0:
-                    parts.append((path, offset, 8 * MIB))
-                    total -= 8 * MIB
-    return parts
+    return reads_and_writes(os.path.dirname(folder), request.moved["read_bytes"], request.moved["written_bytes"])
 
 
 def full_accelerate(request: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -342,7 +316,7 @@ def summary_of_lora(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     ratios, bounds = [], []
     for item in rounds:
         compute = statistics.median(item["compute"]["step_seconds"])
-        reading = item["ours"]["read_bytes"] / item["raw"]["read_bytes_per_second"]
+        reading = item["ours"]["read_bytes"] / item["raw"]["bytes_per_second"]
         bounds.append(max(compute, reading))
         ratios.append(statistics.median(item["ours"]["step_seconds"]) / bounds[-1])
     return {
@@ -364,7 +338,7 @@ def summary_of_full(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     for item in rounds:
         ours, raw = item["ours"], item["raw"]
         compute = statistics.median(item["plain"]["step_seconds"])
-        moving = ours["read_bytes"] / raw["read_bytes_per_second"] + ours["written_bytes"] / raw["write_bytes_per_second"]
+        moving = (ours["read_bytes"] + ours["written_bytes"]) / raw["both_bytes_per_second"]
         ratios.append(statistics.median(ours["step_seconds"]) / max(compute, moving))
     first = rounds[0]["ours"]
     return {

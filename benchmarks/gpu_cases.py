@@ -16,8 +16,7 @@ from offload import Training, offload
 from offload.config import parse_bytes
 from offload.scheduler.hardware import HardwareProfile
 from offload.storage.io_engines.posix import PosixEngine
-from offload.storage.reader import DiskReader
-from offload.storage.transfer import Link
+from offload.storage.read_speed import read_speed, spans
 from offload.synth import synthesize
 
 Figures = dict[str, Any]
@@ -25,18 +24,15 @@ PROMPT_TOKENS = 64
 STEPS = 4
 RAW_BYTES = 512 << 20
 DISK_BYTES = 2 << 30
-DISK_THREADS = 4
 
 
 def raw_disk_bytes_per_second(model: str) -> float | None:
-    """What O_DIRECT gives of the checkpoint's largest file, as many reads at once as a session makes."""
-    link = Link("disk", DISK_THREADS)
+    """What O_DIRECT gives of the checkpoint's largest file, asked in the way that the disk likes best."""
     engine = PosixEngine()
     try:
         largest = max(Path(model).glob("*.safetensors"), key=lambda path: path.stat().st_size)
-        return DiskReader(engine, link).measure(DISK_BYTES, str(largest))
+        return read_speed(engine, spans(str(largest), DISK_BYTES, engine.unit_bytes)).bytes_per_second
     finally:
-        link.close()
         engine.close()
 
 

@@ -4,7 +4,8 @@ Makes (or takes) a checkpoint, and in each round runs, one after another, in ano
 group with the files evicted from the page cache, and with the disk held at a rate if one is given:
 
 - `ours`: offload, the report's figures included;
-- `raw`: O_DIRECT reads of exactly the ranges that ours streams in a pass, by code that shares nothing with ours;
+- `raw`: O_DIRECT reads of exactly the ranges that ours streams in a pass with nothing else to do, as many at once and as large
+  as the disk likes best;
 - `accelerate`: its disk offload, with as many layers kept in memory as ours keeps (`accelerate-all-disk`: none), in memory of
   their own and not in maps of the files, which the kernel may take away;
 - `plain`: transformers without any offloading, which pages through the memory map;
@@ -22,9 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,34 +130,10 @@ def ours(request: argparse.Namespace) -> dict[str, Any]:
 
 
 def raw(request: argparse.Namespace) -> dict[str, Any]:
-    """The best of one, two and four threads, since the disk's favourite depth is not ours to choose."""
-    reads = [tuple(item) for item in json.loads(Path(request.ranges).read_text())]
-    parts = [
-        (path, offset + start, min(8 * MIB, size - start)) for path, offset, size in reads for start in range(0, size, 8 * MIB)
-    ]
-    rates = {str(threads): read_all(parts, threads) for threads in (4, 2, 4, 8)}
-    return {"bytes_per_second": max(rates.values()), "by_threads": rates}
+    """What the disk gives, asked in the way that it likes best."""
+    from benchmarks.raw_disk import reads_of
 
-
-def read_all(parts: list[tuple[Any, ...]], threads: int) -> float:
-    import mmap
-
-    local = threading.local()
-    descriptors = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in {part[0] for part in parts}}
-
-    def read(part: tuple[Any, ...]) -> int:
-        if not hasattr(local, "buffer"):
-            local.buffer = mmap.mmap(-1, 8 * MIB)
-        path, offset, size = part
-        return os.preadv(descriptors[path], [memoryview(local.buffer)[:size]], offset)
-
-    begun = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        total = sum(pool.map(read, parts))
-    seconds = time.perf_counter() - begun
-    for descriptor in descriptors.values():
-        os.close(descriptor)
-    return total / seconds
+    return reads_of([tuple(item) for item in json.loads(Path(request.ranges).read_text())])
 
 
 def accelerate(request: argparse.Namespace) -> dict[str, Any]:
@@ -190,19 +165,13 @@ def plain(request: argparse.Namespace) -> dict[str, Any]:
 
 
 def resident(request: argparse.Namespace) -> dict[str, Any]:
-    """With every parameter in aligned memory of its own; the time of one layer and of the head, too."""
+    """With every parameter in aligned memory of its own."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(request.model, dtype="auto")
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    spans: dict[str, list[float]] = {"layer": [], "head": []}
-    for name, module in (("layer", model.model.layers[1]), ("head", model.lm_head)):
-        module.register_forward_pre_hook(lambda module, args, name=name: spans[name].append(-time.perf_counter()))
-        module.register_forward_hook(lambda module, args, output, name=name: spans[name].append(time.perf_counter()))
-    seconds = token_seconds(model, request.tokens)
-    each = {name: [sum(times[at : at + 2]) for at in range(2, len(times), 2)] for name, times in spans.items()}
-    return {"token_seconds": seconds, **{f"{name}_seconds": statistics.median(times) for name, times in each.items()}}
+    return {"token_seconds": token_seconds(model, request.tokens)}
 
 
 def token_seconds(model: Any, tokens: int) -> list[float]:
@@ -254,9 +223,8 @@ def summarise(request: argparse.Namespace, rounds: list[dict[str, Any]]) -> dict
     for item in rounds:
         compute = statistics.median(item["resident"]["token_seconds"])
         fetch = streamed / item["raw"]["bytes_per_second"]
-        bound = 1.15 * max(fetch, compute) + item["resident"]["layer_seconds"] + item["resident"]["head_seconds"]
-        bounds.append(bound)
-        ratios.append(statistics.median(item["ours"]["token_seconds"]) / bound)
+        bounds.append(max(fetch, compute))
+        ratios.append(statistics.median(item["ours"]["token_seconds"]) / bounds[-1])
     medians = {system: statistics.median(seconds(system)) for system in SYSTEMS if system != "raw" and seconds(system)}
     best_accelerate = min((medians[name] for name in ("accelerate", "accelerate-all-disk") if name in medians), default=None)
     summary = {
@@ -270,7 +238,6 @@ def summarise(request: argparse.Namespace, rounds: list[dict[str, Any]]) -> dict
         "ours_over_bound": statistics.median(ratios),
         "bound_seconds": statistics.median(bounds),
         "accelerate_over_ours": best_accelerate / medians["ours"] if best_accelerate else None,
-        "accelerate_bar": 0.85 * weights / streamed if streamed else None,
         "peak_anonymous_bytes": max(item["ours"]["peak_anonymous_bytes"] for item in rounds),
     }
     return {"summary": summary, "rounds": rounds}

@@ -33,7 +33,7 @@ from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import ProfileError
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.io_engines.posix import PosixEngine
-from offload.storage.reader import DiskReader
+from offload.storage.read_speed import ReadSpeed, read_speed, spans
 from offload.storage.state_file import StateFile
 from offload.storage.transfer import Link
 from offload.storage.whole_file import replace_text
@@ -47,8 +47,9 @@ _WEIGHTS_BYTES = 192 << 20
 
 _MEMORY_BYTES = 192 << 20
 _COPY_BYTES = 64 << 20
-_DISK_BYTES = 512 << 20
-_READ_THREADS = 4
+_DISK_BYTES = 256 << 20
+_READ_ROUNDS = 3
+_LEAST_DISK_BYTES = 32 << 20
 _WRITE_THREADS = 2
 _SMALL_READS = 64
 _WRITE_BYTES = 8 << 20
@@ -59,7 +60,7 @@ _STEPS = 8
 _WINDOWS = 16
 _LAYER_PARAMETERS = 9
 
-_REVISION = 3
+_REVISION = 4
 """The version of what is measured, and how: a profile that was measured otherwise is not found any more."""
 
 
@@ -153,7 +154,7 @@ def measure(device: Device, disk_dir: str, progress: Progress, sample: str | Non
     def step() -> None:
         progress("measuring", next(done, _STEPS), _STEPS)
 
-    read, write = _disk(disk_dir, sample)
+    speed, read, write = _disk(disk_dir, sample)
     step()
     host = _processor(CpuDevice(), psutil.virtual_memory().total, step)
     card = None
@@ -170,30 +171,29 @@ def measure(device: Device, disk_dir: str, progress: Progress, sample: str | Non
         device=card,
         disk_read=read,
         disk_write=write,
+        disk_reads_tried={str(shape): rate for shape, rate in speed.tried.items()},
         module_seconds=module_seconds(device),
         **links,
     )
 
 
-def _disk(folder: str, sample: str | None) -> tuple[LinkRate, LinkRate]:
+def _disk(folder: str, sample: str | None) -> tuple[ReadSpeed, LinkRate, LinkRate]:
+    """What reads gave in each shape, and the rates of reading and of writing."""
     room = psutil.disk_usage(folder).free
     size = min(_DISK_BYTES, room // 4 // _WRITE_BYTES * _WRITE_BYTES)
-    if size < _WRITE_BYTES * _READ_THREADS:
+    if size < _LEAST_DISK_BYTES:
         raise ProfileError(f"{folder} has {room >> 20} MiB free, too little to measure the disk; name another with --disk")
     file = StateFile.new(folder)
     engine = PosixEngine()
-    link = Link("disk", _READ_THREADS)
     try:
         write = _write_rate(file, size)
-        reader = DiskReader(engine, link)
         path = sample or file.path
-        rate = statistics.median(reader.measure(_DISK_BYTES, path) or 0.0 for _ in range(3))
+        speed = read_speed(engine, spans(path, _DISK_BYTES, engine.unit_bytes), rounds=_READ_ROUNDS)
         latency = _read_latency(engine, path)
     finally:
-        link.close()
         engine.close()
         file.close()
-    return LinkRate(rate, latency), write
+    return speed, LinkRate(speed.bytes_per_second, latency), write
 
 
 def _write_rate(file: StateFile, size: int) -> LinkRate:
@@ -203,7 +203,7 @@ def _write_rate(file: StateFile, size: int) -> LinkRate:
     link = Link("probe", _WRITE_THREADS)
     begun, written = time.perf_counter(), 0
     try:
-        while written < size and (time.perf_counter() - begun < _WRITE_SECONDS or written < _READ_THREADS * _WRITE_BYTES):
+        while written < size and (time.perf_counter() - begun < _WRITE_SECONDS or written < _LEAST_DISK_BYTES):
             file.reserve(written + _WRITE_THREADS * _WRITE_BYTES)
             offsets = [written + index * _WRITE_BYTES for index in range(_WRITE_THREADS)]
             parts = [partial(file.write, offset, content.memory) for offset in offsets]

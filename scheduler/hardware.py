@@ -3,7 +3,7 @@
 import json
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class HardwareProfile:
         h2d, d2h: host memory to device and back, page-locked; None without a device.
         h2d_pageable: the same from ordinary memory.
         module_seconds: what the runtime itself takes around the forward of a streamed module: open, bind, unbind, close.
+        disk_reads_tried: bytes a second by requests at once and their size, of which `disk_read` is the best.
     """
 
     hardware_id: str
@@ -119,6 +120,7 @@ class HardwareProfile:
     d2h: LinkRate | None = None
     h2d_pageable: LinkRate | None = None
     module_seconds: float = 0.0
+    disk_reads_tried: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.device is None) != (self.h2d is None) or (self.device is None) != (self.d2h is None):
@@ -142,6 +144,11 @@ class HardwareProfile:
         for name in ("host", "device"):
             values[name] = None if values.get(name) is None else _processor(values[name], name)
         _positive(values.get("module_seconds", 0.0), "module_seconds", zero=True)
+        tried = values.get("disk_reads_tried", {})
+        if not isinstance(tried, dict):
+            raise ProfileError(f'disk_reads_tried must be like {{"4 x 8 MiB": 2e9}}, not {tried!r}')
+        for name, rate in tried.items():
+            _positive(rate, f"disk_reads_tried.{name}")
         for name in ("disk_read", "disk_write", "h2d", "d2h", "h2d_pageable"):
             if values.get(name) is not None:
                 values[name] = _numbers(LinkRate, values[name], name)
@@ -187,13 +194,13 @@ def _numbers(kind: type, content: Any, where: str) -> Any:
 def _checked(kind: Any, content: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ProfileError(f"{where or 'the hardware profile'} must be an object, not {content!r}")
-    known = {field.name: field for field in fields(kind)}
+    known = {item.name: item for item in fields(kind)}
     at = f"{where}." if where else ""
     for name in content:
         if name not in known:
             raise ProfileError(f"{at}{name} is not known to a hardware profile; known: {', '.join(known)}")
-    for name, field in known.items():
-        if name not in content and repr(field.default).startswith("<"):
+    for name, found in known.items():
+        if name not in content and found.default is MISSING and found.default_factory is MISSING:
             raise ProfileError(f"{at}{name} is missing")
     return dict(content)
 
@@ -207,7 +214,7 @@ def _positive(value: Any, where: str, zero: bool = False) -> None:
 
 def _plain(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):

@@ -1,8 +1,6 @@
 """Blocks from disk into host memory: a read plan, run by the disk link's threads."""
 
 import ctypes
-import os
-import queue
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -11,9 +9,9 @@ import torch
 
 from offload.storage.blocks import FileRange
 from offload.storage.errors import CorruptCheckpoint
-from offload.storage.host_buffer import HostBuffer
 from offload.storage.io_engines.base import ReadEngine
 from offload.storage.read_plan import ReadPlan, plan_reads
+from offload.storage.read_speed import ReadShape, read_speed, spans
 from offload.storage.transfer import Link, Part, Transfer
 
 _PART_BYTES = 8 << 20
@@ -90,46 +88,24 @@ class DiskReader:
             self.link.submit_first(len(memory), [part(index) for index in range(len(rows))], name).wait()
 
     @property
-    def probe_bytes(self) -> int:
-        """Host memory that `measure` reads into."""
-        return _PART_BYTES * self.link.threads
+    def shape(self) -> ReadShape:
+        """How the disk is asked."""
+        return ReadShape(self.link.threads, _PART_BYTES)
 
-    def measure(self, span_bytes: int, path: str | None = None, memory: memoryview | None = None) -> float | None:
-        """Bytes a second of the engine right now, on at most `span_bytes` of a file.
+    def measure(self, span_bytes: int, memory: memoryview) -> float | None:
+        """Bytes a second of the engine right now, asked as the link asks, on at most `span_bytes` of what was planned first.
 
-        Reads with as many threads and in parts of the same size as the link does, and throws the bytes away. None if
-        the span or the file is too short to tell anything.
+        None if that is too short to tell anything.
 
         Args:
-            path: by default the file that was planned for first.
-            memory: `probe_bytes` of aligned host memory to read into; by default its own.
+            memory: aligned, of the shape's `memory_bytes`, to read into.
         """
-        path = path or self._sample
-        span_bytes = min(span_bytes, 0 if path is None else os.path.getsize(path))
-        offsets = range(0, span_bytes - _PART_BYTES + 1, _PART_BYTES)
-        if path is None or len(offsets) < self.link.threads:
+        if self._sample is None:
             return None
-        self.engine.open(path)
-        memory = HostBuffer(self.probe_bytes).memory if memory is None else memory
-        lanes = queue.SimpleQueue[memoryview]()
-        for lane in range(self.link.threads):
-            lanes.put(memory[lane * _PART_BYTES : (lane + 1) * _PART_BYTES])
-
-        def part(offset: int) -> Part:
-            def read() -> None:
-                lane = lanes.get()
-                self.engine.read(path, offset, lane, _PART_BYTES)
-                lanes.put(lane)
-
-            return read
-
-        probe = Link("probe", self.link.threads)
-        begun = time.perf_counter()
-        try:
-            probe.submit(len(offsets) * _PART_BYTES, [part(offset) for offset in offsets]).wait()
-        finally:
-            probe.close()
-        return len(offsets) * _PART_BYTES / (time.perf_counter() - begun)
+        ranges = spans(self._sample, span_bytes, self.engine.unit_bytes)
+        if ranges[0][2] < self.shape.memory_bytes:
+            return None
+        return read_speed(self.engine, ranges, [self.shape], memory=memory).bytes_per_second
 
     def _parts(self, ranges: Sequence[FileRange], read_plan: ReadPlan, memory: memoryview) -> list[Part]:
         ends = {

@@ -54,6 +54,9 @@ def _print(profile: HardwareProfile) -> None:
         if rate is not None:
             links.add_row(name, _speed(rate), duration(rate.latency_seconds) if rate.latency_seconds else "")
     print_table(links)
+    if profile.disk_reads_tried:
+        tried = ", ".join(f"{shape} {rate / 1e9:.2f}" for shape, rate in profile.disk_reads_tried.items())
+        print(f"requests at once and their size, in GB/s: {tried}")
     for processor in (profile.host, profile.device):
         if processor is None:
             continue

@@ -156,7 +156,7 @@ class Reporter:
 
     def _lent_for_measuring(self) -> memoryview | None:
         """Memory that the disk may be measured into without passing a budget."""
-        wanted = self._machine.host.reader.probe_bytes
+        wanted = self._machine.host.reader.shape.memory_bytes
         lent = self._executor.lend(wanted)
         if lent is None and self._machine.discrete:
             free = self._machine.host.ledger.free_bytes
