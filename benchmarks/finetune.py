@@ -8,7 +8,8 @@ cache. Two sections:
   moves, by raw O_DIRECT reads asked in the way that the disk likes best).
 - `full`: all weights in bf16 with fp32 masters and AdamW, weights and states on NVMe. Its bound is the larger of computing
   and of raw reads and writes, both at once, of the bytes that ours moves. `memory` is ours with everything in CPU memory,
-  `plain` plain torch with masters, both in all the memory they want; `accelerate` its cpu_offload, which lets a loop run and trains nothing.
+  `plain` plain torch with masters, both in all the memory they want; `accelerate` its cpu_offload, which lets a loop run and
+  trains nothing.
 
     python -m benchmarks.finetune --rounds 3 --out benchmarks/results/finetune-cpu.json
 """

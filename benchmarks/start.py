@@ -1,0 +1,219 @@
+"""Claim: from nothing to the first token takes what imports and one reading of the weights take.
+
+Each system runs as a process of its own in a fresh control group, one after another, in another order each time, with the
+checkpoint evicted from the page cache. Counted from the start of the process: to the first token, and to the eleventh.
+
+- `ours`: offload; also when imports were over, when the session was entered, and how long entering once more takes;
+- `raw`: O_DIRECT reads of all weights, asked in the way that the disk likes best;
+- `accelerate`: its disk offload with as many layers in memory as ours keeps, `accelerate-all-disk` with none: loaded as people
+  load them, from maps of the files;
+- `plain`: transformers without any offloading;
+- `resident`: transformers with all the memory it wants: what computing alone takes.
+
+    python -m benchmarks.start --rounds 5 --out benchmarks/results/start-cpu.json
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import commit
+from benchmarks.memory_group import MemoryGroup, evict
+from benchmarks.raw_disk import beginnings, reads_of
+from offload.config import parse_bytes
+
+SYSTEMS = ("ours", "raw", "accelerate", "accelerate-all-disk", "plain", "resident")
+NEW_TOKENS = 11
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint folder; by default one is made")
+    parser.add_argument("--size", default="2.2GB", help="of the model that is made (default: 2.2GB)")
+    parser.add_argument("--cpu-memory", default="1000MiB", help="our budget, and what accelerate may keep in memory")
+    parser.add_argument("--limit", default="1500MiB", help="of the control group")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 1024], help="tokens (default: 16 1024)")
+    parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--disk-rate", help="bytes a second that a group may read, like 1GB (default: what the disk gives)")
+    parser.add_argument("--out")
+    parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--prompt", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--resident", type=int, default=0, help=argparse.SUPPRESS)
+    request = parser.parse_args()
+    if request.worker:
+        print(json.dumps(WORKERS[request.worker](request)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if request.model is None:
+            request.model = f"{scratch}/model"
+            command = [sys.executable, "-m", "offload.cli.main", "synth", request.model, "--size", request.size]
+            subprocess.run(command, check=True)
+        request.resident = in_group(request, "ours", request.prompts[0])["resident_layers"]
+        rounds = [round_of(request, number) for number in range(request.rounds)]
+    result = {
+        "machine": {"cpus": os.cpu_count(), "python": sys.version.split()[0], "commit": commit()},
+        "request": {key: getattr(request, key) for key in ("size", "cpu_memory", "limit", "rounds", "disk_rate")},
+        "summary": {str(prompt): summary_of([item[prompt] for item in rounds]) for prompt in request.prompts},
+        "rounds": rounds,
+    }
+    print(json.dumps(result["summary"], indent=2))
+    if request.out:
+        Path(request.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def round_of(request: argparse.Namespace, number: int) -> dict[int, dict[str, Any]]:
+    figures: dict[int, dict[str, Any]] = {}
+    begin = number % len(request.only)
+    for prompt in request.prompts:
+        figures[prompt] = {}
+        for system in (*request.only[begin:], *request.only[:begin]):
+            found = figures[prompt][system] = in_group(request, system, prompt)
+            print(f"round {number} {prompt} {system}: {found}", file=sys.stderr, flush=True)
+    return figures
+
+
+def in_group(request: argparse.Namespace, system: str, prompt: int) -> dict[str, Any]:
+    limit = parse_bytes(request.limit) if system != "resident" else 16 << 30
+    command = [sys.executable, "-m", "benchmarks.start", "--worker", system, "--model", request.model, "--prompt", str(prompt)]
+    command += ["--cpu-memory", request.cpu_memory, "--resident", str(request.resident)]
+    if system == "resident":
+        for path in Path(request.model).glob("*.safetensors"):
+            path.read_bytes()
+    else:
+        evict(request.model)
+    assert limit is not None
+    with MemoryGroup(limit, parse_bytes(request.disk_rate), request.model) as group:
+        begun = time.perf_counter()
+        done, peak = group.run(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    if done.returncode:
+        return {"failed": f"exit status {done.returncode}: {done.stderr[-400:]}"}
+    found = json.loads(done.stdout.splitlines()[-1])
+    # The clock is the system's: it counts the same in every process.
+    moments = {name: round(moment - begun, 3) for name, moment in found.pop("moments", {}).items()}
+    return moments | found | {"peak_anonymous_bytes": peak}
+
+
+def ours(request: argparse.Namespace) -> dict[str, Any]:
+    from offload import offload
+
+    moments = {"imported": time.perf_counter()}
+    reserve = {"max_tokens": request.prompt + NEW_TOKENS, "new_tokens": NEW_TOKENS}
+    with offload(request.model, device="cpu", cpu_memory=request.cpu_memory, **reserve) as session:
+        moments["entered"] = time.perf_counter()
+        moments |= tokens(session.model, request.prompt)
+        layers = sum(".layers." in key for key in session.plan.weights.resident)
+        faults = major_faults()
+    begun = time.perf_counter()
+    with offload(request.model, device="cpu", cpu_memory=request.cpu_memory, **reserve):
+        again = time.perf_counter() - begun
+    return {
+        "moments": moments,
+        "enter_again_seconds": again,
+        "resident_layers": layers,
+        "major_faults": faults,
+    }
+
+
+def raw(request: argparse.Namespace) -> dict[str, Any]:
+    return reads_of(beginnings(request.model, 1 << 50))
+
+
+def accelerate(request: argparse.Namespace) -> dict[str, Any]:
+    return _accelerated(request, request.resident)
+
+
+def accelerate_all_disk(request: argparse.Namespace) -> dict[str, Any]:
+    return _accelerated(request, 0)
+
+
+def _accelerated(request: argparse.Namespace, resident: int) -> dict[str, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    layers = AutoConfig.from_pretrained(request.model).num_hidden_layers
+    places = {f"model.layers.{index}": "cpu" if index < resident else "disk" for index in range(layers)}
+    places |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoModelForCausalLM.from_pretrained(request.model, device_map=places, offload_folder=folder, dtype="auto")
+        return {"moments": tokens(model, request.prompt), "major_faults": major_faults()}
+
+
+def plain(request: argparse.Namespace) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(request.model, dtype="auto")
+    return {"moments": tokens(model, request.prompt), "major_faults": major_faults()}
+
+
+def resident(request: argparse.Namespace) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(request.model, dtype="auto")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    tokens(model, request.prompt)
+    begun = time.perf_counter()
+    moments = tokens(model, request.prompt)
+    return {"compute_seconds": {name: moment - begun for name, moment in moments.items()}}
+
+
+def tokens(model: Any, prompt: int) -> dict[str, float]:
+    """When the first token was there, and the last."""
+    import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    moments: list[float] = []
+
+    class Stamp(BaseStreamer):
+        def put(self, value: Any) -> None:
+            moments.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, streamer=Stamp())
+    # The first moment is the prompt's.
+    return {"first": moments[1], "last": moments[-1]}
+
+
+def major_faults() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+WORKERS = {
+    "ours": ours,
+    "raw": raw,
+    "accelerate": accelerate,
+    "accelerate-all-disk": accelerate_all_disk,
+    "plain": plain,
+    "resident": resident,
+}
+
+
+def summary_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of each system's moments."""
+
+    def median(system: str, name: str) -> float | None:
+        values = [item[system][name] for item in rounds if name in item.get(system, {})]
+        return statistics.median(values) if values else None
+
+    found: dict[str, Any] = {}
+    for system in rounds[0]:
+        names = ("imported", "entered", "first", "last", "enter_again_seconds", "bytes_per_second", "major_faults")
+        found[system] = {name: value for name in names if (value := median(system, name)) is not None}
+    return found
+
+
+if __name__ == "__main__":
+    main()
