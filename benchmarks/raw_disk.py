@@ -53,7 +53,7 @@ def reads_and_writes(folder: str, read_bytes: int, written_bytes: int) -> dict[s
         write()
         writing = _seconds(write)
         ranges = spans(file.name, written_bytes, engine.unit_bytes) * -(-read_bytes // written_bytes)
-        memory = HostBuffer(_BESIDE_WRITES.memory_bytes).memory
+        memory = HostBuffer(2 * _BESIDE_WRITES.memory_bytes).memory
         reading = read_speed(engine, ranges, [_BESIDE_WRITES], memory=memory)
 
         def both() -> None:
