@@ -9,6 +9,8 @@ import torch
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; absent from Python's mmap module
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_LARGE_BYTES = 1 << 20
 
 
 class HostBuffer:
@@ -80,6 +82,17 @@ def release_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc only
         trim(0)
+
+
+def keep_large_tensors_apart() -> None:
+    """Let malloc map each large tensor by itself for the rest of the process, so that its memory goes when it is freed.
+
+    In its heap, tensors of a layer that come and go leave holes of 10 MiB and more, another number each time. A long prompt
+    takes up to a third longer so: its pages are made anew.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def _advise(memory: mmap.mmap, advice: int | None) -> None:

@@ -34,17 +34,27 @@ def predicted_peak_bytes(plan: Plan, shares_host_memory: bool) -> int:
     """
     if not shares_host_memory:
         return plan.device_bytes
-    return plan.device_bytes + _BESIDE_BYTES + int(_KEPT_SHARE * (plan.kv.reserved_bytes + plan.activation_bytes))
+    return plan.device_bytes + _BESIDE_BYTES + _pieces(plan)
 
 
 def bytes_between_layers(before_bytes: int, budget_bytes: int, plan: Plan) -> int:
-    """What a process may hold between two layers, on the CPU: none of what a layer computes with, nor of its pieces.
+    """What a process may hold between two layers, on the CPU: nothing of what comes and goes, nor of its pieces.
+
+    Not the KV cache either, though it may be there already: what kernels keep would have taken its place before it grew.
 
     Args:
         before_bytes: what it held before the session.
         budget_bytes: of the session.
     """
-    return before_bytes + budget_bytes - int((1 + _KEPT_SHARE) * plan.activation_bytes)
+    return before_bytes + budget_bytes - _coming_and_going(plan) - _pieces(plan)
+
+
+def _coming_and_going(plan: Plan) -> int:
+    return plan.kv.reserved_bytes + plan.activation_bytes
+
+
+def _pieces(plan: Plan) -> int:
+    return int(_KEPT_SHARE * _coming_and_going(plan))
 
 
 class CopyMeter:

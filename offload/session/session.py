@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from offload.planning.fit import ExpertGranularity, FittedPlan
 from offload.probe import kept_profile, suits
 from offload.report.live import Snapshot
 from offload.report.report import Report
+from offload.runtime.call import Call, CallKind
 from offload.runtime.compiled_code import whole_model
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.interrupts import HeldInterrupts
@@ -200,8 +201,9 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         executor = LayerExecutor(machine.device, machine.clock, machine.lock)
         kernels = None
         if not machine.discrete:
-            between = bytes_between_layers(before_bytes - held_bytes, budgets.device_bytes, prepared.plan)
-            kernels = KernelMemory(between)
+            before = before_bytes - held_bytes
+            between = bytes_between_layers(before, budgets.device_bytes, prepared.plan)
+            kernels = KernelMemory(between, before + budgets.device_bytes)
             executor.after_use = kernels.glance
         residency = Residency(machine, executor, placement, model, prepared, budgets)
         key = None if loader is None or request.kv.prefix_dir is None else loader.key
@@ -308,9 +310,11 @@ def _attach(
     experts = [unit.module for unit in find_experts(model)]
     chunk = residency.plan.splits.prefill_chunk
 
-    def before(call: Any) -> None:
+    def before(call: Call) -> None:
         machine.host.engine.check_unchanged()
         residency.before_pass(call)
+        if kernels is not None and call.kind is CallKind.PREFILL and not call.continues:
+            kernels.before_prompt()
 
     makers = [component.cache_maker(model) for component in residency.components]
     new_cache = next((maker for maker in makers if maker is not None), None)
