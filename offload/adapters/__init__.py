@@ -1,4 +1,5 @@
 """Adapters: peft's, on a streamed model.
 
-peft  added, saved, loaded, folded into the weights
+config_types  whether a foreign config has values of the declared types
+peft          added, saved, loaded, folded into the weights
 """

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.adapters.config_types import check_types
 from offload.storage.block_file import BlockFileWriter, spill_folder
 from offload.storage.errors import ConfigError, foreign_file
 from offload.storage.whole_file import PARTIAL
@@ -66,6 +67,7 @@ def load_adapters(model: nn.Module, folder: str) -> Any:
     peft = _peft()
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ConfigError(f"{folder} holds no adapter: no adapter_config.json; `offload finetune --output DIR` writes one")
+    check_types(folder)
     with foreign_file(f"the adapter {folder} cannot be used, or does not fit the model", ConfigError):
         return peft.PeftModel.from_pretrained(model, folder).eval()
 
@@ -77,6 +79,7 @@ def inject_adapters(model: Any, folder: str) -> None:
         ConfigError: if they are those of another model.
     """
     _peft()
+    check_types(folder)
     with foreign_file(f"the adapter {folder} cannot be used, or does not fit the model", ConfigError):
         model.load_adapter(folder)
 
