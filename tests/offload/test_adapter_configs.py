@@ -38,7 +38,7 @@ def test_what_peft_saves_is_taken(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    ("name", "value"),
     [
         ("alora_invocation_tokens", "3"),
         ("alora_invocation_tokens", ["3"]),
