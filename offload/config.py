@@ -12,7 +12,7 @@ import torch
 from offload.storage.devices.base import Device
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import BudgetTooSmall, ConfigError, PlatformError, gib
-from offload.storage.process_memory import process_bytes
+from offload.storage.process_memory import mapped_bytes, process_bytes
 
 IDENTICAL, ROUNDING = "identical", "rounding"
 EXACTNESS = (IDENTICAL, ROUNDING)
@@ -129,7 +129,7 @@ def default_host_bytes(held_bytes: int) -> int:
     room = int(psutil.virtual_memory().available) + held_bytes
     limit = cgroup_limit_bytes()
     if limit is not None:
-        room = min(room, limit - process_bytes() + held_bytes)
+        room = min(room, _room_in_group(limit, held_bytes))
     if room <= HOST_MARGIN_BYTES:
         raise BudgetTooSmall(
             f"{gib(max(room, 0))} of CPU memory is free, of which {gib(HOST_MARGIN_BYTES)} is left to the process; "
@@ -137,6 +137,27 @@ def default_host_bytes(held_bytes: int) -> int:
             HOST_MARGIN_BYTES,
         )
     return room - HOST_MARGIN_BYTES
+
+
+def _room_in_group(limit_bytes: int, held_bytes: int) -> int:
+    """What a control group leaves beside the process and its code: mapped pages count there, and are read again if evicted."""
+    return limit_bytes - process_bytes() - mapped_bytes() + held_bytes
+
+
+def what_it_risks(budgets: Budgets, held_bytes: int) -> str | None:
+    """A sentence for a budget of CPU memory that leaves the process's own code no room in its control group; None for others.
+
+    Args:
+        held_bytes: of a model that is in CPU memory already.
+    """
+    limit = cgroup_limit_bytes()
+    asked = budgets.device_bytes if budgets.host_bytes is None else budgets.host_bytes
+    if limit is None or asked <= (room := _room_in_group(limit, held_bytes)):
+        return None
+    return (
+        f"cpu_memory={gib(asked)} is more than the {gib(max(room, 0))} that the control group's limit of {gib(limit)} leaves "
+        "beside Python and torch: their code is evicted and read again, which may take seconds; give less"
+    )
 
 
 def cgroup_limit_bytes() -> int | None:

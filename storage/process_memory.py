@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import resource
 from functools import cache
 
 import psutil
@@ -18,6 +19,16 @@ def anonymous_bytes() -> int:
     """The same without shared memory, in a third of the time."""
     _, resident, shared, *_ = map(int, _read("statm").split())
     return (resident - shared) * mmap.PAGESIZE
+
+
+def mapped_bytes() -> int:
+    """Pages of files that are in memory for this process: code of Python and torch above all."""
+    return sum(int(line.split()[1]) * 1024 for line in _read("status").splitlines() if line.startswith(b"RssFile:"))
+
+
+def major_faults() -> int:
+    """Pages that this process had to wait for the disk for, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def _read(name: str) -> bytes:

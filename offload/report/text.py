@@ -56,11 +56,12 @@ def as_renderable(report: "Report") -> RenderableType:
 def _headline(report: "Report") -> Text:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.blocks.items() if count)
     slots = f"; {report.slots['count']} slots of {gib(report.slots['bytes'])}" if report.slots["count"] else ""
+    faults = f"; {report.major_faults:,} pages read back from disk" if report.major_faults else ""
     return Text(
         f"{report.model} on {report.device}: {gib(report.weight_bytes)} of weights, exactness {report.exactness}\n"
         f"blocks: {counts}{slots}; {gib(report.streamed_bytes_per_pass)} streamed a pass\n"
         f"process: {gib(report.process_bytes)} before the session, "
-        f"{gib(report.peak_rss_bytes)} at its peak, mapped files included"
+        f"{gib(report.peak_rss_bytes)} at its peak, mapped files included{faults}"
     )
 
 

@@ -20,6 +20,7 @@ from offload.scheduler.phases import BACKWARD, DECODE, PREFILL, STANDALONE
 from offload.session.residency import Residency
 from offload.storage.errors import gib
 from offload.storage.host_buffer import HostBuffer
+from offload.storage.process_memory import major_faults
 
 _EXCESS = 1.05
 """Times the predicted peak: more is told."""
@@ -33,6 +34,7 @@ class Subject:
         name: of the model, or where it came from.
         process_bytes: what the process held before the session.
         held_bytes: of these, weights that the session moved.
+        major_faults: of the process before the session.
     """
 
     name: str
@@ -40,12 +42,14 @@ class Subject:
     weight_bytes: int
     process_bytes: int
     held_bytes: int
+    major_faults: int
 
     @classmethod
     def of(cls, model: nn.Module, name: str, process_bytes: int, held_bytes: int) -> "Subject":
         """Count a model."""
         counts = [(value.numel(), value.nbytes) for value in model.parameters()]
-        return cls(name, sum(count for count, _ in counts), sum(size for _, size in counts), process_bytes, held_bytes)
+        parameters, nbytes = sum(count for count, _ in counts), sum(size for _, size in counts)
+        return cls(name, parameters, nbytes, process_bytes, held_bytes, major_faults())
 
 
 class Reporter:
@@ -122,6 +126,7 @@ class Reporter:
             peak_device_bytes=machine.device.peak_bytes(),
             fallbacks=self._notes(),
             experts=experts,
+            major_faults=major_faults() - subject.major_faults,
         )
 
     def snapshot(self) -> Snapshot:

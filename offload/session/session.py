@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from offload.adapters.peft import inject_adapters
-from offload.config import ROUNDING, Budgets, Progress, resolve_budgets
+from offload.config import ROUNDING, Budgets, Progress, resolve_budgets, what_it_risks
 from offload.model.caches import keeps_cache
 from offload.model.checkpoint_folder import find_model
 from offload.model.experts import find_experts
@@ -181,7 +181,8 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         loaded, workload = self._load(stack, loader, budgets, progress)
         model = loaded.model
         machine = self._machine(stack, loader, budgets, progress)
-        for note in loaded.fallbacks:
+        risk = what_it_risks(budgets, held_bytes)
+        for note in (*loaded.fallbacks, *([] if risk is None else [risk])):
             machine.notes.warn(note)
         placement = Placement(machine, loaded.places)
         stack.callback(placement.close)

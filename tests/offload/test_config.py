@@ -2,10 +2,10 @@
 
 import pytest
 
-from offload.config import cgroup_limit_bytes, default_host_bytes, parse_bytes, resolve_budgets
+from offload.config import Budgets, cgroup_limit_bytes, default_host_bytes, parse_bytes, resolve_budgets, what_it_risks
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import BudgetTooSmall, ConfigError
-from offload.storage.process_memory import process_bytes
+from offload.storage.process_memory import mapped_bytes, process_bytes
 from tests.delayed import DelayedDevice
 
 
@@ -50,6 +50,20 @@ def test_the_default_is_under_what_there_is(monkeypatch):
     monkeypatch.setattr("offload.config.cgroup_limit_bytes", lambda: process_bytes())
     with pytest.raises(BudgetTooSmall, match="close other programs"):
         default_host_bytes(0)
+
+
+def test_a_budget_that_leaves_no_room_for_code_is_told_its_risk(monkeypatch):
+    budget = Budgets(1 << 30, None)
+    monkeypatch.setattr("offload.config.cgroup_limit_bytes", lambda: None)
+    assert what_it_risks(budget, 0) is None
+    with_code = process_bytes() + mapped_bytes() + (1 << 30)
+    monkeypatch.setattr("offload.config.cgroup_limit_bytes", lambda: with_code + (64 << 20))
+    assert what_it_risks(budget, 0) is None
+    monkeypatch.setattr("offload.config.cgroup_limit_bytes", lambda: with_code - (64 << 20))
+    assert "cpu_memory=1.00 GiB is more than the" in what_it_risks(budget, 0)
+    assert what_it_risks(budget, 128 << 20) is None
+    # Beside a card it is its own budget.
+    assert what_it_risks(Budgets(1 << 30, 1 << 20), 0) is None
 
 
 def test_limits_of_control_groups_are_read(tmp_path, monkeypatch):
