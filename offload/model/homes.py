@@ -128,6 +128,11 @@ class ParameterHome:
             self.modified = True
 
     @property
+    def is_aligned(self) -> bool:
+        """Where torch puts tensors of its own: elsewhere kernels are slower, and some compute other bits."""
+        return self.tensor.data_ptr() % 64 == 0
+
+    @property
     def was_changed(self) -> bool:
         """Whether the user wrote to it since the values were last where they come from."""
         return self.modified or self.parameter._version != self.version

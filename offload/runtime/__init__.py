@@ -12,6 +12,7 @@ layer_major         several micro-batches, layer by layer
 module_wrappers     wraps forward: onload, compute, unbind; or compute on the CPU
 placement           brings parameters to their tier, and back
 weights             blocks in slots, and resident ones
+block_reads         blocks on their way into host memory of their own
 block_sources       how a block's bytes get into a slot
 embedding_rows      tables of which rows are fetched
 row_upload          small tensors on their way to the device

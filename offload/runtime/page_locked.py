@@ -39,16 +39,23 @@ class PageLockedMemory:
         self._ledger = ledger
         self._notes = notes
 
-    def allocate(self, nbytes: int, category: str, ledger: MemoryLedger | None = None, shielded: bool = False) -> HostBuffer:
+    def allocate(
+        self,
+        nbytes: int,
+        category: str,
+        ledger: MemoryLedger | None = None,
+        shielded: bool = False,
+        prefault: bool = True,
+    ) -> HostBuffer:
         """A new buffer, not page-locked yet.
 
         Args:
             ledger: charged for it; None for that of CPU memory.
-            shielded: as `HostBuffer` has it.
+            shielded, prefault: as `HostBuffer` has them.
         """
         # Whole pages, as the buffer takes them.
         (ledger or self._ledger).charge(category, align_up(nbytes, BLOCK_ALIGNMENT_BYTES))
-        return HostBuffer(nbytes, shielded=shielded)
+        return HostBuffer(nbytes, prefault=prefault, shielded=shielded)
 
     def keep(self, buffer: HostBuffer, locked: bool = True) -> None:
         """Hold a buffer until `close`, page-locked if it is to be copied from."""

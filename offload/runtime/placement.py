@@ -1,7 +1,8 @@
 """Brings a model's parameters to where the plan wants them, and back in the end."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import psutil
@@ -10,6 +11,7 @@ from torch import nn
 
 from offload.model.blocks import HasParameters, Structure, Unit, divisible_modules, estimated_slot_bytes
 from offload.model.homes import FileMaps, ParameterHome
+from offload.runtime.block_reads import BlockReads
 from offload.runtime.block_sources import (
     BlockSource,
     DirectSource,
@@ -30,8 +32,9 @@ from offload.storage.block_file import BlockFile, spill_folder
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
 from offload.storage.errors import gib
 from offload.storage.host_buffer import HostBuffer
-from offload.storage.ledger import MemoryLedger
 from offload.storage.staging import StagedReader
+
+_RESIDENT = "resident weights"
 
 
 class Placement:
@@ -67,6 +70,7 @@ class Placement:
         self._homes: dict[str, ParameterHome] = {}
         self._tables_in_memory: set[BlockKey] = set()
         self._rows = RowUpload(self._device, self._memory)
+        self._reads = BlockReads(self._reader, self._memory, self.source_of)
 
     @property
     def homes(self) -> Iterable[ParameterHome]:
@@ -118,11 +122,14 @@ class Placement:
             if units[key].fetches_rows:
                 self.tables[key] = self._table(units[key])
         done = 0
-        for key in plan.weights.resident:
-            self._progress("loading", done, plan.weights.resident_bytes)
-            self.resident[key] = self._to_device(units[key])
-            self.on_resident(self.resident[key].homes)
-            done += self.resident[key].nbytes
+        self._progress("loading", done, plan.weights.resident_bytes)
+        with closing(self._resident_blocks([units[key] for key in plan.weights.resident])) as blocks:
+            for block in blocks:
+                self.resident[block.key] = block
+                self.on_resident(block.homes)
+                done += block.nbytes
+                self._progress("loading", done, plan.weights.resident_bytes)
+        self.resident = {key: self.resident[key] for key in plan.weights.resident}
         self.streamed = {key: self.streamed[key] for key in plan.weights.streamed}
         self._progress("loading", plan.weights.resident_bytes, plan.weights.resident_bytes)
 
@@ -133,7 +140,7 @@ class Placement:
         for unit in given_up:
             block = self.resident.pop(unit.key)
             block.give_up()
-            self._device_ledger.release("resident weights", block.nbytes)
+            self._device_ledger.release(_RESIDENT, block.nbytes)
         self.spill(given_up)
         self._open_staging([unit for unit in given_up if unit.key in plan.weights.streamed], max(1, plan.weights.staging_count))
         for unit in given_up:
@@ -241,7 +248,7 @@ class Placement:
         for home in self._homes.values():
             home.restore()
         for block in self.resident.values():
-            self._device_ledger.release("resident weights", block.nbytes)
+            self._device_ledger.release(_RESIDENT, block.nbytes)
         self.resident.clear()
         self.streamed.clear()
         self.tables.clear()
@@ -270,39 +277,43 @@ class Placement:
 
     def _hold_outside(self, name: str, parameter: nn.Parameter) -> None:
         home = self._home(name, parameter)
-        self._device_ledger.charge("resident weights", home.tensor.nbytes)
+        self._device_ledger.charge(_RESIDENT, home.tensor.nbytes)
         if not self._device.shares_host_memory:
             home.bind(home.tensor.to(self._device.torch_device))
-        elif home.tensor.data_ptr() % 64:
+        elif not home.is_aligned:
             home.bind(home.tensor.clone())
         self.outside.append(home)
 
-    def _to_device(self, unit: Unit) -> ResidentBlock:
-        homes = self.homes_of(unit)
-        if self._device.shares_host_memory and all(
-            self.source_of(home.name, home.parameter) is None and home.tensor.data_ptr() % 64 == 0 for home in homes
-        ):
-            self._device_ledger.charge("resident weights", sum(home.tensor.nbytes for home in homes))
-            return ResidentBlock(unit.key, homes, None, [])
-        offsets, nbytes = packed_offsets(homes)
-        if self._device.shares_host_memory:
-            buffer, offsets = self._read_to_host(unit, self._device_ledger, "resident weights")
-            return ResidentBlock(unit.key, homes, buffer, offsets)
-        nbytes = align_up(nbytes, BLOCK_ALIGNMENT_BYTES)
-        self._device_ledger.charge("resident weights", nbytes)
-        return self._copy_to_device(unit, homes, offsets, nbytes)
+    def _resident_blocks(self, units: Sequence[Unit]) -> Generator[ResidentBlock, None, None]:
+        """Each when it is on the device."""
+        if not self._device.shares_host_memory:
+            yield from (self._copy_to_device(unit, self.homes_of(unit)) for unit in units)
+            return
+        elsewhere = []
+        for unit, homes in ((unit, self.homes_of(unit)) for unit in units):
+            if all(self.source_of(home.name, home.parameter) is None and home.is_aligned for home in homes):
+                self._device_ledger.charge(_RESIDENT, sum(home.tensor.nbytes for home in homes))
+                yield ResidentBlock(unit.key, homes, None, [])
+            else:
+                elsewhere.append((unit.key, homes))
+        reads = self._reads.in_turn([homes for _, homes in elsewhere], self._device_ledger, _RESIDENT)
+        for (key, homes), read in zip(elsewhere, reads, strict=True):
+            yield ResidentBlock(key, homes, read.buffer, read.offsets)
 
-    def _copy_to_device(self, unit: Unit, homes: list[ParameterHome], offsets: list[int], nbytes: int) -> ResidentBlock:
+    def _copy_to_device(self, unit: Unit, homes: list[ParameterHome]) -> ResidentBlock:
+        offsets, packed_bytes = packed_offsets(homes)
+        nbytes = align_up(packed_bytes, BLOCK_ALIGNMENT_BYTES)
+        self._device_ledger.charge(_RESIDENT, nbytes)
         buffer = self._device.allocate(nbytes)
         on_disk = [self.source_of(home.name, home.parameter) for home in homes]
         sources = [home.tensor for home in homes]
         if all(on_disk):
-            staged, places = self._read_to_host(unit, self.host_ledger, "staging")
-            sources = views_of(homes, places, staged.tensor)
+            staged = self._reads.start(homes, self.host_ledger, "staging").wait()
+            sources = views_of(homes, staged.offsets, staged.buffer.tensor)
         for view, source in zip(views_of(homes, offsets, buffer.tensor), sources, strict=True):
             self._device.copy_in([(view, source)], name=unit.key).synchronize()
         if all(on_disk):
-            self.host_ledger.release("staging", staged.nbytes)
+            self.host_ledger.release("staging", staged.buffer.nbytes)
         block = ResidentBlock(unit.key, homes, buffer, offsets)
         for home, stored in zip(homes, on_disk, strict=True):
             if stored is None:
@@ -334,32 +345,14 @@ class Placement:
 
     def _live_in_host_memory(self, unit: Unit, category: str) -> tuple[HostBuffer, list[int]]:
         """Make one new host buffer the home of the unit's parameters."""
-        buffer, offsets = self._read_to_host(unit, self.host_ledger, category, shielded=True)
+        read = self._reads.start(self.homes_of(unit), self.host_ledger, category, shielded=True).wait()
+        buffer, offsets = read.buffer, read.offsets
         for home, offset in zip(self.homes_of(unit), offsets, strict=True):
             view = buffer.own_storage(offset, home.tensor.nbytes).view(home.tensor.dtype).view(home.tensor.shape)
             if self.source_of(home.name, home.parameter) is None:
                 home.original = None
             home.tensor, home.shield = view, buffer
             home.parameter.data = view
-        return buffer, offsets
-
-    def _read_to_host(
-        self, unit: Unit, ledger: MemoryLedger, category: str, shielded: bool = False
-    ) -> tuple[HostBuffer, list[int]]:
-        """The unit's tensors in one new host buffer, and where each lies in it."""
-        homes = self.homes_of(unit)
-        ranges = [self.source_of(home.name, home.parameter) for home in homes]
-        if all(item is not None and not home.modified for item, home in zip(ranges, homes, strict=True)):
-            on_disk = [item for item in ranges if item is not None]
-            read_plan = self._reader.plan(on_disk)
-            buffer = self._memory.allocate(read_plan.slot_bytes, category, ledger, shielded)
-            self._reader.read(on_disk, read_plan, buffer.memory[: read_plan.slot_bytes]).wait()
-            return buffer, list(read_plan.offsets)
-        offsets, nbytes = packed_offsets(homes)
-        buffer = self._memory.allocate(nbytes, category, ledger, shielded)
-        for home, offset in zip(homes, offsets, strict=True):
-            size = home.tensor.nbytes
-            buffer.tensor[offset : offset + size].view(home.tensor.dtype).view(home.tensor.shape).copy_(home.tensor)
         return buffer, offsets
 
     def _disk_source(self, unit: Unit) -> BlockSource:
