@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _WIDTH = 100
 
+_MANY_FAULTS = 500
+"""Fewer are no sign of anything: code that is used for the first time."""
+
 
 def as_text(report: "Report") -> str:
     """Plain text, without colours."""
@@ -56,7 +59,7 @@ def as_renderable(report: "Report") -> RenderableType:
 def _headline(report: "Report") -> Text:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.blocks.items() if count)
     slots = f"; {report.slots['count']} slots of {gib(report.slots['bytes'])}" if report.slots["count"] else ""
-    faults = f"; {report.major_faults:,} pages read back from disk" if report.major_faults else ""
+    faults = f"; {report.major_faults:,} pages read back from disk" if report.major_faults >= _MANY_FAULTS else ""
     return Text(
         f"{report.model} on {report.device}: {gib(report.weight_bytes)} of weights, exactness {report.exactness}\n"
         f"blocks: {counts}{slots}; {gib(report.streamed_bytes_per_pass)} streamed a pass\n"
