@@ -164,7 +164,15 @@ def test_what_the_last_answer_left_is_given_back_before_the_next_prompt():
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["llama, a batch", "mixture, a prompt of 3,000 tokens", "mixture, a batch", "LoRA, mixture"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama, a batch",
+        "mixture, a batch",
+        "LoRA, mixture",
+        pytest.param("mixture, a prompt of 3,000 tokens", marks=pytest.mark.every_case),
+    ],
+)
 def test_a_budget_is_kept_in_anonymous_memory(name, tmp_path):
     row = measured(next(case for case in CASES if case.name == name), Path(tmp_path))
     print(json.dumps(row))
