@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.gpu import commit
 from benchmarks.memory_group import MemoryGroup, evict
 from benchmarks.raw_disk import beginnings, reads_of
+from benchmarks.stream import accelerated, token_moments
 from offload.config import parse_bytes
 
 SYSTEMS = ("ours", "raw", "accelerate", "accelerate-all-disk", "plain", "resident")
@@ -135,13 +136,8 @@ def accelerate_all_disk(request: argparse.Namespace) -> dict[str, Any]:
 
 
 def _accelerated(request: argparse.Namespace, resident: int) -> dict[str, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    layers = AutoConfig.from_pretrained(request.model).num_hidden_layers
-    places = {f"model.layers.{index}": "cpu" if index < resident else "disk" for index in range(layers)}
-    places |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    with tempfile.TemporaryDirectory() as folder:
-        model = AutoModelForCausalLM.from_pretrained(request.model, device_map=places, offload_folder=folder, dtype="auto")
+    model, folder = accelerated(request.model, resident)
+    with folder:
         return {"moments": tokens(model, request.prompt), "major_faults": major_faults()}
 
 
@@ -166,23 +162,8 @@ def resident(request: argparse.Namespace) -> dict[str, Any]:
 
 def tokens(model: Any, prompt: int) -> dict[str, float]:
     """When the first token was there, and the last."""
-    import torch
-    from transformers.generation.streamers import BaseStreamer
-
-    moments: list[float] = []
-
-    class Stamp(BaseStreamer):
-        def put(self, value: Any) -> None:
-            moments.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, streamer=Stamp())
-    # The first moment is the prompt's.
-    return {"first": moments[1], "last": moments[-1]}
+    moments = token_moments(model, prompt, NEW_TOKENS)
+    return {"first": moments[0], "last": moments[-1]}
 
 
 def major_faults() -> int:

@@ -145,17 +145,24 @@ def accelerate_all_disk(request: argparse.Namespace) -> dict[str, Any]:
 
 
 def _accelerated(request: argparse.Namespace, resident: int) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    layers = AutoConfig.from_pretrained(request.model).num_hidden_layers
-    places = {f"model.layers.{index}": "cpu" if index < resident else "disk" for index in range(layers)}
-    places |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    with tempfile.TemporaryDirectory() as folder:
-        model = AutoModelForCausalLM.from_pretrained(request.model, device_map=places, offload_folder=folder, dtype="auto")
+    model, folder = accelerated(request.model, resident)
     for parameter in model.parameters():
         if not parameter.is_meta:
             parameter.data = parameter.data.clone()
+    folder.cleanup()
     return model
+
+
+def accelerated(folder: str, resident: int) -> tuple[Any, tempfile.TemporaryDirectory[str]]:
+    """A model as accelerate offloads it to disk, with so many layers in memory; and its folder, empty for safetensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+    places = {f"model.layers.{index}": "cpu" if index < resident else "disk" for index in range(layers)}
+    places |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    scratch = tempfile.TemporaryDirectory()
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=scratch.name, dtype="auto")
+    return model, scratch
 
 
 def plain(request: argparse.Namespace) -> dict[str, Any]:
@@ -176,6 +183,12 @@ def resident(request: argparse.Namespace) -> dict[str, Any]:
 
 def token_seconds(model: Any, tokens: int) -> list[float]:
     """Seconds of each decode step."""
+    moments = token_moments(model, PROMPT_TOKENS, tokens)
+    return [second - first for first, second in zip(moments, moments[1:], strict=False)]
+
+
+def token_moments(model: Any, prompt: int, tokens: int) -> list[float]:
+    """When each token was there; the first ends the prefill."""
     import torch
     from transformers.generation.streamers import BaseStreamer
 
@@ -188,11 +201,11 @@ def token_seconds(model: Any, tokens: int) -> list[float]:
         def end(self) -> None:
             pass
 
-    ids = torch.randint(3, 1000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=Stamp())
-    # The first moment is the prompt's, the second ends the prefill.
-    return [second - first for first, second in zip(moments[1:], moments[2:], strict=False)]
+    # The first one is the prompt's.
+    return moments[1:]
 
 
 WORKERS = {
