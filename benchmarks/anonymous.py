@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.gpu import commit
+from benchmarks.checkout import commit
 from benchmarks.memory_group import evict
 from offload import Training, offload
 from offload.synth import synthesize

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import commit
+from benchmarks.checkout import commit
 from benchmarks.memory_group import MemoryGroup, evict
 from benchmarks.raw_disk import beginnings, reads_and_writes, reads_of
 

@@ -15,16 +15,15 @@ import argparse
 import datetime
 import gc
 import json
-import os
 import platform
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.checkout import commit
 from benchmarks.gpu_cases import CASES, raw_bytes_per_second
 from offload.config import parse_bytes, resolve_device
 from offload.probe import measure as probe
@@ -93,12 +92,6 @@ def made(folder: str, size: str) -> str:
     assert nbytes is not None
     synthesize(folder, nbytes)
     return folder
-
-
-def commit() -> str:
-    """$COMMIT, where the sources came without their repository."""
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return os.environ.get("COMMIT") or asked.stdout.strip() or "unknown"
 
 
 def medians(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:

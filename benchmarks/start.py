@@ -24,11 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import commit
+from benchmarks.checkout import commit
 from benchmarks.memory_group import MemoryGroup, evict
-from benchmarks.raw_disk import beginnings, reads_of
 from benchmarks.stream import accelerated, token_moments
-from offload.config import parse_bytes
 
 SYSTEMS = ("ours", "raw", "accelerate", "accelerate-all-disk", "plain", "resident")
 NEW_TOKENS = 11
@@ -82,6 +80,9 @@ def round_of(request: argparse.Namespace, number: int) -> dict[int, dict[str, An
 
 
 def in_group(request: argparse.Namespace, system: str, prompt: int) -> dict[str, Any]:
+    # Not above: a measured process imports what its system needs, and nothing of ours.
+    from offload.config import parse_bytes
+
     limit = parse_bytes(request.limit) if system != "resident" else 16 << 30
     command = [sys.executable, "-m", "benchmarks.start", "--worker", system, "--model", request.model, "--prompt", str(prompt)]
     command += ["--cpu-memory", request.cpu_memory, "--resident", str(request.resident)]
@@ -124,6 +125,8 @@ def ours(request: argparse.Namespace) -> dict[str, Any]:
 
 
 def raw(request: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.raw_disk import beginnings, reads_of
+
     return reads_of(beginnings(request.model, 1 << 50))
 
 

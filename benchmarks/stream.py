@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import commit
+from benchmarks.checkout import commit
 from benchmarks.memory_group import MemoryGroup, evict
 
 MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""Foreign adapter configs: whatever peft saves is taken, and a value of another type is named before anything is loaded."""
+"""Foreign adapter configs: whatever peft saves is taken, and a value of another type is named before peft has it."""
 
 import json
 
