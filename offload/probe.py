@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from offload.cache_folder import cache_folder
 from offload.config import Progress
 from offload.model.homes import ParameterHome
 from offload.planning.dry_run import DryRun
@@ -64,14 +64,6 @@ _REVISION = 4
 """The version of what is measured, and how: a profile that was measured otherwise is not found any more."""
 
 
-def profile_folder() -> Path:
-    """Where profiles are kept: `$OFFLOAD_PROFILES`, else the user's cache."""
-    chosen = os.environ.get("OFFLOAD_PROFILES")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offload"
-
-
 def suits(profile: HardwareProfile, device: Device) -> bool:
     """True if the profile describes a machine that computes where `device` does."""
     return (profile.device is None) == device.shares_host_memory
@@ -105,7 +97,7 @@ def kept_profile(device: Device, disk_dir: str | None = None) -> HardwareProfile
     if not os.path.isdir(folder):
         return None
     identity = hardware_id(device, folder)
-    path = profile_folder() / f"hardware-{identity}.json"
+    path = cache_folder() / f"hardware-{identity}.json"
     if not path.exists():
         return None
     profile = HardwareProfile.load(path)
@@ -133,7 +125,7 @@ def hardware_profile(
     if kept is not None:
         return kept
     profile = measure(device, folder, progress or (lambda what, done, total: None))
-    path = profile_folder() / f"hardware-{profile.hardware_id}.json"
+    path = cache_folder() / f"hardware-{profile.hardware_id}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(profile.to_dict(), indent=1))

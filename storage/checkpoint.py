@@ -3,7 +3,7 @@
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -208,3 +208,21 @@ def no_safetensors(place: str, files: Sequence[str], single: str, index: str) ->
         f"M.from_pretrained('{place}', dtype='auto').save_pretrained('{place}-safetensors')\" "
         "(and copy the tokenizer's files)."
     )
+
+
+def cache_first_pages(ranges: Iterable[FileRange]) -> None:
+    """Have the first page of each range in the page cache, and no more.
+
+    Who makes a view of a mapped file looks at its first byte: a page fault, for which the kernel reads megabytes around it.
+    """
+    by_path: dict[str, list[int]] = {}
+    for item in ranges:
+        by_path.setdefault(item.path, []).append(item.offset)
+    for path, offsets in by_path.items():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            for offset in offsets:
+                os.pread(descriptor, 1, offset)
+        finally:
+            os.close(descriptor)

@@ -50,12 +50,14 @@ class DiskReader:
         memory: memoryview,
         then: Callable[[], None] | None = None,
         name: str = "",
+        background: bool = False,
     ) -> Transfer:
         """Start filling `memory`, which starts at a multiple of the engine's unit and holds `read_plan.slot_bytes`.
 
         Args:
             then: runs in a link thread when the tensors are in place.
             name: of the block, for the trace.
+            background: nobody needs it yet.
         """
 
         def finish() -> None:
@@ -63,7 +65,8 @@ class DiskReader:
             if then is not None:
                 then()
 
-        return self.link.submit(read_plan.payload_bytes, list(self._parts(ranges, read_plan, memory)), finish, name)
+        submit = self.link.submit_in_background if background else self.link.submit
+        return submit(read_plan.payload_bytes, self._parts(ranges, read_plan, memory), finish, name)
 
     def read_rows(self, table: FileRange, rows: Sequence[int], row_bytes: int, target: torch.Tensor, name: str = "") -> None:
         """Read single rows of a table into `target` (contiguous, [len(rows), row_bytes] as bytes), and wait for them.

@@ -57,6 +57,10 @@ class Transfer:
         self._cancelled = True
         self._over.wait()
 
+    def hasten(self) -> None:
+        """Somebody waits for it, or is about to: its parts that have not begun come before all others."""
+        self.link._hasten(self)
+
     def when_over(self, then: Part) -> None:
         """Run `then` once, in a link thread or, if the transfer is over already, at once."""
         with self.link._lock:
@@ -95,7 +99,7 @@ class Transfer:
 
 
 class Link:
-    """A first-in-first-out queue of transfers, served by a few threads.
+    """A first-in-first-out queue of transfers, served by a few threads; and one for what is not needed yet.
 
     Args:
         name: as the report prints it, such as `disk`.
@@ -115,6 +119,8 @@ class Link:
         self.bytes_moved = 0
         self._busy_seconds = 0.0
         self._queue: deque[tuple[Transfer, Part]] = deque()
+        self._background: deque[tuple[Transfer, Part]] = deque()
+        """Served while the queue is empty."""
         self._active_parts = 0
         self._busy_since = 0.0
         self._closed = False
@@ -136,7 +142,7 @@ class Link:
     def wait_idle(self) -> None:
         """Block until nothing is queued or under way."""
         with self._work:
-            self._work.wait_for(lambda: not self._queue and not self._active_parts)
+            self._work.wait_for(lambda: not self._queue and not self._background and not self._active_parts)
 
     def submit(self, nbytes: int, parts: Sequence[Part], finish: Part | None = None, name: str = "") -> Transfer:
         """Queue a transfer that counts as `nbytes` once it has arrived."""
@@ -158,6 +164,23 @@ class Link:
             self._work.notify(len(parts))
         return transfer
 
+    def submit_in_background(self, nbytes: int, parts: Sequence[Part], finish: Part | None = None, name: str = "") -> Transfer:
+        """Queue a transfer that nobody needs yet: it gets on while nothing else is queued, or once it is hastened."""
+        transfer = Transfer(self, nbytes, parts, finish, name)
+        with self._work:
+            if self._closed:
+                raise RuntimeError(f"the {self.name} link is closed")
+            self._background.extend((transfer, part) for part in parts)
+            self._work.notify(len(parts))
+        return transfer
+
+    def _hasten(self, transfer: Transfer) -> None:
+        with self._work:
+            first = [item for item in self._background if item[0] is transfer]
+            if first:
+                self._background = deque(item for item in self._background if item[0] is not transfer)
+                self._queue.extendleft(reversed(first))
+
     def count(self, name: str, begin: float, end: float, nbytes: int) -> None:
         """Count bytes that another thread than the link's has moved, between two moments of `time.perf_counter()`."""
         with self._lock:
@@ -175,11 +198,11 @@ class Link:
     def _serve(self) -> None:
         while True:
             with self._work:
-                while not self._queue and not self._closed:
+                while not self._queue and not self._background and not self._closed:
                     self._work.wait()
-                if not self._queue:
+                if not self._queue and not self._background:
                     return
-                transfer, part = self._queue.popleft()
+                transfer, part = (self._queue or self._background).popleft()
                 now = time.perf_counter()
                 if self._active_parts == 0:
                     self._busy_since = now

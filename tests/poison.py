@@ -52,10 +52,16 @@ def poison_slots(streaming: ExpertStreaming) -> None:
     store.begin = poisoned
 
 
+def finish_loading(session: Session) -> None:
+    """Have all resident weights arrive, for which the first pass waits otherwise."""
+    session._parts.residency.placement.loading.finish()
+
+
 class DiskMeter:
-    """Bytes that the disk link moved since this was made."""
+    """Bytes that the disk link moved since this was made, resident weights left out."""
 
     def __init__(self, session: Session) -> None:
+        finish_loading(session)
         self._link = session.machine.host.reads
         self._before = self._link.bytes_moved
 

@@ -121,9 +121,12 @@ def _generate(
 ) -> tuple[list[Completion], Record]:
     batch_size = min(request.batch_size, len(prompts.texts))
     with ExitStack() as stack:
-        # The bar is gone before the first token, which would tear it.
-        with progress_bar() as show:
-            session = stack.enter_context(_session(request, folder, batch_size, prompts, sampling, show))
+        # The weights are read until the first pass is over: the bar is gone before the first token, which would tear it.
+        bars = stack.enter_context(ExitStack())
+        show = bars.enter_context(progress_bar())
+        session = stack.enter_context(_session(request, folder, batch_size, prompts, sampling, show))
+        if request.live:
+            bars.close()
         model = session.model if request.adapter is None else load_adapters(session.model, request.adapter)
         view = stack.enter_context(LiveView(session.snapshot, live_console())) if request.live else None
         done = []

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from rich.table import Table
 
+from offload.cache_folder import cache_folder
 from offload.cli.terminal import check_writable, print_table, progress_bar, say
 from offload.config import resolve_device
-from offload.probe import hardware_profile, profile_folder
+from offload.probe import hardware_profile
 from offload.scheduler.hardware import HardwareProfile, LinkRate
 from offload.storage.errors import duration, gib
 
@@ -35,7 +36,7 @@ def run(request: argparse.Namespace) -> None:
         print(text)
     else:
         _print(profile)
-        say(f"kept in {profile_folder() / f'hardware-{profile.hardware_id}.json'}")
+        say(f"kept in {cache_folder() / f'hardware-{profile.hardware_id}.json'}")
 
 
 def _print(profile: HardwareProfile) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from offload.config import Progress as ProgressCall
 from offload.storage.errors import ConfigError
@@ -45,14 +45,55 @@ def progress_bar(counted: bool = True) -> Iterator[ProgressCall]:
         counted: the steps are counted in bytes.
     """
     console = Console(stderr=True)
-    bytes_done = (DownloadColumn(binary_units=True), TimeRemainingColumn()) if counted else ()
-    columns = (TextColumn("{task.description}"), BarColumn(), *bytes_done)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks = {}
+    bars = Bars(console, counted)
+    try:
+        yield bars.show
+    finally:
+        bars.close()
 
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total, visible=done < total)
 
-        yield show
+class Bars:
+    """Bars that are drawn while something takes long, and leave no trace.
+
+    Args:
+        counted: as `progress_bar` has it.
+    """
+
+    def __init__(self, console: Console, counted: bool) -> None:
+        self._console, self._counted = console, counted
+        self._drawn: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._closed = not console.is_terminal
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """So much of `what` is done; once all of it is, its bar goes."""
+        if self._closed:
+            return
+        if done >= total:
+            if self._drawn is not None and what in self._tasks:
+                self._drawn.remove_task(self._tasks.pop(what))
+            if not self._tasks:
+                self._stop()
+            return
+        if self._drawn is None:
+            self._drawn = self._new()
+            self._drawn.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._drawn.add_task(what, total=total)
+        self._drawn.update(self._tasks[what], completed=done, total=total)
+
+    def close(self) -> None:
+        """Nothing is drawn any more."""
+        self._closed = True
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._drawn is not None:
+            self._drawn.stop()
+            self._drawn = None
+            self._tasks.clear()
+
+    def _new(self) -> Progress:
+        bytes_done = (DownloadColumn(binary_units=True), TimeRemainingColumn()) if self._counted else ()
+        columns = (TextColumn("{task.description}"), BarColumn(), *bytes_done)
+        return Progress(*columns, console=self._console, transient=True)

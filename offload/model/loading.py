@@ -22,7 +22,7 @@ from offload.model.experts import ExpertPieces
 from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, read_config
 from offload.storage.block_file import BlockFile, key_of
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, FileRange
-from offload.storage.checkpoint import dtypes_of, identity, read_checkpoint, weight_files
+from offload.storage.checkpoint import cache_first_pages, dtypes_of, identity, read_checkpoint, weight_files
 from offload.storage.errors import CheckpointError, ConfigError, CorruptCheckpoint, UnsupportedCheckpoint, foreign_file
 from offload.storage.read_plan import plan_reads
 
@@ -166,6 +166,7 @@ class CheckpointLoader:
         total_bytes = sum(item.spec.nbytes for item in self.stored.values())
         singles = SingleExperts(dict(experts or {}))
         conversions = Conversions(self.key, disk_dir, lambda done: progress("converting", done, total_bytes), singles)
+        cache_first_pages(item.range for item in self.stored.values())
         with _loading, _threads_off(), _bar_off(), conversions:
             model, found = self._from_pretrained()
             self._check_whole(found)

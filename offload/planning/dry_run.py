@@ -8,14 +8,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from offload.model.blocks import WHOLE_BLOCKS, Structure, TakenApart, Unit, find_structure
 from offload.model.micro_batch import MicroBatches
+from offload.planning.counted_work import CountedWork
 from offload.planning.operations import Counter, DryRunFailed, Fused, tensors_of
 from offload.scheduler.model_spec import BlockRole
 from offload.scheduler.work import ModuleWork, PassWork
@@ -23,11 +23,7 @@ from offload.scheduler.work import ModuleWork, PassWork
 _CACHES = ("past_key_values", "cache_params")
 PREFILL, DECODE = "prefill", "decode"
 
-_MOST_COUNTED = 64
 Counted = TypeVar("Counted")
-
-_counted: dict[Any, Any] = {}
-"""Sessions of one model follow one another: its work is counted once."""
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
@@ -62,7 +58,7 @@ class DryRun:
 
     def __init__(self, model: nn.Module, by_submodule: TakenApart = WHOLE_BLOCKS, micro_batch: int = 0) -> None:
         self._given, self._by_submodule = model, by_submodule
-        self._identity = _identity(model, by_submodule, micro_batch)
+        self._counted = CountedWork(model, by_submodule, micro_batch)
         self._micro_batch = micro_batch
 
     @cached_property
@@ -172,14 +168,7 @@ class DryRun:
 
     def _known(self, shape: tuple[int, ...], count: Callable[..., Counted]) -> Counted:
         """What was counted already of a model like this one."""
-        if self._identity is None:
-            return count(*shape)
-        key = (self._identity, count.__qualname__, shape)
-        if key not in _counted:
-            if len(_counted) >= _MOST_COUNTED:
-                _counted.pop(next(iter(_counted)))
-            _counted[key] = count(*shape)
-        return cast(Counted, _counted[key])
+        return self._counted.get(count.__name__, shape, lambda: count(*shape))
 
     def _run(self, phase: str, batch_size: int, tokens: int, cache: Any, guesses: bool = False) -> "_Counted":
         counter = Counter(self.model, self._structure.always_resident.values(), guesses)
@@ -275,16 +264,6 @@ class _ModuleScopes:
 
 def _refuse(reason: str) -> None:
     raise DryRunFailed(reason)
-
-
-def _identity(model: nn.Module, by_submodule: TakenApart, micro_batch: int) -> tuple[Any, ...] | None:
-    """Equal for models that compute the same: class, config, kinds and sizes of their modules; None without a config."""
-    config = getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig):
-        return None
-    modules = tuple(type(module) for module in model.modules())
-    shapes = tuple((value.shape, value.dtype) for value in model.parameters())
-    return type(model), config.to_json_string(), config._attn_implementation, modules, shapes, by_submodule, micro_batch
 
 
 def _result_bytes(result: Any) -> list[int]:

@@ -1,8 +1,6 @@
 """Blocks on their way from disk into host memory of their own."""
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -15,30 +13,39 @@ from offload.storage.ledger import MemoryLedger
 from offload.storage.reader import DiskReader
 from offload.storage.transfer import Transfer
 
-_AHEAD = 2
-"""Blocks that are read while one is waited for."""
+OnArrival = Callable[[HostBuffer, Sequence[int]], None]
+"""Called in a thread that reads, with a block's memory and the offsets of its tensors, before anybody else sees them."""
 
 
-@dataclass(frozen=True, slots=True)
 class BlockRead:
     """One block: where its bytes will be, and what brings them.
 
-    Attributes:
+    Args:
         offsets: of its tensors, in the buffer.
+        start: begins to bring them; None where they are there.
     """
 
-    buffer: HostBuffer
-    offsets: list[int]
-    _transfer: Transfer | None
+    def __init__(self, buffer: HostBuffer, offsets: Sequence[int], start: Callable[[], Transfer] | None = None) -> None:
+        self.buffer = buffer
+        self.offsets = list(offsets)
+        self._start = start
+        self._transfer = None if start is None else start()
 
     def wait(self) -> "BlockRead":
         """Return when the bytes are there.
 
         Raises:
-            ReadError: if the disk failed.
+            ReadError: if the disk failed; the next one who waits has it tried again.
         """
-        if self._transfer is not None:
-            self._transfer.wait()
+        if self._start is not None:
+            self._transfer = self._transfer or self._start()
+            self._transfer.hasten()
+            try:
+                self._transfer.wait()
+            except BaseException:
+                if self._transfer.over:
+                    self._transfer = None
+                raise
         return self
 
     def cancel(self) -> None:
@@ -60,44 +67,54 @@ class BlockReads:
         self._reader, self._memory, self._source_of = reader, memory, source_of
 
     def start(self, homes: Sequence[ParameterHome], ledger: MemoryLedger, category: str, shielded: bool = False) -> BlockRead:
-        """Bring one block's tensors into a new host buffer.
+        """Bring one block's tensors, which somebody waits for, into a new host buffer.
 
         Args:
             ledger: charged for it, under `category`.
             shielded: as `HostBuffer` has it.
         """
+        return self._of(homes, ledger, category, shielded)
+
+    def start_in_background(
+        self, homes: Sequence[ParameterHome], ledger: MemoryLedger, category: str, then: OnArrival
+    ) -> BlockRead:
+        """The same for one that is not needed yet."""
+        return self._of(homes, ledger, category, False, then)
+
+    def _of(
+        self,
+        homes: Sequence[ParameterHome],
+        ledger: MemoryLedger,
+        category: str,
+        shielded: bool,
+        then: OnArrival | None = None,
+    ) -> BlockRead:
         ranges = [None if home.modified else self._source_of(home.name, home.parameter) for home in homes]
         on_disk = [item for item in ranges if item is not None]
-        if len(on_disk) == len(ranges):
-            read_plan = self._reader.plan(on_disk)
-            # The pages are made by the threads that read into them, while others read.
-            buffer = self._memory.allocate(read_plan.slot_bytes, category, ledger, shielded, prefault=False)
-            transfer = self._reader.read(on_disk, read_plan, buffer.memory[: read_plan.slot_bytes])
-            return BlockRead(buffer, list(read_plan.offsets), transfer)
+        if len(on_disk) < len(ranges):
+            return self._copied(homes, ledger, category, shielded, then)
+        read_plan = self._reader.plan(on_disk)
+        # The pages are made by the threads that read into them, while others read.
+        buffer = self._memory.allocate(read_plan.slot_bytes, category, ledger, shielded, prefault=False)
+        memory, offsets = buffer.memory[: read_plan.slot_bytes], list(read_plan.offsets)
+        finish = None if then is None else lambda: then(buffer, offsets)
+        return BlockRead(
+            buffer, offsets, lambda: self._reader.read(on_disk, read_plan, memory, finish, background=then is not None)
+        )
+
+    def _copied(
+        self,
+        homes: Sequence[ParameterHome],
+        ledger: MemoryLedger,
+        category: str,
+        shielded: bool,
+        then: OnArrival | None,
+    ) -> BlockRead:
         offsets, nbytes = packed_offsets(homes)
         buffer = self._memory.allocate(nbytes, category, ledger, shielded)
         for home, offset in zip(homes, offsets, strict=True):
             size = home.tensor.nbytes
             buffer.tensor[offset : offset + size].view(home.tensor.dtype).view(home.tensor.shape).copy_(home.tensor)
-        return BlockRead(buffer, offsets, None)
-
-    def in_turn(self, blocks: Sequence[Sequence[ParameterHome]], ledger: MemoryLedger, category: str) -> Iterator[BlockRead]:
-        """The blocks' reads, each when it is over; the next ones are under way meanwhile.
-
-        Raises:
-            ReadError: if the disk failed; what did not arrive is no longer charged for.
-        """
-        ahead: deque[BlockRead] = deque()
-        try:
-            for homes in blocks:
-                ahead.append(self.start(homes, ledger, category))
-                if len(ahead) > _AHEAD:
-                    ahead[0].wait()
-                    yield ahead.popleft()
-            while ahead:
-                ahead[0].wait()
-                yield ahead.popleft()
-        finally:
-            for read in ahead:
-                read.cancel()
-                ledger.release(category, read.buffer.nbytes)
+        if then is not None:
+            then(buffer, offsets)
+        return BlockRead(buffer, offsets)

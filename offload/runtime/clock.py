@@ -27,6 +27,9 @@ class PassClock:
         """Whose time it is, the innermost last."""
         self._mark = 0.0
         self._begun = 0.0
+        self.loading_seconds = 0.0
+        """Passes stood still so long until weights came that stay from then on; in no phase."""
+        self._left_out = 0.0
         self._first = True
         """The prefill is the first prompt's."""
         self._decode_start_length: int | None = None
@@ -63,12 +66,13 @@ class PassClock:
             self._decode_start_length = cached_tokens
         # What an interrupt left inside is forgotten.
         self._inside.clear()
+        self._left_out = 0.0
         self._begun = time.perf_counter()
 
     def end_pass(self) -> None:
         times = self.phases[self.phase]
         ended = time.perf_counter()
-        times.seconds += ended - self._begun
+        times.seconds += ended - self._begun - self._left_out
         if times.passes == 1 or (self.phase == PREFILL and self._first):
             times.first_seconds = times.seconds
         self._recorder.span(PASS, self.phase, self._begun, ended)
@@ -85,6 +89,7 @@ class PassClock:
         self.phase = BACKWARD
         self.interval += 1
         self.phases[BACKWARD].passes += 1
+        self._left_out = 0.0
         self._begun = time.perf_counter()
         return True
 
@@ -126,6 +131,11 @@ class PassClock:
 
     def resume(self) -> None:
         self._mark = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """So long it stood still, until now, for weights that stay from now on."""
+        self.loading_seconds += seconds
+        self._left_out += seconds
 
     def charge_wait(self, link: str, begin: float, end: float) -> None:
         """Compute stood still, between two moments of `time.perf_counter()`."""

@@ -46,9 +46,11 @@ class Component:
 
     Attributes:
         name: its key in the session, and its section of the report.
+        reads_weights: it looks at resident weights before the first pass.
     """
 
     name = ""
+    reads_weights = False
 
     def open(self, model: nn.Module, stack: ExitStack) -> None:
         """Take memory and open files. What is pushed on `stack` is undone in the end."""

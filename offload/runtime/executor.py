@@ -7,6 +7,7 @@ import torch
 
 from offload.runtime.block_sources import SlotRegion
 from offload.runtime.clock import PassClock
+from offload.runtime.loading_blocks import LoadingBlocks
 from offload.runtime.shared_lock import SharedLock
 from offload.runtime.weights import StreamedBlock
 from offload.scheduler.phases import STANDALONE
@@ -41,6 +42,8 @@ class LayerExecutor:
         """Called with the blocks that are about to be loaded."""
         self.after_use: Callable[[], None] = lambda: None
         """Called where a block, or one expert of one, was computed with."""
+        self.loading: LoadingBlocks | None = None
+        """Resident blocks that have not arrived yet."""
         self.extras: Callable[[BlockKey], Sequence[Arrival]] | None = None
         """Starts to bring what must be there with a block."""
         self._device = device
@@ -100,6 +103,11 @@ class LayerExecutor:
         Raises:
             ReadError: if the disk failed; no block is open then.
         """
+        if self.loading is not None:
+            self._clock.pause()
+            seconds = self.loading.arrive(keys)
+            self._clock.resume()
+            self._clock.leave_out(seconds)
         held = [key for key in keys if key in self.blocks]
         if not held:
             return

@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy
 import torch
 
 from offload.model.homes import ParameterHome
@@ -21,15 +21,21 @@ def digest(values: torch.Tensor) -> bytes:
     whole = 0 if content.data_ptr() % 8 else len(content) // (8 * _ROW_WORDS) * 8 * _ROW_WORDS
     rows = content[:whole].view(torch.int64).view(-1, _ROW_WORDS)
     found = hashlib.blake2b(digest_size=16)
-    for part in (rows.sum(1), rows.sum(0), content[whole:]):
-        found.update(part.cpu().numpy().tobytes())
+    for part in (_sum(rows, 1), _sum(rows, 0), content[whole:].cpu().numpy()):
+        found.update(part.tobytes())
     return found.digest()
+
+
+def _sum(rows: torch.Tensor, axis: int) -> numpy.ndarray:
+    """On the device that has them; on the CPU in the calling thread alone, for which torch would start further ones."""
+    sums: numpy.ndarray = numpy.add.reduce(rows.numpy(), axis) if rows.device.type == "cpu" else rows.sum(axis).cpu().numpy()
+    return sums
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
     home: ParameterHome
-    digest: "Future[bytes]"
+    digest: bytes
 
 
 class FileCopies:
@@ -37,22 +43,11 @@ class FileCopies:
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
-        self._hashing: ThreadPoolExecutor | None = None
 
-    def add(self, homes: Iterable[ParameterHome]) -> None:
-        """Remember these, beside what goes on."""
-        if self._hashing is None:
-            self._hashing = ThreadPoolExecutor(1, thread_name_prefix="digests")
-        for home in homes:
-            values = home.parameter.data
-            if home.original is not None and values.nbytes and values.data_ptr() != home.original.data_ptr():
-                self._known[id(home)] = _Known(home, self._hashing.submit(digest, values))
-
-    def settle(self) -> None:
-        """Return when all are known: from now on they may be written to."""
-        if self._hashing is not None:
-            self._hashing.shutdown()
-            self._hashing = None
+    def add(self, home: ParameterHome, values: torch.Tensor) -> None:
+        """Remember the values that came for a home; from any thread, before they can be written to."""
+        if home.original is not None and values.nbytes and values.data_ptr() != home.original.data_ptr():
+            self._known[id(home)] = _Known(home, digest(values))
 
     def mark(self, homes: Iterable[ParameterHome] | None = None) -> None:
         """Mark which of these (by default of all) were written to; their homes have what was written, and are asked no more."""
@@ -64,7 +59,9 @@ class FileCopies:
         for item in known:
             del self._known[id(item.home)]
             home, values = item.home, item.home.parameter.data
-            if home.modified or home.trained or values.shape != home.tensor.shape or digest(values) == item.digest.result():
+            if home.modified or home.trained or values.data_ptr() == home.tensor.data_ptr():
+                continue
+            if values.shape != home.tensor.shape or digest(values) == item.digest:
                 continue
             home.modified = True
             with torch.no_grad():

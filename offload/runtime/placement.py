@@ -1,9 +1,9 @@
 """Brings a model's parameters to where the plan wants them, and back in the end."""
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import psutil
 import torch
@@ -23,6 +23,7 @@ from offload.runtime.block_sources import (
 )
 from offload.runtime.embedding_rows import EmbeddingTable
 from offload.runtime.hybrid_linear import HybridLinear, split_rows
+from offload.runtime.loading_blocks import LoadingBlocks
 from offload.runtime.machine import Machine
 from offload.runtime.row_upload import RowUpload
 from offload.runtime.spilling import spill
@@ -45,7 +46,8 @@ class Placement:
     """
 
     def __init__(self, machine: Machine, known: Mapping[str, FileRange]) -> None:
-        self.on_resident: Callable[[Sequence[ParameterHome]], None] = lambda homes: None
+        self.on_resident: Callable[[ParameterHome, torch.Tensor], None] = lambda home, values: None
+        """Called with the values that came for a home, before anybody else sees them; in a thread that reads, perhaps."""
         self.resident: dict[BlockKey, ResidentBlock] = {}
         self.streamed: dict[BlockKey, StreamedBlock] = {}
         self.tables: dict[BlockKey, EmbeddingTable] = {}
@@ -71,6 +73,8 @@ class Placement:
         self._tables_in_memory: set[BlockKey] = set()
         self._rows = RowUpload(self._device, self._memory)
         self._reads = BlockReads(self._reader, self._memory, self.source_of)
+        self.loading = LoadingBlocks(partial(self._progress, "loading"))
+        """Resident blocks that have not arrived yet."""
 
     @property
     def homes(self) -> Iterable[ParameterHome]:
@@ -121,17 +125,9 @@ class Placement:
         for key in (*plan.weights.streamed, *plan.weights.row_fetched):
             if units[key].fetches_rows:
                 self.tables[key] = self._table(units[key])
-        done = 0
-        self._progress("loading", done, plan.weights.resident_bytes)
-        with closing(self._resident_blocks([units[key] for key in plan.weights.resident])) as blocks:
-            for block in blocks:
-                self.resident[block.key] = block
-                self.on_resident(block.homes)
-                done += block.nbytes
-                self._progress("loading", done, plan.weights.resident_bytes)
-        self.resident = {key: self.resident[key] for key in plan.weights.resident}
         self.streamed = {key: self.streamed[key] for key in plan.weights.streamed}
-        self._progress("loading", plan.weights.resident_bytes, plan.weights.resident_bytes)
+        resident = frozenset(plan.weights.resident)
+        self._load([unit for unit in structure.units if unit.key in resident])
 
     def give_up(self, plan: Plan, structure: Structure) -> None:
         """Turn the resident blocks that `plan` streams or gathers into such ones."""
@@ -245,6 +241,7 @@ class Placement:
                 f"{gib(psutil.virtual_memory().available)} is free",
                 stacklevel=4,
             )
+        self.loading.stop()
         for home in self._homes.values():
             home.restore()
         for block in self.resident.values():
@@ -284,21 +281,28 @@ class Placement:
             home.bind(home.tensor.clone())
         self.outside.append(home)
 
-    def _resident_blocks(self, units: Sequence[Unit]) -> Generator[ResidentBlock, None, None]:
-        """Each when it is on the device."""
-        if not self._device.shares_host_memory:
-            yield from (self._copy_to_device(unit, self.homes_of(unit)) for unit in units)
-            return
-        elsewhere = []
-        for unit, homes in ((unit, self.homes_of(unit)) for unit in units):
-            if all(self.source_of(home.name, home.parameter) is None and home.is_aligned for home in homes):
-                self._device_ledger.charge(_RESIDENT, sum(home.tensor.nbytes for home in homes))
-                yield ResidentBlock(unit.key, homes, None, [])
-            else:
-                elsewhere.append((unit.key, homes))
-        reads = self._reads.in_turn([homes for _, homes in elsewhere], self._device_ledger, _RESIDENT)
-        for (key, homes), read in zip(elsewhere, reads, strict=True):
-            yield ResidentBlock(key, homes, read.buffer, read.offsets)
+    def _load(self, units: Sequence[Unit]) -> None:
+        """Bring the resident blocks, in the order of use: to a card at once, into this process's memory while others go on."""
+        load, done = self._in_host_memory if self._device.shares_host_memory else self._copy_to_device, 0
+        for unit in units:
+            self.resident[unit.key] = load(unit, self.homes_of(unit))
+            done += unit.block.nbytes
+            if not self.loading:
+                self._progress("loading", done, sum(unit.block.nbytes for unit in units))
+
+    def _in_host_memory(self, unit: Unit, homes: Sequence[ParameterHome]) -> ResidentBlock:
+        if all(self.source_of(home.name, home.parameter) is None and home.is_aligned for home in homes):
+            self._device_ledger.charge(_RESIDENT, sum(home.tensor.nbytes for home in homes))
+            return ResidentBlock(unit.key, homes)
+
+        def arrived(buffer: HostBuffer, offsets: Sequence[int]) -> None:
+            for home, values in zip(homes, views_of(homes, offsets, buffer.tensor), strict=True):
+                self.on_resident(home, values)
+
+        read = self._reads.start_in_background(homes, self._device_ledger, _RESIDENT, arrived)
+        block = ResidentBlock(unit.key, homes, read.buffer, read.offsets, read)
+        self.loading.add(block)
+        return block
 
     def _copy_to_device(self, unit: Unit, homes: list[ParameterHome]) -> ResidentBlock:
         offsets, packed_bytes = packed_offsets(homes)
@@ -315,6 +319,8 @@ class Placement:
         if all(on_disk):
             self.host_ledger.release("staging", staged.buffer.nbytes)
         block = ResidentBlock(unit.key, homes, buffer, offsets)
+        for home in homes:
+            self.on_resident(home, home.parameter.data)
         for home, stored in zip(homes, on_disk, strict=True):
             if stored is None:
                 # The only copy is on the device now: the old one is released at once.

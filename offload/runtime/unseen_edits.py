@@ -37,6 +37,10 @@ class UnseenEdits:
                     _take_over(home)
         return True
 
+    def look_anew(self) -> None:
+        """Some weights have copies since that compute: their homes are asked otherwise."""
+        self._key = []
+
     def _watch(self, homes: list[ParameterHome]) -> None:
         mapped = sorted(private_file_ranges())
         in_files = sorted(((_range_of(home), home) for home in homes), key=lambda item: item[0])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from offload.model.homes import ParameterHome
+from offload.runtime.block_reads import BlockRead
 from offload.runtime.block_sources import BlockSource, views_of
 from offload.storage.blocks import BlockKey
 from offload.storage.devices.base import DeviceBuffer
@@ -59,22 +60,55 @@ class ResidentBlock:
 
     Args:
         buffer: its memory; None where the parameters already lie in fitting memory.
+        read: brings the bytes into the buffer; None where they are there.
     """
 
     def __init__(
-        self, key: BlockKey, homes: Sequence[ParameterHome], buffer: DeviceBuffer | None, offsets: Sequence[int]
+        self,
+        key: BlockKey,
+        homes: Sequence[ParameterHome],
+        buffer: DeviceBuffer | None = None,
+        offsets: Sequence[int] = (),
+        read: BlockRead | None = None,
     ) -> None:
         self.key = key
         self.homes = list(homes)
         self.nbytes = sum(home.tensor.nbytes for home in homes) if buffer is None else buffer.nbytes
         self.in_place = buffer is None
-        if buffer is not None:
-            for home, view in zip(self.homes, views_of(self.homes, offsets, buffer.tensor), strict=True):
-                home.bind(view)
+        self._read = read
+        self._views = [] if buffer is None else views_of(self.homes, offsets, buffer.tensor)
+        if read is None:
+            self._bind()
+
+    def arrive(self) -> None:
+        """Wait for the bytes; the parameters lie in them from then on. What was written to them meanwhile is kept.
+
+        Raises:
+            ReadError: if the disk failed; it is tried again the next time.
+        """
+        if self._read is not None:
+            self._read.wait()
+            self._read = None
+            for home in self.homes:
+                home.notice_changes()
+            self._bind()
+
+    def stop(self) -> None:
+        """Nothing is on its way any more; what had not arrived is used from where it was."""
+        if self._read is not None:
+            self._read.cancel()
+            self._read = None
 
     def drop(self, home: ParameterHome) -> None:
         """Leave one parameter to the user."""
-        self.homes.remove(home)
+        index = self.homes.index(home)
+        del self.homes[index]
+        if self._views:
+            del self._views[index]
+
+    def _bind(self) -> None:
+        for home, view in zip(self.homes, self._views, strict=bool(self._views)):
+            home.bind(view)
 
     def give_up(self) -> None:
         """Free the device memory; the parameters are at home afterwards, with the values that they have now."""

@@ -93,7 +93,9 @@ class Residency:
         stack.callback(self._restore)
         self.placement.on_resident = self._copies.add
         self.placement.apply(self.structure, self.plan)
-        self._copies.settle()
+        self._executor.loading = self.placement.loading
+        if any(component.reads_weights for component in components):
+            self.placement.loading.finish()
         for component in components:
             component.open(model, stack)
         machine.ledger.charge(_ACTIVATIONS, self.plan.activation_bytes)
@@ -114,6 +116,8 @@ class Residency:
     def before_pass(self, call: Call) -> None:
         """Have every component prepare for the pass, and adopt what changed."""
         self._call = call
+        if self._executor.loading is not None:
+            self._edits.look_anew()
         if not self._edits.mark(self.placement.homes):
             self._machine.notes.warn(
                 "this system does not tell which memory was written to (/proc/self/pagemap): edits of weights through .data or "
@@ -126,6 +130,7 @@ class Residency:
 
     def after_pass(self, call: Call) -> None:
         """Have every component take note of a pass that succeeded."""
+        self._finish_loading()
         for component in self.components:
             component.after_pass(call)
 
@@ -170,9 +175,16 @@ class Residency:
     def _extras(self, block: BlockKey) -> list[Arrival]:
         return [arrival for component in self.components for arrival in component.extras(block, self._call)]
 
+    def _finish_loading(self) -> None:
+        """What the first pass did not use comes at its end, at the latest."""
+        if self._executor.loading is not None:
+            self._machine.clock.leave_out(self.placement.loading.finish())
+            self._executor.loading = None
+            self._edits.look_anew()
+
     def _restore(self) -> None:
         """Give every parameter its memory back, with what was written to it by whatever view."""
-        self._copies.settle()
+        self.placement.loading.stop()
         self._edits.mark(self.placement.homes)
         self._copies.mark()
         self.placement.restore()
@@ -195,6 +207,7 @@ class Residency:
         self._machine.ledger.set(_ACTIVATIONS, 0)
 
     def _give_up_for(self, plan: Plan) -> None:
+        self.placement.loading.finish()
         for component in self.components:
             component.free_slots()
         self._executor.free()

@@ -48,6 +48,7 @@ class TrainingComponent(Component):
     """
 
     name = "training"
+    reads_weights = True
 
     def __init__(
         self,

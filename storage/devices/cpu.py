@@ -43,7 +43,8 @@ class CpuDevice:
     emulated_dtypes: frozenset[torch.dtype] = frozenset()
 
     def allocate(self, nbytes: int) -> HostBuffer:
-        return HostBuffer(nbytes)
+        # Its pages are made by whoever fills them: the threads that read, for slots.
+        return HostBuffer(nbytes, prefault=False)
 
     def lock_pages(self, buffer: object) -> bool:
         return False

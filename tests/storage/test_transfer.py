@@ -78,3 +78,22 @@ def test_a_closed_link_takes_nothing(link):
     link.close()
     with pytest.raises(RuntimeError, match="closed"):
         link.submit(1, [lambda: None])
+
+
+@pytest.mark.parametrize("hasten", [False, True])
+def test_what_nobody_needs_yet_comes_after_everything_else_unless_it_is_hastened(hasten):
+    link = Link("disk", 1)
+    gate, order = threading.Event(), []
+    link.submit(1, [gate.wait])
+    behind = link.submit_in_background(2, [lambda: order.append("behind"), lambda: order.append("behind, too")])
+    other = link.submit_in_background(1, [lambda: order.append("other")])
+    needed = link.submit(1, [lambda: order.append("needed")])
+    if hasten:
+        behind.hasten()
+    gate.set()
+    for transfer in (behind, other, needed):
+        transfer.wait()
+    link.wait_idle()
+    link.close()
+    behind_first = ["behind", "behind, too", "needed", "other"]
+    assert order == (behind_first if hasten else ["needed", "behind", "behind, too", "other"])
