@@ -31,6 +31,20 @@ def replace_text(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def keep_text(path: Path, text: str, most_files: int) -> None:
+    """Write a file of a cache, if the disk lets us; of its folder's JSON files the oldest go, so that `most_files` stay."""
+    try:
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        others = sorted((other for other in path.parent.glob("*.json") if other != path), key=lambda item: item.stat().st_mtime)
+        for other in others[: max(0, len(others) - most_files + 1)]:
+            other.unlink(missing_ok=True)
+        replace_text(path, text)
+    except OSError:
+        pass
+
+
 def sync_folder(folder: Path) -> None:
     """Names in `folder` survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import tempfile
 import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +22,14 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # What was imported is never garbage: looking for it after each test would take longer than most tests.
 gc.collect()
 gc.freeze()
+
+
+def pytest_configure(config):
+    """Nothing is known of an earlier run; the workers of this one share what they count."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="offload-tests-")
+        os.environ["OFFLOAD_PROFILES"] = cache.name
+        config.add_cleanup(cache.cleanup)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -24,3 +24,12 @@ def test_only_one_file_names_torch_cuda():
         if "torch.cuda." in path.read_text() and "torch.cuda.is_available" not in path.read_text()
     ]
     assert users == ["storage/devices/cuda.py"]
+
+
+def test_importing_offload_waits_for_no_model_code():
+    """transformers takes longer to import than torch: it comes when a session is entered, while weights are read."""
+    code = (
+        "import sys\nfrom offload import Session, offload, open_machine\noffload('demo', device='cpu')\n"
+        "assert not {'transformers', 'scipy', 'torch._dynamo'} & sys.modules.keys(), 'they were loaded'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

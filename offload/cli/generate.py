@@ -16,9 +16,10 @@ from offload.cli.terminal import check_writable, live_console, progress_bar, say
 from offload.config import EXACTNESS, ROUNDING, Progress, resolve_device
 from offload.generation.text import LEAST_SHARED_TOKENS, Completion, Prompts, Sampling, complete, load_tokenizer
 from offload.json_lines import decoded, json_lines
+from offload.kept_profile import kept_profile
 from offload.model.checkpoint_folder import find_model
 from offload.model.from_pretrained import LoadingOptions
-from offload.probe import hardware_profile, kept_profile
+from offload.probe import hardware_profile
 from offload.report.live import LiveView
 from offload.report.perfetto import as_perfetto
 from offload.report.record import Record

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
-
 from offload.storage.errors import CheckpointError, ConfigError, foreign_file
 
 HUB = frozenset({"revision", "cache_dir", "token", "local_files_only", "force_download"})
@@ -147,6 +145,8 @@ def read_config(place: str, options: LoadingOptions) -> Any:
         CheckpointError: if it cannot be read.
         ConfigError: for an override of what it does not know.
     """
+    from transformers import AutoConfig, PreTrainedConfig
+
     if isinstance(options.config, PreTrainedConfig):
         return copy.deepcopy(options.config)
     given = options.config if options.config is not None else place

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from offload.cache_folder import cache_folder
 from offload.model.blocks import TakenApart
 from offload.scheduler.work import ModuleWork, PassWork, Work
-from offload.storage.whole_file import replace_text
+from offload.storage.whole_file import keep_text
 
 _FOLDER = "dry-runs"
 _MOST_FILES = 64
@@ -73,11 +73,11 @@ class CountedWork:
         if key in kept:
             try:
                 return cast(Counted, _decoded(kept[key]))
-            except (TypeError, ValueError, KeyError):
+            except (AttributeError, TypeError, ValueError, KeyError):
                 pass
         found = count()
         if self._file is not None:
-            _write(self._file, {**_read(self._file), key: _encoded(found)})
+            keep_text(self._file, json.dumps({**_read(self._file), key: _encoded(found)}), _MOST_FILES)
         return found
 
 
@@ -126,18 +126,6 @@ def _read(path: Path | None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Keep it, if the disk lets us: it is only faster with it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        others = sorted((other for other in path.parent.glob("*.json") if other != path), key=lambda item: item.stat().st_mtime)
-        for other in others[: max(0, len(others) - _MOST_FILES + 1)]:
-            other.unlink(missing_ok=True)
-        replace_text(path, json.dumps(content))
-    except OSError:
-        pass
 
 
 def _encoded(value: Any) -> Any:

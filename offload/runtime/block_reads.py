@@ -8,28 +8,44 @@ from offload.model.homes import ParameterHome
 from offload.runtime.block_sources import packed_offsets
 from offload.runtime.page_locked import PageLockedMemory
 from offload.storage.blocks import FileRange
+from offload.storage.digest import digest
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.ledger import MemoryLedger
 from offload.storage.reader import DiskReader
 from offload.storage.transfer import Transfer
-
-OnArrival = Callable[[HostBuffer, Sequence[int]], None]
-"""Called in a thread that reads, with a block's memory and the offsets of its tensors, before anybody else sees them."""
 
 
 class BlockRead:
     """One block: where its bytes will be, and what brings them.
 
     Args:
+        ranges: of the files that its tensors come from; empty where they come from memory.
         offsets: of its tensors, in the buffer.
-        start: begins to bring them; None where they are there.
+        start: begins to bring them, and calls what it is given when they are there; None where they are.
+        digested: what the bytes of each tensor were when they came is in `digests`, from the moment on that they are there.
     """
 
-    def __init__(self, buffer: HostBuffer, offsets: Sequence[int], start: Callable[[], Transfer] | None = None) -> None:
+    def __init__(
+        self,
+        buffer: HostBuffer,
+        offsets: Sequence[int],
+        ranges: Sequence[FileRange] = (),
+        start: Callable[[Callable[[], None]], Transfer] | None = None,
+        digested: bool = False,
+    ) -> None:
         self.buffer = buffer
         self.offsets = list(offsets)
+        self.ranges = list(ranges)
+        self.digests: list[bytes] = []
+        self._digested = digested
         self._start = start
-        self._transfer = None if start is None else start()
+        self._transfer = None if start is None else start(self._arrived)
+
+    def _arrived(self) -> None:
+        """In a thread that reads, before anybody else sees the bytes."""
+        if self._digested:
+            places = zip(self.offsets, self.ranges, strict=True)
+            self.digests = [digest(self.buffer.tensor[offset : offset + item.nbytes]) for offset, item in places]
 
     def wait(self) -> "BlockRead":
         """Return when the bytes are there.
@@ -38,7 +54,7 @@ class BlockRead:
             ReadError: if the disk failed; the next one who waits has it tried again.
         """
         if self._start is not None:
-            self._transfer = self._transfer or self._start()
+            self._transfer = self._transfer or self._start(self._arrived)
             self._transfer.hasten()
             try:
                 self._transfer.wait()
@@ -73,48 +89,49 @@ class BlockReads:
             ledger: charged for it, under `category`.
             shielded: as `HostBuffer` has it.
         """
-        return self._of(homes, ledger, category, shielded)
+        return self._of(homes, ledger, category, shielded=shielded)
 
-    def start_in_background(
-        self, homes: Sequence[ParameterHome], ledger: MemoryLedger, category: str, then: OnArrival
-    ) -> BlockRead:
-        """The same for one that is not needed yet."""
-        return self._of(homes, ledger, category, False, then)
+    def start_in_background(self, homes: Sequence[ParameterHome], ledger: MemoryLedger, category: str) -> BlockRead:
+        """The same for one that is not needed yet, with digests where it comes from disk."""
+        return self._of(homes, ledger, category, background=True)
+
+    def start_early(self, ranges: Sequence[FileRange], ledger: MemoryLedger, category: str) -> BlockRead:
+        """The same for ranges that a block will be made of."""
+        return self._from_disk(ranges, ledger, category, background=True)
 
     def _of(
         self,
         homes: Sequence[ParameterHome],
         ledger: MemoryLedger,
         category: str,
-        shielded: bool,
-        then: OnArrival | None = None,
+        shielded: bool = False,
+        background: bool = False,
     ) -> BlockRead:
         ranges = [None if home.modified else self._source_of(home.name, home.parameter) for home in homes]
         on_disk = [item for item in ranges if item is not None]
-        if len(on_disk) < len(ranges):
-            return self._copied(homes, ledger, category, shielded, then)
-        read_plan = self._reader.plan(on_disk)
-        # The pages are made by the threads that read into them, while others read.
-        buffer = self._memory.allocate(read_plan.slot_bytes, category, ledger, shielded, prefault=False)
-        memory, offsets = buffer.memory[: read_plan.slot_bytes], list(read_plan.offsets)
-        finish = None if then is None else lambda: then(buffer, offsets)
-        return BlockRead(
-            buffer, offsets, lambda: self._reader.read(on_disk, read_plan, memory, finish, background=then is not None)
-        )
-
-    def _copied(
-        self,
-        homes: Sequence[ParameterHome],
-        ledger: MemoryLedger,
-        category: str,
-        shielded: bool,
-        then: OnArrival | None,
-    ) -> BlockRead:
+        if len(on_disk) == len(ranges):
+            return self._from_disk(on_disk, ledger, category, shielded, background)
         offsets, nbytes = packed_offsets(homes)
         buffer = self._memory.allocate(nbytes, category, ledger, shielded)
         for home, offset in zip(homes, offsets, strict=True):
             size = home.tensor.nbytes
             buffer.tensor[offset : offset + size].view(home.tensor.dtype).view(home.tensor.shape).copy_(home.tensor)
-        if then is not None:
-            then(buffer, offsets)
         return BlockRead(buffer, offsets)
+
+    def _from_disk(
+        self,
+        ranges: Sequence[FileRange],
+        ledger: MemoryLedger,
+        category: str,
+        shielded: bool = False,
+        background: bool = False,
+    ) -> BlockRead:
+        read_plan = self._reader.plan(ranges)
+        # The pages are made by the threads that read into them, while others read.
+        buffer = self._memory.allocate(read_plan.slot_bytes, category, ledger, shielded, prefault=False)
+        memory = buffer.memory[: read_plan.slot_bytes]
+
+        def start(then: Callable[[], None]) -> Transfer:
+            return self._reader.read(ranges, read_plan, memory, then, background=background)
+
+        return BlockRead(buffer, read_plan.offsets, ranges, start, digested=background)

@@ -1,35 +1,12 @@
 """Copies in memory of weights that files hold: which of them were written to, by views whose writes torch does not count."""
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy
 import torch
 
 from offload.model.homes import ParameterHome
-
-_ROW_WORDS = 1024
-
-
-def digest(values: torch.Tensor) -> bytes:
-    """A hash of the sums of an array's words, along its rows and along its columns: as fast as memory is read, nearly.
-
-    An edit changes a sum, and one that only moves numbers changes their order.
-    """
-    content = values.detach().contiguous().view(-1).view(torch.uint8)
-    whole = 0 if content.data_ptr() % 8 else len(content) // (8 * _ROW_WORDS) * 8 * _ROW_WORDS
-    rows = content[:whole].view(torch.int64).view(-1, _ROW_WORDS)
-    found = hashlib.blake2b(digest_size=16)
-    for part in (_sum(rows, 1), _sum(rows, 0), content[whole:].cpu().numpy()):
-        found.update(part.tobytes())
-    return found.digest()
-
-
-def _sum(rows: torch.Tensor, axis: int) -> numpy.ndarray:
-    """On the device that has them; on the CPU in the calling thread alone, for which torch would start further ones."""
-    sums: numpy.ndarray = numpy.add.reduce(rows.numpy(), axis) if rows.device.type == "cpu" else rows.sum(axis).cpu().numpy()
-    return sums
+from offload.storage.digest import digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +21,11 @@ class FileCopies:
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
 
-    def add(self, home: ParameterHome, values: torch.Tensor) -> None:
-        """Remember the values that came for a home; from any thread, before they can be written to."""
-        if home.original is not None and values.nbytes and values.data_ptr() != home.original.data_ptr():
-            self._known[id(home)] = _Known(home, digest(values))
+    def add(self, homes: Sequence[ParameterHome], digests: Sequence[bytes]) -> None:
+        """Remember what came for these homes."""
+        for home, found in zip(homes, digests, strict=True):
+            if home.original is not None and home.original.nbytes:
+                self._known[id(home)] = _Known(home, found)
 
     def mark(self, homes: Iterable[ParameterHome] | None = None) -> None:
         """Mark which of these (by default of all) were written to; their homes have what was written, and are asked no more."""

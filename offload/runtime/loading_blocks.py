@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from offload.runtime.weights import ResidentBlock
-from offload.storage.blocks import BlockKey
+from offload.storage.blocks import BlockKey, FileRange
 
 
 class LoadingBlocks:
@@ -15,12 +15,19 @@ class LoadingBlocks:
     """
 
     def __init__(self, progress: Callable[[int, int], None]) -> None:
+        self.on_arrival: Callable[[ResidentBlock], None] = lambda block: None
         self._progress = progress
         self._awaited: dict[BlockKey, ResidentBlock] = {}
         self._done = self._total = 0
 
     def __bool__(self) -> bool:
         return bool(self._awaited)
+
+    @property
+    def ranges(self) -> list[list[FileRange]]:
+        """Where those lie that come from files as they are, block by block."""
+        found = [block.ranges for block in self._awaited.values()]
+        return [ranges for ranges in found if ranges and all(item.crc32 is None for item in ranges)]
 
     def add(self, block: ResidentBlock) -> None:
         """A block is on its way."""
@@ -39,6 +46,7 @@ class LoadingBlocks:
         begun = time.perf_counter()
         for block in wanted:
             block.arrive()
+            self.on_arrival(block)
             del self._awaited[block.key]
             self._done += block.nbytes
             self._progress(self._done, self._total)

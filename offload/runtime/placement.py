@@ -21,6 +21,7 @@ from offload.runtime.block_sources import (
     packed_offsets,
     views_of,
 )
+from offload.runtime.early_reads import RESIDENT, EarlyReads
 from offload.runtime.embedding_rows import EmbeddingTable
 from offload.runtime.hybrid_linear import HybridLinear, split_rows
 from offload.runtime.loading_blocks import LoadingBlocks
@@ -31,11 +32,10 @@ from offload.runtime.weights import ResidentBlock, StreamedBlock
 from offload.scheduler.plan import Plan
 from offload.storage.block_file import BlockFile, spill_folder
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
+from offload.storage.digest import digest
 from offload.storage.errors import gib
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.staging import StagedReader
-
-_RESIDENT = "resident weights"
 
 
 class Placement:
@@ -46,8 +46,10 @@ class Placement:
     """
 
     def __init__(self, machine: Machine, known: Mapping[str, FileRange]) -> None:
-        self.on_resident: Callable[[ParameterHome, torch.Tensor], None] = lambda home, values: None
-        """Called with the values that came for a home, before anybody else sees them; in a thread that reads, perhaps."""
+        self.on_resident: Callable[[Sequence[ParameterHome], Sequence[bytes]], None] = lambda homes, digests: None
+        """Called with homes of resident weights, and the digests of what came for them."""
+        self.early: EarlyReads | None = None
+        """Reads that were begun before it was known what is resident."""
         self.resident: dict[BlockKey, ResidentBlock] = {}
         self.streamed: dict[BlockKey, StreamedBlock] = {}
         self.tables: dict[BlockKey, EmbeddingTable] = {}
@@ -127,6 +129,7 @@ class Placement:
                 self.tables[key] = self._table(units[key])
         self.streamed = {key: self.streamed[key] for key in plan.weights.streamed}
         resident = frozenset(plan.weights.resident)
+        self.loading.on_arrival = lambda block: self.on_resident(block.homes, block.digests)
         self._load([unit for unit in structure.units if unit.key in resident])
 
     def give_up(self, plan: Plan, structure: Structure) -> None:
@@ -136,7 +139,7 @@ class Placement:
         for unit in given_up:
             block = self.resident.pop(unit.key)
             block.give_up()
-            self._device_ledger.release(_RESIDENT, block.nbytes)
+            self._device_ledger.release(RESIDENT, block.nbytes)
         self.spill(given_up)
         self._open_staging([unit for unit in given_up if unit.key in plan.weights.streamed], max(1, plan.weights.staging_count))
         for unit in given_up:
@@ -245,7 +248,7 @@ class Placement:
         for home in self._homes.values():
             home.restore()
         for block in self.resident.values():
-            self._device_ledger.release(_RESIDENT, block.nbytes)
+            self._device_ledger.release(RESIDENT, block.nbytes)
         self.resident.clear()
         self.streamed.clear()
         self.tables.clear()
@@ -274,7 +277,7 @@ class Placement:
 
     def _hold_outside(self, name: str, parameter: nn.Parameter) -> None:
         home = self._home(name, parameter)
-        self._device_ledger.charge(_RESIDENT, home.tensor.nbytes)
+        self._device_ledger.charge(RESIDENT, home.tensor.nbytes)
         if not self._device.shares_host_memory:
             home.bind(home.tensor.to(self._device.torch_device))
         elif not home.is_aligned:
@@ -292,14 +295,12 @@ class Placement:
 
     def _in_host_memory(self, unit: Unit, homes: Sequence[ParameterHome]) -> ResidentBlock:
         if all(self.source_of(home.name, home.parameter) is None and home.is_aligned for home in homes):
-            self._device_ledger.charge(_RESIDENT, sum(home.tensor.nbytes for home in homes))
+            self._device_ledger.charge(RESIDENT, sum(home.tensor.nbytes for home in homes))
             return ResidentBlock(unit.key, homes)
-
-        def arrived(buffer: HostBuffer, offsets: Sequence[int]) -> None:
-            for home, values in zip(homes, views_of(homes, offsets, buffer.tensor), strict=True):
-                self.on_resident(home, values)
-
-        read = self._reads.start_in_background(homes, self._device_ledger, _RESIDENT, arrived)
+        ranges = [self.source_of(home.name, home.parameter) for home in homes]
+        read = None if self.early is None else self.early.take(ranges)
+        if read is None:
+            read = self._reads.start_in_background(homes, self._device_ledger, RESIDENT)
         block = ResidentBlock(unit.key, homes, read.buffer, read.offsets, read)
         self.loading.add(block)
         return block
@@ -307,7 +308,7 @@ class Placement:
     def _copy_to_device(self, unit: Unit, homes: list[ParameterHome]) -> ResidentBlock:
         offsets, packed_bytes = packed_offsets(homes)
         nbytes = align_up(packed_bytes, BLOCK_ALIGNMENT_BYTES)
-        self._device_ledger.charge(_RESIDENT, nbytes)
+        self._device_ledger.charge(RESIDENT, nbytes)
         buffer = self._device.allocate(nbytes)
         on_disk = [self.source_of(home.name, home.parameter) for home in homes]
         sources = [home.tensor for home in homes]
@@ -319,8 +320,7 @@ class Placement:
         if all(on_disk):
             self.host_ledger.release("staging", staged.buffer.nbytes)
         block = ResidentBlock(unit.key, homes, buffer, offsets)
-        for home in homes:
-            self.on_resident(home, home.parameter.data)
+        self.on_resident(homes, [digest(home.parameter.data) for home in homes])
         for home, stored in zip(homes, on_disk, strict=True):
             if stored is None:
                 # The only copy is on the device now: the old one is released at once.

@@ -7,7 +7,7 @@ import torch
 from offload.model.homes import ParameterHome
 from offload.runtime.block_reads import BlockRead
 from offload.runtime.block_sources import BlockSource, views_of
-from offload.storage.blocks import BlockKey
+from offload.storage.blocks import BlockKey, FileRange
 from offload.storage.devices.base import DeviceBuffer
 
 
@@ -75,10 +75,17 @@ class ResidentBlock:
         self.homes = list(homes)
         self.nbytes = sum(home.tensor.nbytes for home in homes) if buffer is None else buffer.nbytes
         self.in_place = buffer is None
+        self.digests: list[bytes] = []
+        """What came for each home from disk; empty where it came from elsewhere."""
         self._read = read
         self._views = [] if buffer is None else views_of(self.homes, offsets, buffer.tensor)
         if read is None:
             self._bind()
+
+    @property
+    def ranges(self) -> list[FileRange]:
+        """The ranges of files that it is made of; empty once it is there, or where it comes from elsewhere."""
+        return [] if self._read is None else self._read.ranges
 
     def arrive(self) -> None:
         """Wait for the bytes; the parameters lie in them from then on. What was written to them meanwhile is kept.
@@ -87,7 +94,7 @@ class ResidentBlock:
             ReadError: if the disk failed; it is tried again the next time.
         """
         if self._read is not None:
-            self._read.wait()
+            self.digests = self._read.wait().digests
             self._read = None
             for home in self.homes:
                 home.notice_changes()
@@ -105,6 +112,8 @@ class ResidentBlock:
         del self.homes[index]
         if self._views:
             del self._views[index]
+        if self.digests:
+            del self.digests[index]
 
     def _bind(self) -> None:
         for home, view in zip(self.homes, self._views, strict=bool(self._views)):

@@ -1,14 +1,16 @@
 """What a session offers of its KV cache."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offload.kv.component import KvComponent
-from offload.session.opened import Opened
 from offload.session.request import Request
 from offload.storage.errors import ConfigError, SessionError
+
+if TYPE_CHECKING:
+    from offload.kv.component import KvComponent
+    from offload.session.opened import Opened
 
 
 class CacheMethods:
@@ -18,7 +20,7 @@ class CacheMethods:
     _inside: bool
 
     @property
-    def _parts(self) -> Opened:
+    def _parts(self) -> "Opened":
         raise NotImplementedError
 
     def kv_cache(self, prefix: Sequence[int] | torch.Tensor | str = (), batch_size: int = 1) -> Any:
@@ -61,7 +63,9 @@ class CacheMethods:
         return self._kv.shares_prefixes
 
     @property
-    def _kv(self) -> KvComponent:
+    def _kv(self) -> "KvComponent":
+        from offload.kv.component import KvComponent
+
         component = self._parts.component(KvComponent)
         assert component is not None
         return component

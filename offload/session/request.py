@@ -1,6 +1,7 @@
 """What was asked of a session."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -45,3 +46,14 @@ class Request:
     loading: LoadingOptions
     compiled: nn.Module | None = None
     machine: Machine | None = None
+
+    @property
+    def can_read_early(self) -> bool:
+        """What it keeps resident may be read before the model is known: it was told by an earlier session."""
+        return isinstance(self.target, str) and self.machine is None and self.training is None
+
+    @property
+    def kept_weights_key(self) -> tuple[Any, ...]:
+        """Equal for requests that keep the same weights resident, if the files are the same."""
+        asked = self.target, self.cpu_memory, self.exactness, self.batch_size, self.max_tokens, self.new_tokens
+        return *asked, self.experts, self.kv, self.loading, None if self.plan is None else self.plan.to_json()

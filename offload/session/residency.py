@@ -13,6 +13,7 @@ from offload.runtime.buffers import DeviceBuffers
 from offload.runtime.call import Call
 from offload.runtime.compiled_code import CompiledLayers
 from offload.runtime.component import Component
+from offload.runtime.early_reads import EarlyReads
 from offload.runtime.executor import LayerExecutor
 from offload.runtime.file_copies import FileCopies
 from offload.runtime.interrupts import HeldInterrupts
@@ -76,11 +77,12 @@ class Residency:
         self._watch: RegistrationWatch | None = None
         self._wrappers: ModuleWrappers | None = None
 
-    def open(self, components: Sequence[Component], stack: ExitStack) -> None:
+    def open(self, components: Sequence[Component], stack: ExitStack, early: EarlyReads | None) -> None:
         """Bring the model to its tiers, and take the slots; undone by `stack`.
 
         Args:
             components: take their part of the slots, and what they have of modules.
+            early: reads of resident weights that were begun already.
         """
         self.components = components
         if any(type(component).extras is not Component.extras for component in components):
@@ -92,7 +94,11 @@ class Residency:
         stack.callback(DeviceBuffers(model, machine.device, machine.ledger).undo)
         stack.callback(self._restore)
         self.placement.on_resident = self._copies.add
+        self.placement.early = early
         self.placement.apply(self.structure, self.plan)
+        if early is not None:
+            early.drop()
+            early.remember(self.placement.loading.ranges, self.plan.device_bytes)
         self._executor.loading = self.placement.loading
         if any(component.reads_weights for component in components):
             self.placement.loading.finish()

@@ -2,21 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from offload.report.training import TrainingEstimate
-from offload.session.opened import Opened
 from offload.storage.errors import SessionError
-from offload.training.component import TrainingComponent
-from offload.training.estimate import estimate_training
+
+if TYPE_CHECKING:
+    from offload.session.opened import Opened
+    from offload.training.component import TrainingComponent
 
 
 class TrainingMethods:
     """The methods of `Session` for training."""
 
-    _opened: Opened | None
+    _opened: "Opened | None"
     _inside: bool
 
     @property
@@ -65,6 +66,8 @@ class TrainingMethods:
             micro_batches: whose gradients a step adds up.
             layer_major: as in `backward`.
         """
+        from offload.training.estimate import estimate_training
+
         training, opened = self._training()
         plan, spec, workload = opened.residency.plan, opened.residency.spec, opened.given.workload
         predictor = opened.prepared.predictor
@@ -119,7 +122,9 @@ class TrainingMethods:
         """Update what `step(overlap=True)` left to be updated."""
         self._training()[0].optimize().finish()
 
-    def _training(self) -> tuple[TrainingComponent, Opened]:
+    def _training(self) -> "tuple[TrainingComponent, Opened]":
+        from offload.training.component import TrainingComponent
+
         training = None if self._opened is None or not self._inside else self._opened.component(TrainingComponent)
         if training is None or self._opened is None:
             raise SessionError("the session does not train: give offload(..., training=True), and enter it")
