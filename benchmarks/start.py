@@ -8,7 +8,10 @@ checkpoint evicted from the page cache. Counted from the start of the process: t
 - `accelerate`: its disk offload with as many layers in memory as ours keeps, `accelerate-all-disk` with none: loaded as people
   load them, from maps of the files;
 - `plain`: transformers without any offloading;
+- `llama-cpp`: llama.cpp with the same weights as a GGUF in BF16, mapped, where `--llama-cpp` names a folder with its packages
+  (`pip install --no-deps --target FOLDER xllamacpp gguf`);
 - `resident`: transformers with all the memory it wants: what computing alone takes.
+- `imports`: what ours has to import for this model, and nothing else.
 
     python -m benchmarks.start --rounds 5 --out benchmarks/results/start-cpu.json
 """
@@ -16,6 +19,7 @@ checkpoint evicted from the page cache. Counted from the start of the process: t
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkout import commit
+from benchmarks.llama_cpp import to_gguf
 from benchmarks.memory_group import MemoryGroup, evict
 from benchmarks.stream import accelerated, token_moments
 
-SYSTEMS = ("ours", "raw", "accelerate", "accelerate-all-disk", "plain", "resident")
+SYSTEMS = ("ours", "raw", "accelerate", "accelerate-all-disk", "plain", "llama-cpp", "resident", "imports")
 NEW_TOKENS = 11
 
 
@@ -42,10 +47,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[16, 1024], help="tokens (default: 16 1024)")
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--disk-rate", help="bytes a second that a group may read, like 1GB (default: what the disk gives)")
+    parser.add_argument("--llama-cpp", help="a folder with the packages xllamacpp and gguf (default: it is left out)")
     parser.add_argument("--out")
     parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--prompt", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--resident", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--gguf", default="", help=argparse.SUPPRESS)
     request = parser.parse_args()
     if request.worker:
         print(json.dumps(WORKERS[request.worker](request)))
@@ -55,7 +62,15 @@ def main() -> None:
             request.model = f"{scratch}/model"
             command = [sys.executable, "-m", "offload.cli.main", "synth", request.model, "--size", request.size]
             subprocess.run(command, check=True)
-        request.resident = in_group(request, "ours", request.prompts[0])["resident_layers"]
+        request.only = [system for system in request.only if system != "llama-cpp" or request.llama_cpp]
+        if "llama-cpp" in request.only:
+            os.mkdir(f"{scratch}/gguf")
+            request.gguf = f"{scratch}/gguf/model.gguf"
+            to_gguf(request.model, request.gguf, request.llama_cpp)
+        os.environ["OFFLOAD_PROFILES"] = profile_alone(scratch)
+        first = in_group(request, "ours", request.prompts[0])
+        print(f"the first time ever, when nothing is kept of an earlier run: {first}", file=sys.stderr, flush=True)
+        request.resident = first["resident_layers"]
         rounds = [round_of(request, number) for number in range(request.rounds)]
     result = {
         "machine": {"cpus": os.cpu_count(), "python": sys.version.split()[0], "commit": commit()},
@@ -66,6 +81,17 @@ def main() -> None:
     print(json.dumps(result["summary"], indent=2))
     if request.out:
         Path(request.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def profile_alone(scratch: str) -> str:
+    """A cache of ours with the profile of this machine, and nothing else that an earlier run kept."""
+    from offload.cache_folder import cache_folder
+
+    folder = f"{scratch}/cache"
+    os.mkdir(folder)
+    for path in cache_folder().glob("hardware-*.json"):
+        shutil.copy(path, folder)
+    return folder
 
 
 def round_of(request: argparse.Namespace, number: int) -> dict[int, dict[str, Any]]:
@@ -86,11 +112,15 @@ def in_group(request: argparse.Namespace, system: str, prompt: int) -> dict[str,
     limit = parse_bytes(request.limit) if system != "resident" else 16 << 30
     command = [sys.executable, "-m", "benchmarks.start", "--worker", system, "--model", request.model, "--prompt", str(prompt)]
     command += ["--cpu-memory", request.cpu_memory, "--resident", str(request.resident)]
+    if system == "llama-cpp":
+        command += ["--llama-cpp", request.llama_cpp, "--gguf", request.gguf]
     if system == "resident":
         for path in Path(request.model).glob("*.safetensors"):
             path.read_bytes()
     else:
         evict(request.model)
+        if request.gguf:
+            evict(os.path.dirname(request.gguf))
     assert limit is not None
     with MemoryGroup(limit, parse_bytes(request.disk_rate), request.model) as group:
         begun = time.perf_counter()
@@ -151,6 +181,13 @@ def plain(request: argparse.Namespace) -> dict[str, Any]:
     return {"moments": tokens(model, request.prompt), "major_faults": major_faults()}
 
 
+def llama_cpp(request: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.llama_cpp import token_moments as moments_of
+
+    moments = moments_of(request.gguf, request.llama_cpp, request.prompt, NEW_TOKENS)
+    return {"moments": {"first": moments[0], "last": moments[-1]}, "major_faults": major_faults()}
+
+
 def resident(request: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
@@ -161,6 +198,16 @@ def resident(request: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     moments = tokens(model, request.prompt)
     return {"compute_seconds": {name: moment - begun for name, moment in moments.items()}}
+
+
+def imports(request: argparse.Namespace) -> dict[str, Any]:
+    import transformers.models.llama.modeling_llama
+
+    import offload.session.opening
+
+    assert offload
+    assert transformers
+    return {"moments": {"imported": time.perf_counter()}}
 
 
 def tokens(model: Any, prompt: int) -> dict[str, float]:
@@ -181,7 +228,9 @@ WORKERS = {
     "accelerate": accelerate,
     "accelerate-all-disk": accelerate_all_disk,
     "plain": plain,
+    "llama-cpp": llama_cpp,
     "resident": resident,
+    "imports": imports,
 }
 
 
