@@ -126,6 +126,8 @@ class Link:
         self._closed = False
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
+        """There is something to do: a worker that takes a part wakes the next one, so that whoever submits wakes only one."""
+        self._idle = threading.Condition(self._lock)
         self._workers = [
             threading.Thread(target=self._serve, name=f"offload-{name}-{index}", daemon=True) for index in range(threads)
         ]
@@ -141,8 +143,8 @@ class Link:
 
     def wait_idle(self) -> None:
         """Block until nothing is queued or under way."""
-        with self._work:
-            self._work.wait_for(lambda: not self._queue and not self._background and not self._active_parts)
+        with self._idle:
+            self._idle.wait_for(lambda: not self._queue and not self._background and not self._active_parts)
 
     def submit(self, nbytes: int, parts: Sequence[Part], finish: Part | None = None, name: str = "") -> Transfer:
         """Queue a transfer that counts as `nbytes` once it has arrived."""
@@ -151,7 +153,7 @@ class Link:
             if self._closed:
                 raise RuntimeError(f"the {self.name} link is closed")
             self._queue.extend((transfer, part) for part in parts)
-            self._work.notify(len(parts))
+            self._work.notify()
         return transfer
 
     def submit_first(self, nbytes: int, parts: Sequence[Part], name: str = "") -> Transfer:
@@ -161,7 +163,7 @@ class Link:
             if self._closed:
                 raise RuntimeError(f"the {self.name} link is closed")
             self._queue.extendleft((transfer, part) for part in reversed(parts))
-            self._work.notify(len(parts))
+            self._work.notify()
         return transfer
 
     def submit_in_background(self, nbytes: int, parts: Sequence[Part], finish: Part | None = None, name: str = "") -> Transfer:
@@ -171,7 +173,7 @@ class Link:
             if self._closed:
                 raise RuntimeError(f"the {self.name} link is closed")
             self._background.extend((transfer, part) for part in parts)
-            self._work.notify(len(parts))
+            self._work.notify()
         return transfer
 
     def _hasten(self, transfer: Transfer) -> None:
@@ -203,6 +205,8 @@ class Link:
                 if not self._queue and not self._background:
                     return
                 transfer, part = (self._queue or self._background).popleft()
+                if self._queue or self._background:
+                    self._work.notify()
                 now = time.perf_counter()
                 if self._active_parts == 0:
                     self._busy_since = now
@@ -217,9 +221,9 @@ class Link:
                 transfer._end()
 
     def _end_part(self, arrived_bytes: int) -> None:
-        with self._work:
+        with self._idle:
             self.bytes_moved += arrived_bytes
             self._active_parts -= 1
             if self._active_parts == 0:
-                self._work.notify_all()
+                self._idle.notify_all()
                 self._busy_seconds += time.perf_counter() - self._busy_since

@@ -95,7 +95,7 @@ class KvReservation:
                 return
 
     def _expected_bytes(self, call: Call) -> int:
-        held, fixed = cache_bytes(call.cache), fixed_length(call.cache)
+        held, fixed = call.cache_bytes, fixed_length(call.cache)
         if not call.keeps_cache:
             return 0
         if not held:

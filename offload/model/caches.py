@@ -22,6 +22,9 @@ def keeps_cache(model: nn.Module) -> bool:
     return bool(getattr(text, "use_cache", True))
 
 
+_HOLDERS = (torch.Tensor, list, tuple, dict)
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes of the tensors of a transformers cache, of any kind."""
     if isinstance(cache, torch.Tensor):
@@ -32,7 +35,9 @@ def cache_bytes(cache: Any) -> int:
         return sum(cache_bytes(item) for item in cache.values())
     layers = getattr(cache, "layers", None)
     if layers is not None:
-        return sum(cache_bytes(vars(layer)) for layer in layers)
+        # Asked in every pass, of every layer: a call for each number among a layer's attributes would take milliseconds.
+        held = [value for layer in layers for value in vars(layer).values() if isinstance(value, _HOLDERS)]
+        return sum(value.nbytes if isinstance(value, torch.Tensor) else cache_bytes(value) for value in held)
     parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     return sum(cache_bytes(part) for part in parts if part is not None)
 
