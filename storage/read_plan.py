@@ -16,12 +16,17 @@ _LARGEST_GAP_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Whole units of a file, and where they land in the slot. All three numbers are multiples of the unit."""
+    """Whole units of a file, and where they land in the slot. The first three numbers are multiples of the unit.
+
+    Attributes:
+        needed_bytes: up to the end of the last tensor; a file may end behind it, within the last unit.
+    """
 
     path: str
     file_offset: int
     nbytes: int
     slot_offset: int
+    needed_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,8 @@ def plan_reads(ranges: Sequence[FileRange], unit_bytes: int) -> ReadPlan:
     landed_end = 0  # the end of what has been read so far
     for run in _runs(ranges):
         start = align_down(ranges[run[0]].offset, unit_bytes)
-        nbytes = align_up(max(ranges[index].end for index in run), unit_bytes) - start
+        end = max(ranges[index].end for index in run)
+        nbytes = align_up(end, unit_bytes) - start
         targets = _targets([ranges[index] for index in run], start, packed_end, landed_end)
         # No tensor may have to move up: its place might still hold what another one needs.
         overshoot = max(target - (ranges[index].offset - start) for index, target in zip(run, targets, strict=True))
@@ -70,7 +76,7 @@ def plan_reads(ranges: Sequence[FileRange], unit_bytes: int) -> ReadPlan:
             offsets[index] = target
             if source != target:
                 moves.append(Move(source, target, ranges[index].nbytes))
-        reads.append(Read(ranges[run[0]].path, start, nbytes, slot_offset))
+        reads.append(Read(ranges[run[0]].path, start, nbytes, slot_offset, end - start))
         landed_end = slot_offset + nbytes
         packed_end = targets[-1] + ranges[run[-1]].nbytes
     return ReadPlan(
@@ -100,7 +106,7 @@ def plan_reads_at(ranges: Sequence[FileRange], targets: Sequence[int], unit_byte
         source = slot_offset + item.offset - start
         if source != target:
             moves.append(Move(source, target, item.nbytes))
-        reads.append(Read(item.path, start, nbytes, slot_offset))
+        reads.append(Read(item.path, start, nbytes, slot_offset, item.end - start))
         landed_end = slot_offset + nbytes
     return ReadPlan(tuple(targets), tuple(reads), tuple(moves), landed_end, sum(item.nbytes for item in ranges))
 

@@ -66,7 +66,7 @@ class DiskReader:
                 then()
 
         submit = self.link.submit_in_background if background else self.link.submit
-        return submit(read_plan.payload_bytes, self._parts(ranges, read_plan, memory), finish, name)
+        return submit(read_plan.payload_bytes, self._parts(read_plan, memory), finish, name)
 
     def read_rows(self, table: FileRange, rows: Sequence[int], row_bytes: int, target: torch.Tensor, name: str = "") -> None:
         """Read single rows of a table into `target` (contiguous, [len(rows), row_bytes] as bytes), and wait for them.
@@ -110,19 +110,15 @@ class DiskReader:
             return None
         return read_speed(self.engine, ranges, [self.shape], memory=memory).bytes_per_second
 
-    def _parts(self, ranges: Sequence[FileRange], read_plan: ReadPlan, memory: memoryview) -> list[Part]:
-        ends = {
-            (read.path, read.file_offset): _needed_end(ranges, read.path, read.file_offset, read.nbytes)
-            for read in read_plan.reads
-        }
+    def _parts(self, read_plan: ReadPlan, memory: memoryview) -> list[Part]:
         parts: list[Part] = []
         for read in read_plan.reads:
-            needed_end = ends[read.path, read.file_offset]
             for start in range(0, read.nbytes, _PART_BYTES):
                 size = min(_PART_BYTES, read.nbytes - start)
                 target = memory[read.slot_offset + start : read.slot_offset + start + size]
-                needed = min(size, needed_end - read.file_offset - start)
-                parts.append(_part(self.engine, read.path, read.file_offset + start, target, needed))
+                parts.append(
+                    _part(self.engine, read.path, read.file_offset + start, target, min(size, read.needed_bytes - start))
+                )
         return parts
 
     def _settle(self, ranges: Sequence[FileRange], read_plan: ReadPlan, memory: memoryview) -> None:
@@ -142,7 +138,3 @@ class DiskReader:
 
 def _part(engine: ReadEngine, path: str, offset: int, target: memoryview, needed: int) -> Part:
     return lambda: engine.read(path, offset, target, needed)
-
-
-def _needed_end(ranges: Sequence[FileRange], path: str, start: int, nbytes: int) -> int:
-    return max(item.end for item in ranges if item.path == path and start <= item.offset < start + nbytes)

@@ -114,8 +114,9 @@ class ParameterHome:
         Raises:
             SessionError: if it has another dtype or shape by now.
         """
-        data = self.parameter.data
-        if data.data_ptr() != self.tensor.data_ptr() or data.dtype != self.tensor.dtype:
+        parameter, tensor = self.parameter, self.tensor
+        if parameter.data_ptr() != tensor.data_ptr() or parameter.dtype != tensor.dtype:
+            data = parameter.data
             if data.dtype != self.tensor.dtype or data.shape != self.tensor.shape or data.device.type != "cpu":
                 raise SessionError(
                     f"{self.name} was {self.tensor.dtype}{list(self.tensor.shape)} and is {data.dtype}{list(data.shape)} on "
@@ -123,8 +124,8 @@ class ParameterHome:
                 )
             self.tensor = data
             self.modified = True
-        if self.parameter._version != self.version:
-            self.version = self.parameter._version
+        if parameter._version != self.version:
+            self.version = parameter._version
             self.modified = True
 
     @property

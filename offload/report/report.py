@@ -24,6 +24,7 @@ class Report(Renamed):
         exactness: `identical`, `rounding` or `lossy`: what the outputs are compared with the plain model's.
         process_bytes: anonymous memory of the process before the session: Python, torch, what was loaded already.
         peak_rss_bytes: the most that the whole process held in RAM at once, mapped files included.
+        loading_seconds: the first pass stood still so long for weights that stay on the device from then on; in no phase.
         major_faults: pages that the process had to read back from disk during the session, since memory was short of them.
         parts: into what layers and passes were taken apart: `cpu_percent` of a divided layer's rows that the CPU computes,
             `micro_batch` and `decode_micro_batch` sequences that a layer computes at once, `prefill_chunk` tokens of a prompt
@@ -64,6 +65,7 @@ class Report(Renamed):
     experts: ExpertUse | None = None
     schema: int = SCHEMA
     major_faults: int = 0
+    loading_seconds: float = 0.0
     peak_rss_bytes: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def to_dict(self) -> dict[str, Any]:

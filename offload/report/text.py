@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _WIDTH = 100
 
+_LONG_SECONDS = 1.0
+"""Of loading, from which on it is told."""
+
 _MANY_FAULTS = 500
 """Fewer are no sign of anything: code that is used for the first time."""
 
@@ -59,9 +62,14 @@ def as_renderable(report: "Report") -> RenderableType:
 def _headline(report: "Report") -> Text:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.blocks.items() if count)
     slots = f"; {report.slots['count']} slots of {gib(report.slots['bytes'])}" if report.slots["count"] else ""
+    loading = (
+        f"; the first pass waited {duration(report.loading_seconds)} for them"
+        if report.loading_seconds >= _LONG_SECONDS
+        else ""
+    )
     faults = f"; {report.major_faults:,} pages read back from disk" if report.major_faults >= _MANY_FAULTS else ""
     return Text(
-        f"{report.model} on {report.device}: {gib(report.weight_bytes)} of weights, exactness {report.exactness}\n"
+        f"{report.model} on {report.device}: {gib(report.weight_bytes)} of weights{loading}, exactness {report.exactness}\n"
         f"blocks: {counts}{slots}; {gib(report.streamed_bytes_per_pass)} streamed a pass\n"
         f"process: {gib(report.process_bytes)} before the session, "
         f"{gib(report.peak_rss_bytes)} at its peak, mapped files included{faults}"

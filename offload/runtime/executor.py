@@ -47,6 +47,7 @@ class LayerExecutor:
         self.extras: Callable[[BlockKey], Sequence[Arrival]] | None = None
         """Starts to bring what must be there with a block."""
         self._device = device
+        self._device_type = device.torch_device.type
         self._clock = clock
         self._schedule = SlotSchedule(0, {})
         self._arena: DeviceBuffer | None = None
@@ -188,9 +189,10 @@ class LayerExecutor:
 
     def in_slots(self, tensor: torch.Tensor) -> bool:
         """True if the tensor's memory is a slot, so that it will hold other values soon."""
-        if tensor.device.type != self._device.torch_device.type:
+        if tensor.device.type != self._device_type:
             return False
-        return any(low <= tensor.data_ptr() < high for low, high in (self._arena_range, self._guarded))
+        address = tensor.data_ptr()
+        return self._arena_range[0] <= address < self._arena_range[1] or self._guarded[0] <= address < self._guarded[1]
 
     def generation_at(self, tensor: torch.Tensor) -> int:
         """The generation of the lease whose slots hold `tensor` now; -1 if nothing does."""

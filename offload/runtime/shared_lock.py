@@ -20,8 +20,10 @@ class SharedLock:
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._admitted: frozenset[str] = frozenset()
-        self._one_threaded: list[torch.autograd.set_multithreading_enabled] = []
-        """What the holder's thread goes back to, each time that it took the lock."""
+        self._depth = 0
+        """How often the holder took it."""
+        self._one_threaded: torch.autograd.set_multithreading_enabled | None = None
+        """What the holder's thread goes back to in the end."""
 
     def admit(self, names: Iterable[str]) -> None:
         """Threads of these names hold it as long as the holder does."""
@@ -39,9 +41,13 @@ class SharedLock:
             )
         if threading.current_thread().name not in self._admitted:
             self._lock.acquire()
-            self._one_threaded.append(torch.autograd.set_multithreading_enabled(False))
+            if not self._depth:
+                self._one_threaded = torch.autograd.set_multithreading_enabled(False)
+            self._depth += 1
 
     def __exit__(self, *error: object) -> None:
         if threading.current_thread().name not in self._admitted:
-            self._one_threaded.pop().__exit__(None, None, None)
+            self._depth -= 1
+            if not self._depth and self._one_threaded is not None:
+                self._one_threaded.__exit__(None, None, None)
             self._lock.release()

@@ -127,6 +127,7 @@ class Reporter:
             fallbacks=self._notes(),
             experts=experts,
             major_faults=major_faults() - subject.major_faults,
+            loading_seconds=machine.clock.loading_seconds,
         )
 
     def snapshot(self) -> Snapshot:
