@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _WIDTH = 100
 
 _LONG_SECONDS = 1.0
-"""Of loading, from which on it is told."""
+"""Loading is told where it took longer."""
 
 _MANY_FAULTS = 500
 """Fewer are no sign of anything: code that is used for the first time."""
