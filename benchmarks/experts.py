@@ -201,11 +201,7 @@ def in_group(request: argparse.Namespace, system: str, limit: int) -> dict[str, 
     command += ["--tokens", str(request.tokens)]
     evict(request.model)
     with MemoryGroup(limit) as group:
-        done, peak = group.run(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
-    if done.returncode:
-        return {"failed": f"exit status {done.returncode}: {done.stderr[-400:]}"}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found | {"peak_anonymous_bytes": peak}
+        return group.measure(command)
 
 
 def run_worker(request: argparse.Namespace) -> dict[str, Any]:

@@ -114,10 +114,7 @@ def in_group(request: argparse.Namespace, section: str, system: str, moved: dict
     assert limit is not None
     rate = None if request.disk_rate is None else parse_bytes(request.disk_rate)
     with MemoryGroup(limit, rate, model) as group:
-        done, peak = group.run(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
-    if done.returncode:
-        return {"failed": f"exit status {done.returncode}: {done.stderr[-600:]}"}
-    return {**json.loads(done.stdout.splitlines()[-1]), "peak_anonymous_bytes": peak}
+        return group.measure(command)
 
 
 def batch(request: argparse.Namespace, step: int) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """A fresh control group with a hard memory limit, for one process at a time. Needs root; version 1 or 2."""
 
+import json
 import os
 import subprocess
 import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
@@ -74,6 +76,13 @@ class MemoryGroup:
                 return subprocess.CompletedProcess(command, process.returncode, out, err), peak
             except subprocess.TimeoutExpired:
                 peak = max(peak, self.anonymous_bytes())
+
+    def measure(self, command: Sequence[str]) -> dict[str, Any]:
+        """Run a command whose last line is JSON: that, with the most anonymous memory that it held; or why it failed."""
+        done, peak = self.run(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+        if done.returncode:
+            return {"failed": f"exit status {done.returncode}: {done.stderr[-600:]}"}
+        return {**json.loads(done.stdout.splitlines()[-1]), "peak_anonymous_bytes": peak}
 
     def anonymous_bytes(self) -> int:
         for line in (self._path / "memory.stat").read_text().splitlines():

@@ -103,10 +103,7 @@ def in_group(request: argparse.Namespace, system: str, ranges: str, resident: in
     assert limit is not None
     rate = None if request.disk_rate is None else parse_bytes(request.disk_rate)
     with MemoryGroup(limit, rate, request.model) as group:
-        done, peak = group.run(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
-    if done.returncode:
-        return {"failed": f"exit status {done.returncode}: {done.stderr[-400:]}"}
-    return {**json.loads(done.stdout.splitlines()[-1]), "peak_anonymous_bytes": peak}
+        return group.measure(command)
 
 
 def ours(request: argparse.Namespace) -> dict[str, Any]:
