@@ -62,7 +62,7 @@ def run(request: argparse.Namespace) -> None:
         kv_options(request),
     )
     hardware = None if request.hardware is None else HardwareProfile.load(request.hardware)
-    with progress_bar(counted=False) as show:
+    with progress_bar() as show:
         planner = Planner(request.model, request.dtype, hardware, request.device, request.disk, request.trust_remote_code, show)
     planned = planner.plan(asked)
     if request.output:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(request: argparse.Namespace) -> None:
     check_writable(request.output)
-    with progress_bar(counted=False) as show:
+    with progress_bar() as show:
         profile = hardware_profile(resolve_device(request.device), request.disk, refresh=request.refresh, progress=show)
     text = json.dumps(profile.to_dict(), indent=1)
     if request.output:

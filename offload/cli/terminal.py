@@ -11,6 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from offload.config import Progress as ProgressCall
 from offload.storage.errors import ConfigError
 
+_LEAST_BYTES = 1 << 10
+
 
 def say(text: str) -> None:
     """A line for people, beside the output."""
@@ -38,14 +40,9 @@ def live_console() -> Console:
 
 
 @contextmanager
-def progress_bar(counted: bool = True) -> Iterator[ProgressCall]:
-    """A bar on stderr for each long step, on a terminal; elsewhere nothing is drawn.
-
-    Args:
-        counted: the steps are counted in bytes.
-    """
-    console = Console(stderr=True)
-    bars = Bars(console, counted)
+def progress_bar() -> Iterator[ProgressCall]:
+    """A bar on stderr for each long step, on a terminal; elsewhere nothing is drawn."""
+    bars = Bars(Console(stderr=True))
     try:
         yield bars.show
     finally:
@@ -53,14 +50,10 @@ def progress_bar(counted: bool = True) -> Iterator[ProgressCall]:
 
 
 class Bars:
-    """Bars that are drawn while something takes long, and leave no trace.
+    """Bars that are drawn while something takes long, and leave no trace."""
 
-    Args:
-        counted: as `progress_bar` has it.
-    """
-
-    def __init__(self, console: Console, counted: bool) -> None:
-        self._console, self._counted = console, counted
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._drawn: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._closed = not console.is_terminal
@@ -76,7 +69,7 @@ class Bars:
                 self._stop()
             return
         if self._drawn is None:
-            self._drawn = self._new()
+            self._drawn = self._new(total)
             self._drawn.start()
         if what not in self._tasks:
             self._tasks[what] = self._drawn.add_task(what, total=total)
@@ -93,7 +86,8 @@ class Bars:
             self._drawn = None
             self._tasks.clear()
 
-    def _new(self) -> Progress:
-        bytes_done = (DownloadColumn(binary_units=True), TimeRemainingColumn()) if self._counted else ()
+    def _new(self, total: int) -> Progress:
+        # What is not counted in bytes has a few steps.
+        bytes_done = (DownloadColumn(binary_units=True), TimeRemainingColumn()) if total >= _LEAST_BYTES else ()
         columns = (TextColumn("{task.description}"), BarColumn(), *bytes_done)
         return Progress(*columns, console=self._console, transient=True)
