@@ -12,6 +12,7 @@ staging_ring  buffers that bytes pass through
 host_buffer   page-aligned CPU memory
 checkpoint    safetensors headers
 fingerprint   tells one content of a file from another
+digest        the same of a tensor in memory
 block_file    converted and spilled weights
 state_file    optimizer state
 whole_file    files that are whole, or not there

@@ -2,6 +2,7 @@
 
 describe     nn.Module -> ModelSpec
 dry_run      a pass without values: work and memory, counted
+counted_work what dry runs counted, kept
 operations   the same, operation by operation
 estimate     the same from sizes, where code does not run without values
 fit          budgets -> a plan that fits

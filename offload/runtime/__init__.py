@@ -13,6 +13,8 @@ module_wrappers     wraps forward: onload, compute, unbind; or compute on the CP
 placement           brings parameters to their tier, and back
 weights             blocks in slots, and resident ones
 block_reads         blocks on their way into host memory of their own
+loading_blocks      resident blocks that the first pass waits for
+early_reads         what an earlier session kept, read before the model is known
 block_sources       how a block's bytes get into a slot
 embedding_rows      tables of which rows are fetched
 row_upload          small tensors on their way to the device
