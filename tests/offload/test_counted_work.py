@@ -56,7 +56,7 @@ def test_another_config_or_version_is_counted_anew(folder, monkeypatch):
     model = make("llama")
     model.config.hidden_act = "gelu"
     DryRun(model).forward(1, 8)
-    monkeypatch.setattr("transformers.__version__", "0")
+    monkeypatch.setattr(counted_work.transformers, "__version__", "0")
     counted_work._in_memory.clear()
     DryRun(make("llama")).forward(1, 8)
     assert len(list(folder.iterdir())) == 3
