@@ -7,7 +7,7 @@ import torch
 
 from offload import BudgetTooSmall, ConfigError, offload, open_machine
 from offload.runtime.component import Component
-from offload.session import session as sessions
+from offload.session import opening
 from tests.architectures import make, oracle_of, tokens
 
 MIB = 1 << 20
@@ -105,8 +105,8 @@ class Extra(Component):
 
 
 def test_a_component_is_asked_at_each_step(monkeypatch):
-    extra, real = Extra(), sessions.components_of
-    monkeypatch.setattr(sessions, "components_of", lambda *args: [*real(*args), extra])
+    extra, real = Extra(), opening.components_of
+    monkeypatch.setattr(opening, "components_of", lambda *args: [*real(*args), extra])
     model = make("llama")
     wanted = oracle_of(model).generate(input_ids=tokens(2, 5), max_new_tokens=3, do_sample=False)
     with offload(model, device="cpu", cpu_memory="300KiB", batch_size=2, max_tokens=8) as session:
