@@ -320,12 +320,13 @@ class Placement:
         if all(on_disk):
             self.host_ledger.release("staging", staged.buffer.nbytes)
         block = ResidentBlock(unit.key, homes, buffer, offsets)
-        self.on_resident(homes, [digest(home.parameter.data) for home in homes])
         for home, stored in zip(homes, on_disk, strict=True):
             if stored is None:
                 # The only copy is on the device now: the old one is released at once.
                 home.original = None
                 home.tensor = home.parameter.data
+        copies = [home for home in homes if home.original is not None]
+        self.on_resident(copies, [digest(home.parameter.data) for home in copies])
         return block
 
     def _to_host_memory(self, unit: Unit, cpu_percent: int) -> StreamedBlock:
