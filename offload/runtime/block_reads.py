@@ -116,7 +116,11 @@ class BlockReads:
         for home, offset in zip(homes, offsets, strict=True):
             size = home.tensor.nbytes
             buffer.tensor[offset : offset + size].view(home.tensor.dtype).view(home.tensor.shape).copy_(home.tensor)
-        return BlockRead(buffer, offsets)
+        read = BlockRead(buffer, offsets)
+        if background:
+            places = zip(offsets, homes, strict=True)
+            read.digests = [digest(buffer.tensor[offset : offset + home.tensor.nbytes]) for offset, home in places]
+        return read
 
     def _from_disk(
         self,
