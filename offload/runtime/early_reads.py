@@ -7,7 +7,7 @@ takes one over if it is made of just these ranges, and what nobody takes is drop
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from offload.cache_folder import cache_folder
@@ -60,13 +60,17 @@ class EarlyReads:
         """The read of a block that is made of these ranges; None if it was not begun."""
         return self._reads.pop(tuple(ranges), None)  # type: ignore[arg-type]
 
-    def drop(self) -> None:
-        """Give back what nobody took."""
-        for read in self._reads.values():
+    def drop(self, but: Container[tuple[FileRange | None, ...]] = ()) -> None:
+        """Give back what nobody took.
+
+        Args:
+            but: the ranges of blocks that will be asked for.
+        """
+        for ranges in [ranges for ranges in self._reads if ranges not in but]:
+            read = self._reads.pop(ranges)
             read.cancel()
             assert self._ledger is not None
             self._ledger.release(RESIDENT, read.buffer.nbytes)
-        self._reads.clear()
 
     def remember(self, blocks: Iterable[Sequence[FileRange]], plan_bytes: int) -> None:
         """Keep for the next session what this one keeps resident.
@@ -74,9 +78,13 @@ class EarlyReads:
         Args:
             plan_bytes: what its plan takes of the budget.
         """
+        try:
+            files = {path: _identity(path) for path in {item.path for ranges in blocks for item in ranges}}
+        except OSError:
+            return
         content = {
             "plan_bytes": plan_bytes,
-            "files": {path: _identity(path) for path in {item.path for ranges in blocks for item in ranges}},
+            "files": files,
             "blocks": [[[item.path, item.offset, item.nbytes] for item in ranges] for ranges in blocks],
         }
         keep_text(self._path, json.dumps(content), _MOST_FILES)

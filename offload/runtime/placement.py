@@ -47,7 +47,6 @@ class Placement:
 
     def __init__(self, machine: Machine, known: Mapping[str, FileRange]) -> None:
         self.on_resident: Callable[[Sequence[ParameterHome], Sequence[bytes]], None] = lambda homes, digests: None
-        """Called with homes of resident weights, and the digests of what came for them."""
         self.early: EarlyReads | None = None
         """Reads that were begun before it was known what is resident."""
         self.resident: dict[BlockKey, ResidentBlock] = {}
@@ -76,7 +75,6 @@ class Placement:
         self._rows = RowUpload(self._device, self._memory)
         self._reads = BlockReads(self._reader, self._memory, self.source_of)
         self.loading = LoadingBlocks(partial(self._progress, "loading"))
-        """Resident blocks that have not arrived yet."""
 
     @property
     def homes(self) -> Iterable[ParameterHome]:
@@ -94,9 +92,9 @@ class Placement:
 
     def slot_bytes(self, unit: Unit) -> int:
         """What the unit's block will take in the slots."""
-        ranges = [self.source_of(name, parameter) for name, parameter in unit.parameters.items()]
-        if all(item is not None for item in ranges):
-            return self._reader.plan([item for item in ranges if item is not None]).slot_bytes
+        ranges = [item for item in self._ranges_of(unit) if item is not None]
+        if len(ranges) == len(unit.parameters):
+            return self._reader.plan(ranges).slot_bytes
         return estimated_slot_bytes(unit)
 
     def apply(self, structure: Structure, plan: Plan) -> None:
@@ -107,6 +105,9 @@ class Placement:
         """
         self._maps = FileMaps()
         units = {unit.key: unit for unit in structure.units if unit.parameters}
+        if self.early is not None:
+            # Before anything is charged for: the plan may be another one than last time.
+            self.early.drop(but={self._ranges_of(units[key]) for key in plan.weights.resident})
         for name, parameter in structure.always_resident.items():
             self._hold_outside(name, parameter)
         in_host = {*plan.weights.in_host_memory, *plan.weights.tables_in_host_memory}
@@ -293,14 +294,15 @@ class Placement:
             if not self.loading:
                 self._progress("loading", done, sum(unit.block.nbytes for unit in units))
 
+    def _ranges_of(self, unit: Unit) -> tuple[FileRange | None, ...]:
+        return tuple(self.source_of(name, parameter) for name, parameter in unit.parameters.items())
+
     def _in_host_memory(self, unit: Unit, homes: Sequence[ParameterHome]) -> ResidentBlock:
         if all(self.source_of(home.name, home.parameter) is None and home.is_aligned for home in homes):
             self._device_ledger.charge(RESIDENT, sum(home.tensor.nbytes for home in homes))
             return ResidentBlock(unit.key, homes)
-        ranges = [self.source_of(home.name, home.parameter) for home in homes]
-        read = None if self.early is None else self.early.take(ranges)
-        if read is None:
-            read = self._reads.start_in_background(homes, self._device_ledger, RESIDENT)
+        read = None if self.early is None else self.early.take(self._ranges_of(unit))
+        read = read or self._reads.start_in_background(homes, self._device_ledger, RESIDENT)
         block = ResidentBlock(unit.key, homes, read.buffer, read.offsets, read)
         self.loading.add(block)
         return block
@@ -325,8 +327,8 @@ class Placement:
                 # The only copy is on the device now: the old one is released at once.
                 home.original = None
                 home.tensor = home.parameter.data
-        copies = [home for home in homes if home.original is not None]
-        self.on_resident(copies, [digest(home.parameter.data) for home in copies])
+            else:
+                self.on_resident([home], [digest(home.parameter.data)])
         return block
 
     def _to_host_memory(self, unit: Unit, cpu_percent: int) -> StreamedBlock:

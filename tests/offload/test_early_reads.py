@@ -101,14 +101,17 @@ def test_nothing_is_begun_for_what_is_no_longer_so(other, saved, taken):
     assert not any(taken)
 
 
-def test_what_no_block_wants_is_dropped(saved, taken):
-    """The plan became another one: the same request, and blocks that were split differently."""
-    with entered(saved) as session:
+@pytest.mark.parametrize(
+    "blocks", [lambda blocks: [block[1:] for block in blocks], lambda blocks: [[item for block in blocks for item in block]]]
+)
+def test_what_no_block_wants_is_dropped(blocks, saved, taken):
+    """The plan became another one; what was begun for the old one leaves the budget before anything else is charged for."""
+    with entered(saved, ALL) as session:
         assert_right(session)
     taken.clear()
     content = json.loads(remembered().read_text())
-    remembered().write_text(json.dumps({**content, "blocks": [block[1:] for block in content["blocks"]]}))
-    with entered(saved) as session:
+    remembered().write_text(json.dumps({**content, "blocks": blocks(content["blocks"])}))
+    with entered(saved, ALL) as session:
         assert_right(session)
     assert not any(taken)
 
