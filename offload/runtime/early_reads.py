@@ -61,7 +61,7 @@ class EarlyReads:
         return self._reads.pop(tuple(ranges), None)  # type: ignore[arg-type]
 
     def drop(self, but: Container[tuple[FileRange | None, ...]] = ()) -> None:
-        """Give back what nobody took.
+        """Give back what nobody took; before a plan is placed, which may be another one than last time.
 
         Args:
             but: the ranges of blocks that will be asked for.

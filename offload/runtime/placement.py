@@ -106,7 +106,6 @@ class Placement:
         self._maps = FileMaps()
         units = {unit.key: unit for unit in structure.units if unit.parameters}
         if self.early is not None:
-            # Before anything is charged for: the plan may be another one than last time.
             self.early.drop(but={self._ranges_of(units[key]) for key in plan.weights.resident})
         for name, parameter in structure.always_resident.items():
             self._hold_outside(name, parameter)
