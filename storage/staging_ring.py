@@ -60,12 +60,14 @@ class StagingRing:
         return buffer
 
     def give(self, buffer: HostBuffer, after: Event | None = None) -> None:
-        """Let others take a buffer.
+        """Let others take a buffer; one that is not the ring's is forgotten.
 
         Args:
             after: must be passed before anything is written to it: a copy out of it that may still be under way.
         """
         with self._given:
+            if buffer not in self._made:
+                return
             if after is not None:
                 self._after[id(buffer)] = after
             self._free.append(buffer)

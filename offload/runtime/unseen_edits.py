@@ -15,17 +15,19 @@ class UnseenEdits:
     """
 
     def __init__(self) -> None:
-        self._key: list[int] = []
+        self._addresses: list[int] | None = None
+        """Of what is watched; None if that is to be looked up anew."""
         self._homes: list[tuple[Range, ParameterHome]] = []
         self._joined: list[Range] = []
 
     def mark(self, homes: Iterable[ParameterHome]) -> bool:
         """Mark what was edited since the last pass; from now on it is taken from memory. False if the system cannot tell."""
         homes = [home for home in homes if not home.modified and not home.trained]
-        key = [id(home.tensor) for home in homes]
-        if key != self._key:
+        # Not by identity: a tensor that came instead of another may have its id.
+        addresses = [home.tensor.data_ptr() for home in homes]
+        if addresses != self._addresses:
             self._watch(homes)
-            self._key = key
+            self._addresses = addresses
         found = written(self._joined)
         if found is None:
             return False
@@ -39,7 +41,7 @@ class UnseenEdits:
 
     def look_anew(self) -> None:
         """Some weights have copies since that compute: their homes are asked otherwise."""
-        self._key = []
+        self._addresses = None
 
     def _watch(self, homes: list[ParameterHome]) -> None:
         mapped = sorted(private_file_ranges())

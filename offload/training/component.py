@@ -21,10 +21,11 @@ from offload.runtime.module_wrappers import OnloadedModule
 from offload.runtime.passes import ModelPass
 from offload.storage.blocks import BlockKey
 from offload.storage.errors import BudgetExceeded
-from offload.training.backward.activation_offload import ActivationStore, CpuActivations, NvmeActivations
+from offload.training.backward.activation_offload import ActivationStore, CpuActivations
 from offload.training.backward.chunked_loss import ChunkedLoss
 from offload.training.backward.gradients import HostGradients, TiedUse, tied_uses
 from offload.training.backward.module_wrapper import TrainedModule
+from offload.training.backward.nvme_activations import NvmeActivations
 from offload.training.backward.recompute import Backward
 from offload.training.beside import STEP_THEM, parameters_beside
 from offload.training.memory import TrainingMemory

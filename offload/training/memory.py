@@ -13,9 +13,9 @@ from offload.scheduler.model_spec import BlockRole, ModelSpec, Workload
 from offload.scheduler.sub_groups import StateLayout, Trained, lay_out
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
 from offload.storage.errors import BudgetTooSmall, gib
-from offload.training.backward.activation_offload import INPUT_BUFFERS
 from offload.training.backward.gradient_transfer import ring_bytes
 from offload.training.backward.gradients import gradient_bytes
+from offload.training.backward.nvme_activations import INPUT_BUFFERS
 from offload.training.chosen import chosen_parameters
 from offload.training.optimizer.nvme_states import BUFFER_COUNT
 from offload.training.optimizer.update_rules import rule_of

@@ -5,6 +5,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from offload import SessionError, offload
+from offload.model.homes import ParameterHome
+from offload.runtime.unseen_edits import UnseenEdits
 from offload.storage import written_pages
 from tests.architectures import make, oracle_of, tokens
 from tests.budgets import ALL, NONE, SOME, budget_for, enter, spec_of, training_budget_for
@@ -243,3 +245,18 @@ def test_both_ways_to_ask_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(written_pages, "_scanned", written_pages._read)
     assert written_pages.written(pages) == wanted
     assert any(low <= begin < high for low, high in written_pages.private_file_ranges())
+
+
+def test_what_is_not_watched_any_more_is_not_asked_about(tmp_path):
+    """Memory where a trained weight once was may be anybody's by now."""
+    (tmp_path / "file").write_bytes(bytes(8192))
+    mapped = torch.UntypedStorage.from_file(str(tmp_path / "file"), False, 8192)
+    memory = torch.empty(0, dtype=torch.uint8).set_(mapped)
+    home = ParameterHome("weight", torch.nn.Parameter(memory.view(torch.float32)), memory.view(torch.float32), None)
+    edits = UnseenEdits()
+    edits.mark([home])
+    edits.look_anew()
+    home.trained = True
+    memory[0] = 1
+    edits.mark([home])
+    assert not home.modified

@@ -186,11 +186,7 @@ class RecomputeFrame:
             return tensor
 
     def recompute(self, generation_of: Callable[[torch.Tensor], int | None]) -> None:
-        if self._seen_versions() != self._versions:
-            raise SessionError(
-                f"a parameter or an input of {self.key} was changed between forward and backward, which would give wrong "
-                "gradients; step the optimizer after backward, and write to no tensor that a layer was given"
-            )
+        self._check_unchanged()
         saved: list[tuple[torch.Tensor, int | None]] = []
 
         def collect(tensor: torch.Tensor) -> None:
@@ -211,6 +207,13 @@ class RecomputeFrame:
             )
         self._tensors = saved
 
+    def _check_unchanged(self) -> None:
+        if self._seen_versions() != self._versions:
+            raise SessionError(
+                f"a parameter or an input of {self.key} was changed between forward and backward, which would give wrong "
+                "gradients; step the optimizer after backward, and write to no tensor that a layer was given"
+            )
+
     def _seen_versions(self) -> dict[int, int]:
         """The versions of what the block computes with; parameters may change places in their module."""
         return {id(value): value._version for value in (*self._module.parameters(), *tensors((self._args, self._kwargs)))}
@@ -219,7 +222,8 @@ class RecomputeFrame:
         self._tensors = []
 
     def offload(self, store: ActivationStore) -> None:
-        """What the block was given waits in the store."""
+        """What the block was given waits in the store. It was computed already."""
+        self._check_unchanged()
         self._args, self._kwargs = _offload((self._args, self._kwargs), store)
         self._versions = self._seen_versions()
 
