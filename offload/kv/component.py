@@ -17,7 +17,7 @@ from offload.kv.reservation import KvReservation
 from offload.model.caches import new_cache
 from offload.planning.predictor import Predictor
 from offload.runtime.call import Call
-from offload.runtime.component import Component
+from offload.runtime.component import Component, LivePlan
 from offload.runtime.machine import Machine
 from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.scheduler.plan import Plan
@@ -30,7 +30,7 @@ class KvComponent(Component):
     Args:
         plan: what they have of each tier.
         workload: what that is reserved for.
-        grow: makes a new plan for a larger workload; raises BudgetTooSmall if there is none.
+        live: the plan that is carried out; grows with the workload.
         predictor: weighs loading a prefix against computing it; None where the machine was not measured.
         source_key: stands for the checkpoint; None for a model that no file is known of.
     """
@@ -44,14 +44,15 @@ class KvComponent(Component):
         plan: Plan,
         spec: ModelSpec,
         workload: Workload,
-        grow: Callable[[Workload], None],
+        live: LivePlan,
         predictor: Predictor | None,
         source_key: str | None,
     ) -> None:
         self.options = options
-        self.reservation = KvReservation(spec, workload, grow, machine.ledger.budget_bytes or 0)
+        self.reservation = KvReservation(spec, workload, live.grow, machine.ledger.budget_bytes or 0)
         self.paged: PagedCache | None = None
         self.prefixes: PrefixCache | None = None
+        self._live = live
         self._machine = machine
         self._plan = plan
         self._spec = spec
@@ -80,7 +81,13 @@ class KvComponent(Component):
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         stack.callback(BatchGeneration(model, self._tokens, self.reservation.workload, self._machine.notes.warn).undo)
         self.prefixes = PrefixCache(
-            model, self._machine, self.options, self._plan.rounds, self._source_key, self._loading_beats_computing
+            model,
+            self._machine,
+            self.options,
+            self._plan.rounds,
+            self._source_key,
+            self._loading_beats_computing,
+            self._live.edited_weight,
         )
 
     def before_pass(self, call: Call) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ class PrefixCache:
         rounds: what is computed otherwise than the plain model does.
         source_key: stands for the checkpoint; None for a model that no file is known of.
         worth: whether loading so many bytes is expected to be faster than computing a block.
+        edited_weight: tells the name of a weight that has other values than its file.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class PrefixCache:
         rounds: tuple[str, ...],
         source_key: str | None,
         worth: Callable[[int], bool],
+        edited_weight: Callable[[], str | None],
     ) -> None:
         self._reads, self._writes = machine.host.reads, machine.host.writes
         self.loaded_tokens = 0
@@ -53,20 +56,24 @@ class PrefixCache:
             "kept": options.level,
             "rounds": rounds,
         }
-        self._versions = {id(value): value._version for value in model.parameters()}
+        self._edited_weight = edited_weight
+        self._versions = {id(value): (weakref.ref(value), value._version) for value in model.parameters()}
 
     def _store(self) -> PrefixStore | None:
         """The blocks of the model as it is now; None where they are not asked for, or its weights are not the file's."""
         if self._options.prefix_dir is None:
             return None
-        added = {}
+        added, changed = {}, self._edited_weight()
         for name, value in self._model.named_parameters():
-            if id(value) not in self._versions:
+            known, version = self._versions.get(id(value), (lambda: None, 0))
+            if known() is not value:
                 content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
                 added[name] = zlib.crc32(memoryview(content))  # type: ignore[arg-type]
-            elif value._version != self._versions[id(value)]:
-                self._warn(f"{name} was changed in this session, so beginnings of prompts are neither kept nor loaded")
-                return None
+            elif value._version != version:
+                changed = name
+        if changed is not None:
+            self._warn(f"{changed} was changed in this session, so beginnings of prompts are neither kept nor loaded")
+            return None
         return PrefixStore(self._options.prefix_dir, self._computed_by | {"added": added}, self._warn)
 
     def prefill(self, cache: Any, tokens: Sequence[int], batch_size: int, announce: Callable[[int], None]) -> Any:

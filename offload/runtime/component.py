@@ -11,6 +11,7 @@ from offload.model.blocks import Structure, Unit
 from offload.runtime.call import Call
 from offload.runtime.module_wrappers import OnloadedModule
 from offload.runtime.placement import Placement
+from offload.scheduler.model_spec import Workload
 from offload.scheduler.plan import Plan
 from offload.storage.arrival import Arrival
 from offload.storage.blocks import BlockKey
@@ -34,6 +35,14 @@ class LivePlan(Protocol):
 
     def make_room(self, nbytes: int) -> None:
         """Give up resident blocks, until so many bytes more fit. Raises BudgetExceeded if that is not enough."""
+        ...
+
+    def grow(self, workload: Workload) -> None:
+        """Make room for a larger workload. Raises BudgetTooSmall if no plan has it."""
+        ...
+
+    def edited_weight(self) -> str | None:
+        """The name of a weight that has other values than its file; None if none has."""
         ...
 
 

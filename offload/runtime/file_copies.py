@@ -36,11 +36,18 @@ class FileCopies:
         )
         for item in known:
             del self._known[id(item.home)]
-            home, values = item.home, item.home.parameter.data
-            if home.modified or home.trained or values.data_ptr() == home.tensor.data_ptr():
-                continue
-            if values.shape != home.tensor.shape or digest(values) == item.digest:
-                continue
-            home.modified = True
-            with torch.no_grad():
-                home.tensor.copy_(values)
+            if _differs(item):
+                item.home.modified = True
+                with torch.no_grad():
+                    item.home.tensor.copy_(item.home.parameter.data)
+
+    def edited(self) -> str | None:
+        """The name of a weight that was written to; None if none was. All of them are read."""
+        return next((item.home.name for item in self._known.values() if _differs(item)), None)
+
+
+def _differs(item: _Known) -> bool:
+    home, values = item.home, item.home.parameter.data
+    if home.modified or home.trained or values.data_ptr() == home.tensor.data_ptr() or values.shape != home.tensor.shape:
+        return False
+    return digest(values) != item.digest

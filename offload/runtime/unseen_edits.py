@@ -16,7 +16,7 @@ class UnseenEdits:
 
     def __init__(self) -> None:
         self._addresses: list[int] | None = None
-        """Of what is watched; None if that is to be looked up anew."""
+        """The addresses of what is watched; None if that is to be looked up anew."""
         self._homes: list[tuple[Range, ParameterHome]] = []
         self._joined: list[Range] = []
 

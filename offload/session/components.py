@@ -44,7 +44,5 @@ def components_of(
         at_once = request.uses_session_optimizer
         components.append(TrainingComponent(request.training, at_once, machine, executor, residency, prepared.memory))
     workload = prepared.workload
-    components.append(
-        KvComponent(machine, request.kv, plan, fitted.spec, workload, residency.grow, prepared.predictor, source_key)
-    )
+    components.append(KvComponent(machine, request.kv, plan, fitted.spec, workload, residency, prepared.predictor, source_key))
     return components

@@ -140,6 +140,12 @@ class Residency:
         for component in self.components:
             component.after_pass(call)
 
+    def edited_weight(self) -> str | None:
+        """The name of a weight that has other values than its file, by whatever view it was written; None if none has."""
+        self._edits.mark(self.placement.homes)
+        seen = next((home.name for home in self.placement.homes if home.was_changed), None)
+        return seen or self._copies.edited()
+
     def pass_is_over(self) -> None:
         """Whatever came of it."""
         self._call = None

@@ -15,6 +15,7 @@ from offload import offload
 from offload.kv import prefix_store as prefix
 from offload.storage.block_file import path_of
 from tests.architectures import VOCAB, make, tokens
+from tests.budgets import ALL, NONE, budget_for, spec_of
 from tests.offload.test_kv import hybrid
 
 PLENTY = 1 << 30
@@ -156,6 +157,21 @@ def test_other_weights_find_nothing(folder, tmp_path):
             session.model.model.norm.weight.mul_(2)
         assert answer(session, ids)[1:] == (0, 0)
         assert any("was changed in this session" in sentence for sentence in session.report().fallbacks)
+
+
+@pytest.mark.parametrize("residency", [ALL, NONE])
+@pytest.mark.parametrize("when", ["before a pass", "after a pass"])
+def test_weights_changed_by_a_view_that_torch_does_not_count(residency, when, folder, tmp_path):
+    ids = tokens(1, 53)
+    budget = budget_for(spec_of(folder, max_tokens=100), residency, 1, 100) + (4 << 20)
+    with offload(folder, device="cpu", cpu_memory=budget, max_tokens=100, prefix_cache=tmp_path) as session:
+        assert answer(session, ids)[1:] == (0, 48)
+        assert answer(session, ids)[1:] == (48, 0)
+    with offload(folder, device="cpu", cpu_memory=budget, max_tokens=100, prefix_cache=tmp_path) as session:
+        if when == "after a pass":
+            assert answer(session, ids)[1:] == (48, 0)
+        session.model.model.layers[1].mlp.down_proj.weight.data.mul_(2)
+        assert answer(session, ids)[1:] == (0, 0)
 
 
 def test_a_full_disk_keeps_nothing_and_goes_on(folder, tmp_path, monkeypatch):
