@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from offload.storage.arrival import Waits
 
@@ -98,6 +98,9 @@ class Transfer:
             self.error = error
 
 
+Work = tuple[Transfer, Part]
+
+
 class Link:
     """A first-in-first-out queue of transfers, served by a few threads; and one for what is not needed yet.
 
@@ -118,8 +121,8 @@ class Link:
         self.threads = threads
         self.bytes_moved = 0
         self._busy_seconds = 0.0
-        self._queue: deque[tuple[Transfer, Part]] = deque()
-        self._background: deque[tuple[Transfer, Part]] = deque()
+        self._queue: deque[Work] = deque()
+        self._background: deque[Work] = deque()
         """Served while the queue is empty."""
         self._active_parts = 0
         self._busy_since = 0.0
@@ -148,31 +151,21 @@ class Link:
 
     def submit(self, nbytes: int, parts: Sequence[Part], finish: Part | None = None, name: str = "") -> Transfer:
         """Queue a transfer that counts as `nbytes` once it has arrived."""
-        transfer = Transfer(self, nbytes, parts, finish, name)
-        with self._work:
-            if self._closed:
-                raise RuntimeError(f"the {self.name} link is closed")
-            self._queue.extend((transfer, part) for part in parts)
-            self._work.notify()
-        return transfer
+        return self._submit(Transfer(self, nbytes, parts, finish, name), parts, self._queue.extend)
 
     def submit_first(self, nbytes: int, parts: Sequence[Part], name: str = "") -> Transfer:
         """Queue a transfer that somebody is waiting for already, before those that were queued ahead of need."""
-        transfer = Transfer(self, nbytes, parts, None, name)
-        with self._work:
-            if self._closed:
-                raise RuntimeError(f"the {self.name} link is closed")
-            self._queue.extendleft((transfer, part) for part in reversed(parts))
-            self._work.notify()
-        return transfer
+        return self._submit(Transfer(self, nbytes, parts, None, name), parts[::-1], self._queue.extendleft)
 
     def submit_in_background(self, nbytes: int, parts: Sequence[Part], finish: Part | None = None, name: str = "") -> Transfer:
         """Queue a transfer that nobody needs yet: it gets on while nothing else is queued, or once it is hastened."""
-        transfer = Transfer(self, nbytes, parts, finish, name)
+        return self._submit(Transfer(self, nbytes, parts, finish, name), parts, self._background.extend)
+
+    def _submit(self, transfer: Transfer, parts: Sequence[Part], queue: Callable[[Iterable[Work]], None]) -> Transfer:
         with self._work:
             if self._closed:
                 raise RuntimeError(f"the {self.name} link is closed")
-            self._background.extend((transfer, part) for part in parts)
+            queue((transfer, part) for part in parts)
             self._work.notify()
         return transfer
 
@@ -180,7 +173,9 @@ class Link:
         with self._work:
             first = [item for item in self._background if item[0] is transfer]
             if first:
-                self._background = deque(item for item in self._background if item[0] is not transfer)
+                others = [item for item in self._background if item[0] is not transfer]
+                self._background.clear()
+                self._background.extend(others)
                 self._queue.extendleft(reversed(first))
 
     def count(self, name: str, begin: float, end: float, nbytes: int) -> None:

@@ -15,6 +15,8 @@ import pytest
 import torch
 import transformers
 
+pytest_plugins = ["tests.sampling"]
+
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 # Beside another worker a second thread would only be in its way.
