@@ -1,6 +1,7 @@
 """torch.compile in a session: the code of each layer is compiled, as of the plain model that is compiled layer by layer."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -80,6 +81,16 @@ def given(model):
         return [*found, model.generate(tokens(), max_new_tokens=4, do_sample=False, pad_token_id=0)]
 
 
+@functools.cache
+def compiled_plainly(name):
+    """What the plain model gives whose layers are compiled."""
+    model = oracle_of(make(name))
+    torch._dynamo.reset()
+    wanted = given(by_layer(model))
+    torch._dynamo.reset()
+    return wanted
+
+
 def assert_same(ours, theirs):
     for mine, wanted in zip(ours, theirs, strict=True):
         assert torch.equal(mine, wanted)
@@ -96,9 +107,8 @@ BEFORE_OR_INSIDE = [
 @pytest.mark.parametrize(("way", "before"), BEFORE_OR_INSIDE)
 def test_layers_are_compiled_and_windows_are_not(way, before):
     model = make("llama")
-    wanted = given(by_layer(oracle_of(model)))
+    wanted = compiled_plainly("llama")
     budget = budget_of(model, SOME)
-    torch._dynamo.reset()
     target = WAYS[way](model) if before else model
     torch._dynamo.utils.counters.clear()
     with offload(target, device="cpu", cpu_memory=budget, **RESERVE) as session:
@@ -118,9 +128,8 @@ def test_layers_are_compiled_and_windows_are_not(way, before):
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_to_the_plain_model_compiled_layer_by_layer(name, residency):
     model = make(name)
-    wanted = given(by_layer(oracle_of(model)))
+    wanted = compiled_plainly(name)
     budget = budget_of(model, residency)
-    torch._dynamo.reset()
     with offload(model, device="cpu", cpu_memory=budget, **RESERVE) as session:
         poison_homes(session)
         assert_same(given(whole(session.model)), wanted)
