@@ -176,7 +176,7 @@ def trained(request: argparse.Namespace, session: Any, model: Any) -> dict[str, 
             (session.machine.host.reads.bytes_moved, session.machine.host.writes.bytes_moved), before, strict=True
         )
     ]
-    estimate = session.estimate(1)
+    estimate = session.training_estimate()
     parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
     report = session.report()
     kinds = ("resident weights", "trained weights", "gradients", "optimizer state")

@@ -38,7 +38,18 @@ def wait_for_change(path, process):
 
 def arguments_of(method, data):
     found = ["finetune", "demo", "--data", str(data), "--device", "cpu", "--cpu-memory", "96MiB", "--method", method]
-    found += ["--dropout", "0.1", "--epochs", "24", "--batch-size", "2", "--gradient-accumulation", "2", "--seed", "3"]
+    found += [
+        "--dropout",
+        "0.1",
+        "--epochs",
+        str(6 + KILLS),
+        "--batch-size",
+        "2",
+        "--gradient-accumulation",
+        "2",
+        "--seed",
+        "3",
+    ]
     return [*found, "--state-tier", "nvme" if method == "full" else "cpu", "--learning-rate", "1e-3"]
 
 
