@@ -32,8 +32,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compute", type=float, help="seconds that a step computes, alone")
     parser.add_argument("--reads", type=float, help="seconds that its bytes take, alone")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the products")
     request = parser.parse_args()
-    rounds = [measure(request.model, request.seconds) for _ in range(request.rounds)]
+    dtype = getattr(torch, request.dtype)
+    rounds = [measure(request.model, request.seconds, dtype) for _ in range(request.rounds)]
     left = {name: statistics.median(item[name] for item in rounds) for name in ("compute_left", "reads_left")}
     result: dict[str, object] = {"rounds": rounds, **left}
     if request.compute and request.reads:
@@ -41,9 +43,9 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def measure(folder: str, seconds: float) -> dict[str, float]:
+def measure(folder: str, seconds: float, dtype: torch.dtype) -> dict[str, float]:
     """Rates alone and at once, and what is left of each."""
-    compute, reads = _products(), _Reads(folder)
+    compute, reads = _products(dtype), _Reads(folder)
     products_alone = _rate(compute, seconds)
     bytes_alone = reads.during(lambda: time.sleep(seconds))
     found: list[float] = []
@@ -62,10 +64,10 @@ def least_seconds(compute: float, reads: float, compute_left: float, reads_left:
     return together + max(0.0, compute - together * compute_left) + max(0.0, reads - together * reads_left)
 
 
-def _products() -> Callable[[], None]:
+def _products(dtype: torch.dtype) -> Callable[[], None]:
     """One round of products with weights that no cache holds."""
-    weights = [torch.randn(4 * _WIDTH, _WIDTH, dtype=torch.bfloat16) for _ in range(_LAYERS)]
-    rows = torch.randn(_ROWS, _WIDTH, dtype=torch.bfloat16)
+    weights = [torch.randn(4 * _WIDTH, _WIDTH, dtype=dtype) for _ in range(_LAYERS)]
+    rows = torch.randn(_ROWS, _WIDTH, dtype=dtype)
 
     def once() -> None:
         for weight in weights:

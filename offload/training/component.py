@@ -1,5 +1,6 @@
 """Training in a session: backward through streamed blocks, the session's optimizer, checkpoints."""
 
+import platform
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -95,6 +96,11 @@ class TrainingComponent(Component):
             warn("loss_chunk: sums of the loss are in another order; exactness is rounding")
         if self.training.activation_tier == CPU and not self._machine.discrete:
             warn("activation_tier='cpu' is what 'recompute' does where the CPU computes")
+        if not self._machine.discrete and (dtype := slow_backward_dtype(model)) is not None:
+            warn(
+                f"this processor has no instructions for {dtype}: torch's backward in it takes many times as long as in "
+                "float32, which takes twice the memory (--dtype float32, dtype='float32')"
+            )
         self._ties = tied_uses(model)
         self._inputs = self._open_inputs()
 
@@ -273,3 +279,10 @@ class TrainingComponent(Component):
             for category in ("gradients", "optimizer state"):
                 stack.callback(ledger.release, category, ledger.held_bytes(category))
             stack.callback(self.streamed_training.close)
+
+
+def slow_backward_dtype(model: nn.Module) -> str | None:
+    """The dtype of weights whose backward this processor has no instructions for; None if there is none."""
+    half = {value.dtype for value in model.parameters()} & {torch.bfloat16, torch.float16}
+    native = platform.machine() != "x86_64" or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    return None if native or not half else min(str(dtype).removeprefix("torch.") for dtype in half)

@@ -1,12 +1,13 @@
 """Training inside the context: losses, gradients and weights of the plain model, bit by bit."""
 
+import platform
 from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from offload import BudgetTooSmall, ConfigError, SessionError, offload
+from offload import BudgetTooSmall, ConfigError, SessionError, Training, offload
 from offload.scheduler.model_spec import Workload
 from tests.architectures import VOCAB, make, oracle_of
 from tests.budgets import ALL, NONE, SOME, budget_for, spec_of, training_budget_for
@@ -286,3 +287,13 @@ def test_training_is_exact_or_refused():
     budget = training_budget_for(spec, NONE, 8, 128) - Workload(8, 128, 128).activation_bytes(spec) // 3
     with pytest.raises(BudgetTooSmall):
         offload(model, device="cpu", cpu_memory=budget, training=True, **reserve).__enter__()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="it is about x86")
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX2", "bfloat16"), ("AVX512", "bfloat16"), ("AVX2", "float32")])
+def test_a_processor_without_instructions_for_half_precision_is_told(capability, dtype, monkeypatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    model = make("llama").to(getattr(torch, dtype))
+    with offload(model, device="cpu", cpu_memory="64MiB", training=Training(), batch_size=2, max_tokens=16) as session:
+        said = any("many times as long" in sentence for sentence in session.report().fallbacks)
+    assert said == (capability == "AVX2" and dtype == "bfloat16")
