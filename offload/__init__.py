@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from offload import errors
+from offload.collector import held_collector
 from offload.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'offload' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    with held_collector():
+        value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

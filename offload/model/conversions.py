@@ -31,6 +31,8 @@ class Conversions:
         self._writer: BlockFileWriter | None = None
         self._maps = FileMaps()
         self._thread = threading.get_ident()
+        self._converted = False
+        """The mapping before made tensors in memory, which are in a file by now."""
         self._originals: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> None:
@@ -65,9 +67,10 @@ class Conversions:
             if self._kept is not None and layer_name in self._kept.groups:
                 mapping.collected_tensors.clear()
                 return {name: self._kept.view(name) for name in self._kept.groups[layer_name]}
-            # What the conversion before this one needed.
-            release_freed_memory()
-            converts = isinstance(mapping, converters.WeightConverter)
+            if self._converted:
+                # What that took; a view of a file takes nothing, and threads that read weights hold up each such call.
+                release_freed_memory()
+            self._converted = converts = isinstance(mapping, converters.WeightConverter)
             if converts and self._kept is None and self._singles.takes(layer_name, mapping):
                 # Without the place where errors are noted: an attempt that fails is none.
                 quiet = {**kwargs, "loading_info": None}
@@ -94,6 +97,7 @@ class Conversions:
         on_disk = all(self._on_disk(value) for value in tensors.values())
         if self._kept is not None or on_disk or parameters != set(tensors):
             return results
+        self._converted = True
         writer = self._opened_writer()
         placeholders = {}
         for name, value in tensors.items():
@@ -103,9 +107,10 @@ class Conversions:
         return placeholders
 
     def _on_disk(self, tensor: torch.Tensor) -> bool:
-        if self._maps.locate(tensor) is None:
-            # Another shard was opened since, or it is converted.
-            self._maps = FileMaps()
+        if self._maps.locate(tensor) is not None:
+            return True
+        # Another shard was opened since, or it is converted.
+        self._maps = FileMaps()
         return self._maps.locate(tensor) is not None
 
 

@@ -4,6 +4,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -20,14 +21,22 @@ class _Mapping:
     end: int
     offset: int
     path: str
+    inode: int
 
 
 class FileMaps:
-    """Tells which tensors are unmodified views of files, from the process's memory map as it is now."""
+    """Tells which tensors are unmodified views of files, from the process's memory map as it is when it is first asked."""
 
     def __init__(self) -> None:
-        self._mappings = sorted(_file_mappings(), key=lambda mapping: mapping.start)
-        self._starts = [mapping.start for mapping in self._mappings]
+        self._files: dict[_Mapping, bool] = {}
+
+    @cached_property
+    def _mappings(self) -> list[_Mapping]:
+        return sorted(_file_mappings(), key=lambda mapping: mapping.start)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [mapping.start for mapping in self._mappings]
 
     def locate(self, tensor: torch.Tensor) -> FileRange | None:
         """The bytes of the file that `tensor` is a view of; None if it is ordinary memory, or was written to."""
@@ -35,9 +44,18 @@ class FileMaps:
             return None
         address, nbytes = tensor.data_ptr(), tensor.nbytes
         mapping = self._find(address, nbytes)
-        if mapping is None or written([(address, address + nbytes)]) != [False]:
+        if mapping is None or not self._is_file(mapping) or written([(address, address + nbytes)]) != [False]:
             return None
         return FileRange(mapping.path, address - mapping.start + mapping.offset, nbytes)
+
+    def _is_file(self, mapping: _Mapping) -> bool:
+        """False if the path leads to another file by now: then only the mapping still has the bytes."""
+        if mapping not in self._files:
+            try:
+                self._files[mapping] = os.stat(mapping.path).st_ino == mapping.inode
+            except OSError:
+                self._files[mapping] = False
+        return self._files[mapping]
 
     def _find(self, address: int, nbytes: int) -> _Mapping | None:
         index = bisect_right(self._starts, address) - 1
@@ -52,16 +70,7 @@ def _file_mappings() -> Iterable[_Mapping]:
             fields = line.rstrip("\n").split(maxsplit=5)
             if len(fields) == 6 and fields[5].startswith("/") and not fields[5].endswith(" (deleted)"):
                 start, end = (int(part, 16) for part in fields[0].split("-"))
-                if _names_this_file(fields[5], int(fields[4])):
-                    yield _Mapping(start, end, int(fields[2], 16), fields[5])
-
-
-def _names_this_file(path: str, inode: int) -> bool:
-    """False if the path leads to another file by now: then only the mapping still has the bytes."""
-    try:
-        return os.stat(path).st_ino == inode
-    except OSError:
-        return False
+                yield _Mapping(start, end, int(fields[2], 16), fields[5], int(fields[4]))
 
 
 @dataclass(slots=True, eq=False)

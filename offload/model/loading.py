@@ -55,6 +55,7 @@ class LoadedModel:
         experts: where the experts of parameters lie that no file holds as they are, by parameter name; the parameters are
             stand-ins then.
         fallbacks: a sentence for each thing that was slower than it could be.
+        outline: the model without values; None where there is none.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class LoadedModel:
     experts: dict[str, ExpertPieces] = field(default_factory=dict)
     files: list[BlockFile] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
+    outline: nn.Module | None = None
 
 
 def find_outline(name: str, dtype: Any = "auto", trust_remote_code: bool = False) -> "CheckpointLoader":
@@ -129,7 +131,7 @@ class CheckpointLoader:
             else:
                 kind = kind._from_config
             outline: nn.Module = kind(self.config, dtype=self.dtype, **options)
-            return outline
+            return outline.requires_grad_(False)
 
     def _check_counts(self) -> None:
         """A config with counts of another world would be built for hours."""

@@ -234,10 +234,10 @@ def _divisible(unit: Unit) -> tuple[DivisibleWeight, ...]:
 
 
 def _placed(unit: Unit, slot_bytes: Callable[[Unit], int]) -> PlacedBlock:
-    block = unit.block
+    block, in_slot = unit.block, slot_bytes(unit)
     # Read in whole units, a resident block takes what a slot takes, in whole pages.
-    resident_bytes = align_up(max(block.packed_bytes, slot_bytes(unit)), BLOCK_ALIGNMENT_BYTES)
-    return PlacedBlock(unit.key, unit.role, resident_bytes, slot_bytes(unit), block.nbytes, _divisible(unit))
+    resident_bytes = align_up(max(block.packed_bytes, in_slot), BLOCK_ALIGNMENT_BYTES)
+    return PlacedBlock(unit.key, unit.role, resident_bytes, in_slot, block.nbytes, _divisible(unit))
 
 
 def _activation_bytes(config: Any, element_bytes: int) -> int:

@@ -47,6 +47,23 @@ def meta_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
+def _is_on_meta(model: nn.Module) -> bool:
+    return all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _are_alike(one: nn.Module, other: nn.Module) -> bool:
+    """The same modules with the same tensors by the same names; what is tied in one is tied in the other."""
+    return one is other or _description(one) == _description(other)
+
+
+def _description(model: nn.Module) -> list[Any]:
+    modules = [(name, type(module), "forward" in vars(module)) for name, module in model.named_modules()]
+    parameters = [(name, value.shape, value.dtype) for name, value in model.named_parameters()]
+    buffers = [(name, value.shape, value.dtype) for name, value in model.named_buffers()]
+    config = getattr(model, "config", None)
+    return [modules, parameters, buffers, getattr(config, "_attn_implementation", None)]
+
+
 class DryRun:
     """Traces passes of one model.
 
@@ -54,19 +71,27 @@ class DryRun:
         model: on the meta device, or any; it is copied there, and not kept.
         by_submodule: units that are taken apart.
         micro_batch: sequences that a layer computes at once; 0 for all.
+        outline: the same model on the meta device, if there is one; it is used instead of a copy if it is indeed the same.
     """
 
-    def __init__(self, model: nn.Module, by_submodule: TakenApart = WHOLE_BLOCKS, micro_batch: int = 0) -> None:
-        self._given, self._by_submodule = model, by_submodule
+    def __init__(
+        self,
+        model: nn.Module,
+        by_submodule: TakenApart = WHOLE_BLOCKS,
+        micro_batch: int = 0,
+        outline: nn.Module | None = None,
+    ) -> None:
+        self._given, self._by_submodule, self._outline = model, by_submodule, outline
         self._counted = CountedWork(model, by_submodule, micro_batch)
         self._micro_batch = micro_batch
 
     @cached_property
     def model(self) -> nn.Module:
         """On the meta device; made when something is counted that was not counted before."""
-        given = self._given
-        on_meta = all(tensor.is_meta for tensor in (*given.parameters(), *given.buffers()))
-        return (given if on_meta else meta_twin(given)).eval()
+        for known in (self._given, self._outline):
+            if known is not None and _is_on_meta(known) and _are_alike(known, self._given):
+                return known.eval()
+        return meta_twin(self._given).eval()
 
     def keep_twin(self) -> "DryRun":
         """Make the copy on the meta device now: a model that is offloaded cannot be copied.

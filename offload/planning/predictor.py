@@ -78,6 +78,7 @@ class Predictor:
         model: looked at before it is offloaded; not kept.
         split: keys of the blocks that are taken apart.
         dtype: of the weights, by torch's name.
+        outline: the model without values, if there is one: it is copied otherwise.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Predictor:
         by_submodule: TakenApart,
         hardware: HardwareProfile,
         dtype: str,
+        outline: nn.Module | None = None,
     ) -> None:
         self.hardware = hardware
         self.cost = CostModel(hardware, dtype)
@@ -94,7 +96,7 @@ class Predictor:
         """Why the model's work is estimated from sizes; None if it was counted."""
         self._dry_run: DryRun | None = None
         try:
-            self._dry_run = DryRun(model, by_submodule).keep_twin()
+            self._dry_run = DryRun(model, by_submodule, outline=outline).keep_twin()
         except DryRunFailed as error:
             self.failure = str(error)
         self._known: dict[Shape, tuple[tuple[PassWork, ...], PassWork]] = {}

@@ -1,6 +1,6 @@
 """Blocks on their way from disk into host memory of their own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
@@ -9,8 +9,10 @@ from offload.runtime.block_sources import packed_offsets
 from offload.runtime.page_locked import PageLockedMemory
 from offload.storage.blocks import FileRange
 from offload.storage.digest import digest
+from offload.storage.errors import OffloadError
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.ledger import MemoryLedger
+from offload.storage.read_plan import ReadPlan
 from offload.storage.reader import DiskReader
 from offload.storage.transfer import Transfer
 
@@ -95,9 +97,29 @@ class BlockReads:
         """The same for one that is not needed yet, with digests where it comes from disk."""
         return self._of(homes, ledger, category, background=True)
 
-    def start_early(self, ranges: Sequence[FileRange], ledger: MemoryLedger, category: str) -> BlockRead:
-        """The same for ranges that a block will be made of."""
-        return self._from_disk(ranges, ledger, category, background=True)
+    def start_early(self, blocks: Iterable[Sequence[FileRange]], ledger: MemoryLedger, category: str) -> list[BlockRead]:
+        """The same for blocks of which nothing is known but what they will be made of.
+
+        All memory is mapped before anything is read: to map more waits for the page faults of threads that read.
+
+        Raises:
+            OffloadError: if they cannot all be read; nothing is charged, and nothing under way, then.
+        """
+        buffers: list[HostBuffer] = []
+        reads: list[BlockRead] = []
+        try:
+            planned = [(ranges, self._reader.plan(ranges)) for ranges in blocks]
+            for _, read_plan in planned:
+                buffers.append(self._mapped(read_plan, ledger, category))
+            for (ranges, read_plan), buffer in zip(planned, buffers, strict=True):
+                reads.append(self._begun(ranges, read_plan, buffer, background=True))
+        except OffloadError:
+            for read in reads:
+                read.cancel()
+            for buffer in buffers:
+                ledger.release(category, buffer.nbytes)
+            raise
+        return reads
 
     def _of(
         self,
@@ -131,8 +153,13 @@ class BlockReads:
         background: bool = False,
     ) -> BlockRead:
         read_plan = self._reader.plan(ranges)
-        # The pages are made by the threads that read into them, while others read.
-        buffer = self._memory.allocate(read_plan.slot_bytes, category, ledger, shielded, prefault=False)
+        return self._begun(ranges, read_plan, self._mapped(read_plan, ledger, category, shielded), background)
+
+    def _mapped(self, read_plan: ReadPlan, ledger: MemoryLedger, category: str, shielded: bool = False) -> HostBuffer:
+        """Memory whose pages are made by the threads that read into it, while others read."""
+        return self._memory.allocate(read_plan.slot_bytes, category, ledger, shielded, prefault=False)
+
+    def _begun(self, ranges: Sequence[FileRange], read_plan: ReadPlan, buffer: HostBuffer, background: bool) -> BlockRead:
         memory = buffer.memory[: read_plan.slot_bytes]
 
         def start(then: Callable[[], None]) -> Transfer:

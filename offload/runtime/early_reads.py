@@ -51,10 +51,10 @@ class EarlyReads:
         self._ledger = machine.ledger
         reads = BlockReads(machine.host.reader, machine.host.memory, lambda name, parameter: None)
         try:
-            for ranges in blocks:
-                self._reads[tuple(ranges)] = reads.start_early(ranges, machine.ledger, RESIDENT)
+            begun = reads.start_early(blocks, machine.ledger, RESIDENT)
+            self._reads = {tuple(read.ranges): read for read in begun}
         except OffloadError:
-            self.drop()
+            return
 
     def take(self, ranges: Sequence[FileRange | None]) -> BlockRead | None:
         """The read of a block that is made of these ranges; None if it was not begun."""

@@ -1,5 +1,6 @@
 """What sessions run on: a host with its disk and memory, and one device. Opened once, handed on as one, shared perhaps."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ from offload.storage.ledger import MemoryLedger
 from offload.storage.reader import DiskReader
 from offload.storage.transfer import Link
 
-_READ_THREADS = 4
+_READ_THREADS = min(4, max(2, os.cpu_count() or 2))
+"""No more than processors: each faults pages in, and whoever plans or computes meanwhile has to have one."""
 _WRITE_THREADS = 2
 
 

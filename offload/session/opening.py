@@ -112,7 +112,7 @@ class Opening:
 
         def attempt(workload: Workload) -> tuple[Plan, tuple[PlanInput, ActivationSizes | None, Prepared]]:
             given, activations = self._given(workload), activations_of(model, workload)
-            prepared = prepare(model, given, placement.slot_bytes, activations, granularity)
+            prepared = prepare(model, given, placement.slot_bytes, activations, granularity, loaded.outline)
             return prepared.plan, (given, activations, prepared)
 
         choices = workloads(workload, request.max_tokens is None)
@@ -194,6 +194,7 @@ class Opening:
             workload, fitted = first_that_fits(choices, attempt, self._may_round)
             shapes = {name: tuple(value.shape) for unit in fitted.experts for name, value in unit.parameters.items()}
         loaded = loader.load(request.disk_dir, self.progress, shapes)
+        loaded.outline = outline
         for file in loaded.files:
             self.stack.callback(file.close)
         return loaded, workload or workload_of(loaded.model, request.batch_size, request.max_tokens)

@@ -164,6 +164,7 @@ def prepare(
     slot_bytes: Callable[[Unit], int],
     activations: ActivationSizes | None,
     granularity: ExpertGranularity | None = None,
+    outline: nn.Module | None = None,
     always_search: bool = False,
 ) -> Prepared:
     """Make the plan to run by.
@@ -172,6 +173,7 @@ def prepare(
         slot_bytes: what a unit's block takes in the slots.
         activations: as `activations_of` gives them.
         granularity: of experts; None for what was asked.
+        outline: the model without values, if there is one: it is copied otherwise.
         always_search: weigh plans where nothing but the fit's is possible, too, for their prediction.
 
     Raises:
@@ -179,7 +181,7 @@ def prepare(
         PlanError, ConfigError: if the plan that was given, or what else was asked for, cannot be.
     """
     fitted, memory = fit_input(model, given, slot_bytes, activations, granularity or given.granularity)
-    predictor = _predictor(model, fitted, given.hardware)
+    predictor = _predictor(model, fitted, given.hardware, outline)
     plan, prediction = fitted.plan, None
     # What had to be split is; where rounding is allowed, all ways are weighed.
     kept = plan.kept_as if given.exactness == ROUNDING else plan.asked
@@ -203,11 +205,13 @@ def _has_choices(given: PlanInput, fitted: FittedPlan) -> bool:
     return given.budgets.host_bytes is not None or given.exactness == ROUNDING or bool(fitted.paged)
 
 
-def _predictor(model: nn.Module, fitted: FittedPlan, hardware: HardwareProfile | None) -> Predictor | None:
+def _predictor(
+    model: nn.Module, fitted: FittedPlan, hardware: HardwareProfile | None, outline: nn.Module | None
+) -> Predictor | None:
     if hardware is None:
         return None
     dtype = str(next((value.dtype for value in model.parameters()), torch.float32)).removeprefix("torch.")
-    return Predictor(model, fitted.by_submodule, hardware, dtype)
+    return Predictor(model, fitted.by_submodule, hardware, dtype, outline)
 
 
 def _given(model: nn.Module, given: PlanInput, fitted: FittedPlan) -> Plan:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
+from offload.collector import held_collector
 from offload.config import Progress
 from offload.kept_profile import kept_profile, suits
 from offload.model.homes import FileMaps
@@ -70,7 +71,7 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         before_bytes = process_bytes()
         try:
             # Parameters, homes and slots outlive an inference mode that the user is in, and are written to after it.
-            with HeldInterrupts() as interrupts, torch.inference_mode(False):
+            with HeldInterrupts() as interrupts, held_collector(), torch.inference_mode(False):
                 progress = partial(_progress_between_interrupts, interrupts, self._request.progress)
                 self._opened = self._open(self._stack, progress, before_bytes)
         except BaseException:

@@ -1,8 +1,11 @@
 """Work that is counted without values, against what can be computed by hand."""
 
+import copy
+
 import pytest
 import torch
 
+from offload.planning import counted_work, dry_run
 from offload.planning.dry_run import DryRun
 from offload.planning.operations import DryRunFailed
 from tests.architectures import ARCHITECTURES, BY_NAME, SPECIAL, make
@@ -86,3 +89,52 @@ def test_attention_that_builds_its_scores_holds_them():
     model.set_attn_implementation("eager")
     scores = 4 * 512 * 512 * 4
     assert DryRun(model).forward(1, 512).activation_bytes >= fused + scores
+
+
+@pytest.fixture
+def uncounted(monkeypatch, tmp_path):
+    """Nothing is known from an earlier dry run."""
+    monkeypatch.setenv("OFFLOAD_PROFILES", str(tmp_path))
+    monkeypatch.setattr(counted_work, "_in_memory", {})
+
+
+def outline_of(model):
+    with torch.device("meta"):
+        return type(model)(model.config).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_outline_counts_like_the_copy_that_it_spares(name, tied, uncounted, monkeypatch):
+    model = BY_NAME[name].make(tied)
+    counted = DryRun(model).passes(2, 8, 10)
+    monkeypatch.setattr(counted_work, "_in_memory", {})
+    monkeypatch.setenv("OFFLOAD_PROFILES", "/proc/none")
+    monkeypatch.setattr(dry_run, "meta_twin", lambda model: pytest.fail("it was copied"))
+    outline = outline_of(model)
+    run = DryRun(model, outline=outline)
+    assert run.model is outline
+    assert run.passes(2, 8, 10) == counted
+
+
+def _other_attention(outline):
+    outline.config = copy.deepcopy(outline.config)
+    outline.config._attn_implementation = "eager"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda outline: setattr(outline.model, "norm", torch.nn.Identity()),
+        lambda outline: setattr(outline.lm_head, "weight", torch.nn.Parameter(outline.lm_head.weight.half())),
+        lambda outline: setattr(outline.lm_head, "weight", outline.model.embed_tokens.weight),
+        lambda outline: outline.to_empty(device="cpu"),
+        _other_attention,
+    ],
+    ids=["module", "dtype", "tied", "real", "attention"],
+)
+def test_an_outline_of_another_model_is_not_used(change, uncounted):
+    model = make("llama")
+    outline = outline_of(model)
+    change(outline)
+    assert DryRun(model, outline=outline).model is not outline

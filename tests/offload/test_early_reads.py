@@ -9,6 +9,8 @@ import torch
 from offload import offload
 from offload.cache_folder import cache_folder
 from offload.runtime.early_reads import RESIDENT, EarlyReads
+from offload.runtime.page_locked import PageLockedMemory
+from offload.storage.errors import BudgetExceeded
 from tests.architectures import make, tokens
 from tests.budgets import ALL, SOME, budget_for, spec_of
 
@@ -113,6 +115,26 @@ def test_what_no_block_wants_is_dropped(blocks, saved, taken):
     remembered().write_text(json.dumps({**content, "blocks": blocks(content["blocks"])}))
     with entered(saved, ALL) as session:
         assert_right(session)
+    assert not any(taken)
+
+
+def test_where_not_all_can_be_read_none_is_begun(saved, taken, monkeypatch):
+    """The last of them finds no room; what the others were charged with is given back, and the session reads as ever."""
+    with entered(saved, ALL) as session:
+        blocks = len(session.plan.weights.resident)
+    taken.clear()
+    allocate, asked = PageLockedMemory.allocate, []
+
+    def refusing(self, *args, **options):
+        asked.append(args)
+        if len(asked) == blocks:
+            raise BudgetExceeded("no room for the last one")
+        return allocate(self, *args, **options)
+
+    monkeypatch.setattr(PageLockedMemory, "allocate", refusing)
+    with entered(saved, ALL) as session:
+        assert_right(session)
+    assert len(asked) > blocks
     assert not any(taken)
 
 
