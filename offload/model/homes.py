@@ -187,13 +187,17 @@ class ParameterHome:
     def restore(self) -> None:
         """The session ends: the parameter is as it was, with the values that it has now."""
         current = self.parameter.data
-        with torch.no_grad(), torch.inference_mode(False):
-            if self.trained and current.device.type == "cpu":
-                return
-            if self.original is None:
-                current = current.to("cpu", copy=True)
-            elif current is not self.original and current.data_ptr() != self.original.data_ptr():
-                if self.modified or self.parameter._version != self.version:
-                    self.original.copy_(current)
-                current = self.original
-        self.parameter.data = current
+        if not self.trained or current.device.type != "cpu":
+            with torch.no_grad(), torch.inference_mode(False):
+                current = self.parameter.data = self._restored(current)
+        # Whoever still knows this home keeps no file and no memory alive that the parameter has left.
+        self.tensor, self.original, self.shield = current, None, None
+
+    def _restored(self, current: torch.Tensor) -> torch.Tensor:
+        if self.original is None:
+            return current.to("cpu", copy=True)
+        if current is not self.original and current.data_ptr() != self.original.data_ptr():
+            if self.modified or self.parameter._version != self.version:
+                self.original.copy_(current)
+            return self.original
+        return current

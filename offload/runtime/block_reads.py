@@ -64,12 +64,18 @@ class BlockRead:
                 if self._transfer.over:
                     self._transfer = None
                 raise
+            self._let_go()
         return self
 
     def cancel(self) -> None:
         """Nothing writes to the buffer any more."""
         if self._transfer is not None:
             self._transfer.cancel()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """A transfer knows whom to call: the two would keep each other, and the buffer, until Python looks for cycles."""
+        self._start = self._transfer = None
 
 
 class BlockReads:

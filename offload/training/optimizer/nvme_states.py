@@ -172,6 +172,9 @@ class NvmeStates:
         for file in (*self._frozen, *self._released, self._target):
             if file is not None:
                 self.drop_file(file)
+        self._ahead.clear()
+        self._pending.clear()
+        self._buffers.close()
 
     def _settle_one(self) -> None:
         """The oldest write has ended; a block whose last one it was is in its new place."""
