@@ -1,6 +1,14 @@
-"""A part of the cases of each test, another one for each seed: `--sample 3 --sample-seed "$(git rev-parse HEAD)"`."""
+"""A part of all tests, another one for each seed.
+
+python -m pytest --cover 1                  each value of each parameter once, instead of all combinations
+python -m pytest --cover 2                  each pair of values of two parameters
+python -m pytest --sample 3 --seed TEXT     three cases of each test
+python -m pytest --minutes 10 --seed TEXT   what ten minutes are enough for
+"""
 
 import hashlib
+import itertools
+import time
 from collections import defaultdict
 
 import pytest
@@ -11,10 +19,47 @@ def sampled(names, count, seed):
 
     Which ones is drawn by the seed, so that all of them run in the course of time.
     """
-    cases = defaultdict(list)
+    return {name for of_one in _by_test(names).values() for name in _drawn(of_one, seed)[:count]}
+
+
+def covering(cases, strength, seed):
+    """Cases of each test in which every combination of `strength` parameters' values occurs that occurs at all; as a set.
+
+    Greedy: the next one is the case with the most combinations that are still missing.
+
+    Args:
+        cases: the index of each parameter's value, by parameter, by the name of the case.
+    """
+    return {name for names in _by_test(cases).values() for name in _covering_one(names, cases, strength, seed)}
+
+
+def _covering_one(names, cases, strength, seed):
+    found = {name: set(itertools.combinations(sorted(cases[name].items()), strength)) for name in _drawn(names, seed)}
+    if len(names) == 1 or not all(found.values()):
+        # Fewer parameters than that: nothing is combined.
+        return names
+    missing, chosen = set().union(*found.values()), []
+    while missing:
+        best = max(found, key=lambda name: len(found[name] & missing))
+        missing -= found.pop(best)
+        chosen.append(best)
+    return chosen
+
+
+def drawn_order(names, seed):
+    """File by file, since tests of one file share what they make; the files in an order that the seed draws."""
+    return sorted(names, key=lambda name: _draw(seed, name.split("::", 1)[0]))
+
+
+def _by_test(names):
+    tests = defaultdict(list)
     for name in names:
-        cases[name.split("[", 1)[0]].append(name)
-    return {name for of_one in cases.values() for name in sorted(of_one, key=lambda name: _draw(seed, name))[:count]}
+        tests[name.split("[", 1)[0]].append(name)
+    return tests
+
+
+def _drawn(names, seed):
+    return sorted(names, key=lambda name: _draw(seed, name))
 
 
 def _draw(seed, name):
@@ -23,16 +68,36 @@ def _draw(seed, name):
 
 def pytest_addoption(parser):
     group = parser.getgroup("sampling")
-    group.addoption("--sample", type=int, metavar="N", help="run at most N cases of each test function")
-    group.addoption("--sample-seed", default="", metavar="TEXT", help="draws which ones")
+    group.addoption("--cover", type=int, metavar="T", help="all combinations of T parameters' values, instead of all cases")
+    group.addoption("--sample", type=int, metavar="N", help="at most N cases of each test function")
+    group.addoption("--minutes", type=float, metavar="M", help="file after file, drawn by the seed; skip the rest after M")
+    group.addoption("--seed", default="", metavar="TEXT", help="draws which ones")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    count = config.getoption("sample")
-    if count is None:
-        return
-    kept = sampled([item.nodeid for item in items], count, config.getoption("sample_seed"))
-    left_out = [item for item in items if item.nodeid not in kept]
-    items[:] = [item for item in items if item.nodeid in kept]
-    config.hook.pytest_deselected(items=left_out)
+    seed = config.getoption("seed")
+    if (strength := config.getoption("cover")) is not None:
+        cases = {item.nodeid: item.callspec.indices if hasattr(item, "callspec") else {} for item in items}
+        _keep(config, items, covering(cases, strength, seed))
+    if (count := config.getoption("sample")) is not None:
+        _keep(config, items, sampled([item.nodeid for item in items], count, seed))
+    if config.getoption("minutes") is not None:
+        by_name = {item.nodeid: item for item in items}
+        items[:] = [by_name[name] for name in drawn_order(by_name, seed)]
+
+
+def _keep(config, items, names):
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in names])
+    items[:] = [item for item in items if item.nodeid in names]
+
+
+def pytest_sessionstart(session):
+    session.config.begun_at = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    minutes = item.config.getoption("minutes")
+    if minutes is not None and time.monotonic() - item.config.begun_at > 60 * minutes:
+        pytest.skip(f"{minutes:g} minutes are over")
