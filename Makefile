@@ -9,9 +9,9 @@ demo: .venv/installed
 	$(BIN)/offload generate demo --prompt "And the king said" --max-new-tokens 60 --device cpu --cpu-memory 6MiB
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not every_case"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not every_case" --cover 1
 
-# Every combination, where `test` has a sample.
+# Every combination of parameters, where `test` has each of their values.
 test-all: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 

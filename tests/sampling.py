@@ -28,7 +28,7 @@ def covering(cases, strength, seed):
     Greedy: the next one is the case with the most combinations that are still missing.
 
     Args:
-        cases: the index of each parameter's value, by parameter, by the name of the case.
+        cases: what stands for each parameter's value, by parameter, by the name of the case.
     """
     return {name for names in _by_test(cases).values() for name in _covering_one(names, cases, strength, seed)}
 
@@ -78,13 +78,17 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     seed = config.getoption("seed")
     if (strength := config.getoption("cover")) is not None:
-        cases = {item.nodeid: item.callspec.indices if hasattr(item, "callspec") else {} for item in items}
-        _keep(config, items, covering(cases, strength, seed))
+        _keep(config, items, covering({item.nodeid: _values(item) for item in items}, strength, seed))
     if (count := config.getoption("sample")) is not None:
         _keep(config, items, sampled([item.nodeid for item in items], count, seed))
     if config.getoption("minutes") is not None:
         by_name = {item.nodeid: item for item in items}
         items[:] = [by_name[name] for name in drawn_order(by_name, seed)]
+
+
+def _values(item):
+    """The parameters of a case; values are the same object wherever they are combined with others."""
+    return {name: id(value) for name, value in item.callspec.params.items()} if hasattr(item, "callspec") else {}
 
 
 def _keep(config, items, names):

@@ -59,10 +59,27 @@ def test_each_file_comes_first_for_some_seed_and_stays_together():
 pytest_plugins = ["pytester"]
 
 
-@pytest.mark.filterwarnings("default")
-def test_what_the_minutes_are_not_enough_for_is_skipped_and_counted(pytester, monkeypatch):
+@pytest.fixture
+def run(pytester, monkeypatch):
+    """Runs a file of tests with this plugin, in a process of its own."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    pytester.makepyfile("import time\ndef test_a(): time.sleep(0.2)\ndef test_b(): assert False\ndef test_c(): assert False\n")
-    found = pytester.runpytest_subprocess("-p", "tests.sampling", "-p", "no:xdist", "--minutes", "0.002", "-rs")
+
+    def run(content, *options):
+        pytester.makepyfile(content)
+        return pytester.runpytest_subprocess("-p", "tests.sampling", "-p", "no:xdist", *options)
+
+    return run
+
+
+def test_the_option_finds_the_values_of_each_parameter(run):
+    grid = "import pytest\n@pytest.mark.parametrize('a', [[1], [2], [3]])\n@pytest.mark.parametrize('b', ['x', 'y'])\ndef test_a(a, b): pass\n"
+    run(grid, "--cover", "1").assert_outcomes(passed=3, deselected=3)
+    run(grid, "--cover", "2").assert_outcomes(passed=6)
+    run(grid, "--sample", "1").assert_outcomes(passed=1, deselected=5)
+
+
+def test_what_the_minutes_are_not_enough_for_is_skipped_and_counted(run):
+    tests = "import time\ndef test_a(): time.sleep(0.2)\ndef test_b(): assert False\ndef test_c(): assert False\n"
+    found = run(tests, "--minutes", "0.002", "-rs")
     found.assert_outcomes(passed=1, skipped=2)
     found.stdout.fnmatch_lines(["*SKIPPED [[]2[]]*0.002 minutes are over*"])
