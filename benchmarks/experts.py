@@ -174,7 +174,7 @@ def budget_bytes(folder: str) -> int:
     """Of a session that has slots for a quarter of the experts."""
     from dataclasses import replace
 
-    from offload.config import Budgets
+    from offload.budgets import Budgets
     from offload.model.loading import CheckpointLoader
     from offload.planning.describe import count_activations
     from offload.planning.fit import Demand, ExpertGranularity, fit

@@ -25,9 +25,10 @@ import torch
 
 from benchmarks.checkout import commit
 from benchmarks.gpu_cases import CASES, raw_bytes_per_second
-from offload.config import parse_bytes, resolve_device
+from offload.config import parse_bytes
 from offload.probe import measure as probe
 from offload.scheduler.hardware import HardwareProfile
+from offload.storage.devices.resolve import resolve_device
 from offload.synth import synthesize
 
 

@@ -55,6 +55,7 @@ def _model() -> Any:
 def child(tokens: int, exactness: str) -> dict[str, Any]:
     """Decode after so many tokens; seconds, bytes, and what reading these bytes takes by itself."""
     from offload import offload
+    from offload.scheduler.phases import DECODE
     from offload.storage.process_memory import process_bytes
 
     torch.set_num_threads(2)
@@ -85,7 +86,7 @@ def child(tokens: int, exactness: str) -> dict[str, Any]:
             brought = part.onloaded_bytes - came
             peak = max(peak, process_bytes() - before)
         raw = _raw_seconds(part, brought)
-        report = session.report()
+        report, decode = session.report(), session.machine.clock.phases[DECODE]
     step = statistics.median(seconds[1:])
     return {
         "exactness": report.exactness,
@@ -95,6 +96,7 @@ def child(tokens: int, exactness: str) -> dict[str, Any]:
         "page_bytes": part.pages.page_bytes,
         "bytes_a_token": brought,
         "seconds_a_token": step,
+        "compute_seconds": decode.compute_seconds / decode.passes,
         "raw_read_seconds": raw,
         "of_the_raw_speed": raw / step,
         "process_bytes_beside": peak,
@@ -145,7 +147,7 @@ def main() -> None:
     medians = {
         name: {
             key: statistics.median(row[key] for row in found)
-            for key in ("seconds_a_token", "raw_read_seconds", "of_the_raw_speed")
+            for key in ("seconds_a_token", "compute_seconds", "raw_read_seconds", "of_the_raw_speed")
         }
         for name, found in rows.items()
     }

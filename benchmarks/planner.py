@@ -26,7 +26,7 @@ from benchmarks.memory_group import available
 from benchmarks.peak import peaks
 from benchmarks.throttled import Rates, Speed, machine, paced_products
 from offload import offload
-from offload.config import Budgets
+from offload.budgets import Budgets
 from offload.planning.dry_run import DryRun
 from offload.planning.predictor import PlanGoal, Predictor
 from offload.probe import measure, module_seconds

@@ -18,7 +18,7 @@ from torch import nn
 
 from offload.scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
 from offload.scheduler.plan import Plan
-from offload.storage.devices.base import Copy
+from offload.storage.devices.base import Copy, unversioned
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.io_engines.posix import PosixEngine
@@ -150,7 +150,7 @@ class ThrottledDevice:
     name = "throttled"
     hardware_name = "throttled"
     torch_device = torch.device("cpu")
-    host_memory = False
+    shares_host_memory = False
     copy_link = "h2d"
     workspace_bytes = 0
     emulated_dtypes = frozenset()
@@ -176,6 +176,10 @@ class ThrottledDevice:
         self._asked.put((copies, after, event, name))
         return event
 
+    def copy_out(self, target, source, name=""):
+        unversioned(target).copy_(source)
+        return self.record()
+
     def _copy_all(self) -> None:
         while True:
             copies, after, event, name = self._asked.get()
@@ -187,7 +191,7 @@ class ThrottledDevice:
             until = self._pace.reserve(nbytes)
             with torch.inference_mode(False), torch.no_grad():
                 for target, source in copies:
-                    target.copy_(source)
+                    unversioned(target).copy_(source)
             sleep_until(until)
             self.ended.append(Copy(name, begun, time.perf_counter(), nbytes))
             event.passed.set()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from offload.config import EXACTNESS, IDENTICAL, Progress, resolve_device
+from offload.config import EXACTNESS, IDENTICAL, Progress
 from offload.kv.options import NONE, PLAIN, KvOptions
 from offload.model.from_pretrained import TAKEN, LoadingOptions, unknown
 from offload.moe.options import AUTO, CPU, ExpertOptions
@@ -18,6 +18,7 @@ from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.plan import Plan
 from offload.session.request import Request
 from offload.session.session import Session
+from offload.storage.devices.resolve import resolve_device
 from offload.storage.errors import ConfigError
 from offload.training.options import Training
 

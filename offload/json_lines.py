@@ -51,3 +51,13 @@ def json_lines(path: str | Path, option: str) -> Iterator[Item]:
                 yield where, number, json.loads(line, strict=False)
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{where} is not JSON ({error})") from error
+
+
+def conversation(where: str, messages: Any) -> list[dict[str, str]]:
+    """Check that these are messages of a chat, at least one. Raises ConfigError, which names the wrong one."""
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(f'{where}: "messages" is no list of {{"role": "...", "content": "..."}}')
+    for index, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            raise ConfigError(f'{where}: message {index} is not {{"role": "...", "content": "..."}}')
+    return messages

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from offload import BudgetTooSmall, Session, offload
-from offload.config import resolve_device
 from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.scheduler.planner import least_budget_bytes
+from offload.storage.devices.resolve import resolve_device
 
 NONE, SOME, ALL, SPLIT = "none", "some", "all", "split"
 PLENTY = 1 << 30

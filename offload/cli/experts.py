@@ -1,42 +1,29 @@
 """`offload experts replay`: what cache policies would have made of a recorded run."""
 
-import argparse
 import json
 from dataclasses import asdict
 
 from rich.table import Table
 
+from offload.cli.arguments.others import ReplayArguments
 from offload.cli.terminal import print_table
 from offload.config import parse_bytes
-from offload.scheduler.expert_replay import POLICIES, SCOPES, Replay, Tally, replay, slots_in
+from offload.scheduler.expert_replay import POLICIES, Replay, Tally, replay, slots_in
 from offload.scheduler.routing import Routing
 from offload.storage.errors import ConfigError, gib
 
-SUMMARY = "Compare cache policies for experts on a recorded routing (from `generate --expert-trace`)."
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    again = actions.add_parser("replay", help=SUMMARY, description=SUMMARY)
-    add = again.add_argument
-    add("trace", metavar="TRACE.csv", help="from `generate --expert-trace`, or another tool that writes the format")
-    room = again.add_mutually_exclusive_group(required=True)
-    room.add_argument("--budget", metavar="SIZE", help="device memory for experts, like 3000MiB")
-    room.add_argument("--slots-per-layer", type=int, metavar="N", help="experts in device memory, by layer")
-    add("--policy", default=",".join(POLICIES), metavar="NAMES", help=f"some of {','.join(POLICIES)} (default: all)")
-    add("--scope", default="global", choices=SCOPES, help="whether layers share their slots (default: global)")
-    add("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def run(request: argparse.Namespace) -> None:
-    names = [name.strip() for name in request.policy.split(",") if name.strip()]
+def run(request: ReplayArguments) -> None:
+    asked = ",".join(POLICIES) if request.policy is None else request.policy
+    names = [name.strip() for name in asked.split(",") if name.strip()]
     if not names or any(name not in POLICIES for name in names):
         raise ConfigError(f"--policy {request.policy!r} must name some of {','.join(POLICIES)}")
     if request.slots_per_layer is not None and request.slots_per_layer < 1:
         raise ConfigError(f"--slots-per-layer {request.slots_per_layer} must be at least 1")
     budget = parse_bytes(request.budget, "--budget")
     routing = Routing.load(request.trace)
-    slots = request.slots_per_layer * routing.layers if budget is None else slots_in(routing, budget)
+    per_layer = request.slots_per_layer
+    slots = slots_in(routing, budget) if budget is not None else (per_layer or 0) * routing.layers
     results = [replay(routing, name, slots, request.scope) for name in names]
     if request.json:
         print(json.dumps({"trace": request.trace, "model": routing.model, "scope": request.scope, "policies": _facts(results)}))

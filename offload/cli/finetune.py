@@ -1,6 +1,5 @@
 """`offload finetune`: adapters, or all weights, of a model that does not fit."""
 
-import argparse
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,12 +13,13 @@ from transformers.utils import logging as transformers_logging
 
 from offload.adapters.peft import save_adapters, save_model
 from offload.api import offload
+from offload.cli.arguments.finetune import FinetuneArguments
 from offload.cli.terminal import check_writable, progress_bar, say
 from offload.cli.termination import Terminated, remembered
 from offload.finetune.data import Batches, check_packing, packed, read_examples
 from offload.finetune.loop import Step, train
-from offload.finetune.recipe import FULL, LORA, METHODS, Recipe
-from offload.generation.text import load_tokenizer
+from offload.finetune.recipe import FULL, LORA, Recipe
+from offload.generation.prompts import load_tokenizer
 from offload.model.checkpoint_folder import find_folder
 from offload.report.record import Record
 from offload.report.training import TrainingEstimate, TrainingReport
@@ -27,117 +27,26 @@ from offload.report.write import write_record
 from offload.storage.errors import ConfigError, gib
 from offload.training.optimizer.checkpoint import read_manifest
 from offload.training.options import (
-    ACTIVATION_TIERS,
-    ADAMW,
-    CPU,
-    MASTER_DTYPES,
-    OPTIMIZERS,
-    RECOMPUTE,
-    STATE_TIERS,
     Training,
 )
 
 CHECKPOINT = "checkpoint"
 """The folder inside of --output that training is resumed from."""
 
-SUMMARY = "Fine-tune a model while its weights are streamed: LoRA adapters (a PEFT folder), or all weights (a model's folder)."
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder with a safetensors checkpoint, a hub id, or `demo`")
-    add(
-        "--data",
-        required=True,
-        metavar="DATA",
-        help='FILE.jsonl of {"text"}, {"prompt", "completion"} or {"messages"}; a folder of .jsonl and .txt; a hub id',
-    )
-    add("--output", required=True, metavar="DIR", help="where the adapter or the model is written, and checkpoints")
-    add("--method", default=LORA, choices=METHODS, help="adapters, or all weights (default: lora)")
-    add("--eval-data", metavar="DATA", help="evaluation data; its loss is reported, it is never trained on")
-    add("--eval-every", type=int, default=0, metavar="N", help="steps from one evaluation to the next (default: at the end)")
-    add("--rank", type=int, default=16, metavar="N", help="rank of the adapters (default: 16)")
-    add("--alpha", type=float, default=32.0, metavar="A", help="the adapters are scaled by A / rank (default: 32)")
-    add("--dropout", type=float, default=0.0, metavar="P", help="dropout in front of the adapters (default: 0)")
-    add(
-        "--target-modules",
-        default="all-linear",
-        metavar="NAMES",
-        help="modules that get adapters, separated by commas (default: all-linear)",
-    )
-    add("--optimizer", default=ADAMW, choices=OPTIMIZERS, help="(default: adamw)")
-    add("--learning-rate", type=float, metavar="R", help="(default: 2e-4 for adapters, 1e-5 for all weights)")
-    add("--weight-decay", type=float, default=0.0, metavar="W", help="(default: 0)")
-    add(
-        "--master-dtype",
-        default="float32",
-        choices=MASTER_DTYPES,
-        help="dtype of the master copy of 16-bit weights (default: float32)",
-    )
-    add("--state-tier", default=CPU, choices=STATE_TIERS, help="where optimizer state lives: cpu or nvme (default: cpu)")
-    add(
-        "--activation-tier",
-        default=RECOMPUTE,
-        choices=ACTIVATION_TIERS,
-        help="where layer inputs are kept for backward: recompute, gpu, cpu, nvme (default: recompute)",
-    )
-    add(
-        "--loss-chunk",
-        type=int,
-        default=0,
-        metavar="N",
-        help="compute the loss N tokens at a time; exactness becomes `rounding` (default: all)",
-    )
-    add("--epochs", type=int, default=1, metavar="N", help="passes over the data (default: 1)")
-    add("--max-steps", type=int, default=0, metavar="N", help="stop after N steps (default: all)")
-    add(
-        "--sequence-length",
-        type=int,
-        default=512,
-        metavar="N",
-        help="most tokens of an example: longer texts are cut into several, longer answers refused (default: 512)",
-    )
-    add("--packing", action="store_true", help="pack several examples into one sequence, with attention masked between them")
-    add("--batch-size", type=int, default=1, metavar="N", help="examples in one micro-batch (default: 1)")
-    add("--gradient-accumulation", type=int, default=1, metavar="N", help="micro-batches per optimizer step (default: 1)")
-    add(
-        "--batch-major",
-        action="store_true",
-        help="load the weights once per micro-batch instead of once per step: slower, less memory, the same result",
-    )
-    add("--max-grad-norm", type=float, default=1.0, metavar="X", help="clip the global gradient norm to X (default: 1)")
-    add("--warmup", type=int, default=0, metavar="N", help="linear warm-up steps (default: 0)")
-    add("--save-every", type=int, default=0, metavar="N", help="steps from one checkpoint to the next (default: none)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --output, if there is one")
-    add("--seed", type=int, default=0, metavar="N", help="seed for data order, dropout and adapter initialization (default: 0)")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu (default: auto)")
-    add("--gpu-memory", metavar="SIZE", help="budget on the GPU, like 8GiB (default: what is free, less 10%%)")
-    add("--cpu-memory", metavar="SIZE", help="budget of CPU memory, like 24GiB (default: what is free, less a margin)")
-    add("--disk", metavar="DIR", help="keeps weights that must be converted, and states on NVMe (default for these: --output)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        help="dtype of the weights (default: auto)",
-    )
-    add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
-    add("--report", metavar="FILE", help="write the report there: .html for a page, else JSON")
-    add("--quiet", action="store_true", help="print neither steps nor the report")
-
-
-def run(request: argparse.Namespace) -> None:
+def run(request: FinetuneArguments) -> None:
     recipe, training = _recipe(request), _training(request)
-    if request.batch_size < 1 or request.sequence_length < 2:
+    if request.data.batch_size < 1 or request.data.sequence_length < 2:
         raise ConfigError("--batch-size must be at least 1 and --sequence-length at least 2")
-    check_writable(request.report)
-    output = Path(request.output)
-    _check_output(output, request.resume)
+    check_writable(request.output.report)
+    output = Path(request.output.output)
+    _check_output(output, request.output.resume)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder = find_folder(request.model)
-    tokenizer = load_tokenizer(folder, request.trust_remote_code)
-    batches = _batches(request, request.data, tokenizer)
-    evaluation = _batches(request, request.eval_data, tokenizer) if request.eval_data else None
+    tokenizer = load_tokenizer(folder, request.loading.trust_remote_code)
+    batches = _batches(request, request.data.data, tokenizer)
+    evaluation = _batches(request, request.data.eval_data, tokenizer) if request.data.eval_data else None
     checkpoints = output / CHECKPOINT
     with ExitStack() as stack:
         stack.enter_context(_made(checkpoints))
@@ -145,23 +54,23 @@ def run(request: argparse.Namespace) -> None:
             session = stack.enter_context(
                 offload(
                     folder,
-                    device=request.device,
-                    gpu_memory=request.gpu_memory,
-                    cpu_memory=request.cpu_memory,
-                    disk_dir=request.disk,
-                    batch_size=request.batch_size,
+                    device=request.memory.device,
+                    gpu_memory=request.memory.gpu_memory,
+                    cpu_memory=request.memory.cpu_memory,
+                    disk_dir=request.memory.disk,
+                    batch_size=request.data.batch_size,
                     max_tokens=max(item.longest for item in (batches, evaluation) if item is not None),
                     training=training,
                     progress=show,
-                    dtype=request.dtype,
-                    trust_remote_code=request.trust_remote_code,
+                    dtype=request.loading.dtype,
+                    trust_remote_code=request.loading.trust_remote_code,
                 )
             )
         model = recipe.adapted(session.model)
-        if request.packing:
+        if request.data.packing:
             check_packing(model, batches)
         estimate = session.training_estimate(recipe.gradient_accumulation, recipe.layer_major)
-        if not request.quiet:
+        if not request.output.quiet:
             report = session.report()
             blocks = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.blocks.items() if count)
             peak = f"predicted peak of {'CPU' if report.device == 'cpu' else 'GPU'} memory: {gib(report.peak.predicted_bytes)}"
@@ -171,9 +80,11 @@ def run(request: argparse.Namespace) -> None:
                 else ""
             )
             say(f"{len(batches)} batches, {recipe.steps(batches)} steps\n{estimate}\nblocks: {blocks}; {peak}{kept}")
-        watch = _Watch(recipe, estimate, recipe.steps(batches), request.quiet)
+        watch = _Watch(recipe, estimate, recipe.steps(batches), request.output.quiet)
         with remembered() as asked, watch:
-            done = train(session, model, batches, recipe, watch.on_step, evaluation, checkpoints, request.resume, asked.is_set)
+            done = train(
+                session, model, batches, recipe, watch.on_step, evaluation, checkpoints, request.output.resume, asked.is_set
+            )
         if done < recipe.steps(batches):
             raise Terminated(
                 f"stopped after step {done} of {recipe.steps(batches)}, which is in a checkpoint; --resume goes on"
@@ -186,44 +97,44 @@ def run(request: argparse.Namespace) -> None:
         trace = session.trace()
     if not any(checkpoints.iterdir()):
         checkpoints.rmdir()
-    if not request.quiet:
-        say(f"\n{report}\n{_said(recipe, request.model, output)}")
-    if request.report:
-        write_record(Record.of(report, trace), request.report)
+    if not request.output.quiet:
+        say(f"\n{report if request.output.verbose else report.summary()}\n{_said(recipe, request.model, output)}")
+    if request.output.report:
+        write_record(Record.of(report, trace), request.output.report)
 
 
-def _recipe(request: argparse.Namespace) -> Recipe:
-    default = 2e-4 if request.method == LORA else 1e-5
+def _recipe(request: FinetuneArguments) -> Recipe:
+    default = 2e-4 if request.adapter.method == LORA else 1e-5
     return Recipe(
-        method=request.method,
-        rank=request.rank,
-        alpha=request.alpha,
-        dropout=request.dropout,
-        target_modules=request.target_modules,
-        learning_rate=default if request.learning_rate is None else request.learning_rate,
-        epochs=request.epochs,
-        max_steps=request.max_steps,
-        gradient_accumulation=request.gradient_accumulation,
-        layer_major=not request.batch_major,
-        max_grad_norm=request.max_grad_norm,
-        warmup=request.warmup,
-        seed=request.seed,
-        save_every=request.save_every,
-        evaluate_every=request.eval_every,
+        method=request.adapter.method,
+        rank=request.adapter.rank,
+        alpha=request.adapter.alpha,
+        dropout=request.adapter.dropout,
+        target_modules=request.adapter.target_modules,
+        learning_rate=default if request.optimizer.learning_rate is None else request.optimizer.learning_rate,
+        epochs=request.optimizer.epochs,
+        max_steps=request.optimizer.max_steps,
+        gradient_accumulation=request.optimizer.gradient_accumulation,
+        layer_major=not request.memory.batch_major,
+        max_grad_norm=request.optimizer.max_grad_norm,
+        warmup=request.optimizer.warmup,
+        seed=request.optimizer.seed,
+        save_every=request.output.save_every,
+        evaluate_every=request.data.eval_every,
     )
 
 
-def _training(request: argparse.Namespace) -> Training:
+def _training(request: FinetuneArguments) -> Training:
     return Training(
-        full=request.method == FULL,
-        optimizer=request.optimizer,
-        weight_decay=request.weight_decay,
-        master_dtype=request.master_dtype,
-        state_tier=request.state_tier,
-        activation_tier=request.activation_tier,
-        loss_chunk=request.loss_chunk,
-        micro_batches=1 if request.batch_major else request.gradient_accumulation,
-        state_dir=request.disk or str(Path(request.output) / CHECKPOINT),
+        full=request.adapter.method == FULL,
+        optimizer=request.optimizer.optimizer,
+        weight_decay=request.optimizer.weight_decay,
+        master_dtype=request.memory.master_dtype,
+        state_tier=request.memory.state_tier,
+        activation_tier=request.memory.activation_tier,
+        loss_chunk=request.memory.loss_chunk,
+        micro_batches=1 if request.memory.batch_major else request.optimizer.gradient_accumulation,
+        state_dir=request.memory.disk or str(Path(request.output.output) / CHECKPOINT),
     )
 
 
@@ -252,12 +163,12 @@ def _made(folder: Path) -> Iterator[None]:
         raise
 
 
-def _batches(request: argparse.Namespace, source: str, tokenizer: Any) -> Batches:
-    examples = read_examples(source, tokenizer, request.sequence_length)
-    if request.packing:
-        examples = packed(examples, request.sequence_length)
+def _batches(request: FinetuneArguments, source: str, tokenizer: Any) -> Batches:
+    examples = read_examples(source, tokenizer, request.data.sequence_length)
+    if request.data.packing:
+        examples = packed(examples, request.data.sequence_length)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Batches(examples, request.batch_size, request.seed, padding)
+    return Batches(examples, request.data.batch_size, request.optimizer.seed, padding)
 
 
 def _said(recipe: Recipe, model: str, output: Path) -> str:

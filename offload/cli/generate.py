@@ -1,6 +1,5 @@
 """`offload generate`: text from a model that does not fit."""
 
-import argparse
 import json
 import sys
 from contextlib import ExitStack
@@ -11,146 +10,172 @@ from transformers.utils import logging as transformers_logging
 
 from offload.adapters.peft import load_adapters
 from offload.api import offload
-from offload.cli.shared_options import add_expert_arguments, add_kv_arguments, expert_options, kv_options
+from offload.cli.arguments.generate import GenerateArguments, PromptGroup
 from offload.cli.terminal import check_writable, live_console, progress_bar, say
-from offload.config import EXACTNESS, ROUNDING, Progress, resolve_device
-from offload.generation.text import LEAST_SHARED_TOKENS, Completion, Prompts, Sampling, complete, load_tokenizer
-from offload.json_lines import decoded, json_lines
+from offload.config import ROUNDING, Progress
+from offload.generation.prompts import LEAST_SHARED_TOKENS, Prompt, Prompts, load_tokenizer
+from offload.generation.sampling import Sampling, load_generation_config
+from offload.generation.text import Completion, complete
+from offload.json_lines import conversation, decoded, json_lines
 from offload.kept_profile import kept_profile
+from offload.kv.options import KvOptions
 from offload.model.checkpoint_folder import find_model
 from offload.model.from_pretrained import LoadingOptions
+from offload.moe.options import ExpertOptions
 from offload.probe import hardware_profile
 from offload.report.live import LiveView
 from offload.report.perfetto import as_perfetto
 from offload.report.record import Record
 from offload.report.write import write_record
 from offload.session.session import Session
+from offload.storage.devices.resolve import resolve_device
 from offload.storage.errors import ConfigError
 
-SUMMARY = "Generate text. Tokens go to stdout as they are made, the report to stderr."
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder with a safetensors checkpoint, a hub id, or `demo`")
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; by default standard input")
-    prompt.add_argument("--prompts", metavar="FILE.jsonl", help='a prompt a line: "text" or {"prompt": "text"}')
-    add("--chat", action="store_true", help="treat each prompt as a message and use the model's chat template")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="stop after N tokens (default: 128)")
-    add("--batch-size", type=int, default=1, metavar="N", help="prompts that share each pass over the weights (default: 1)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="draw from the likeliest tokens that add up to P, with --temperature (default: 1)",
-    )
-    add("--seed", type=int, metavar="N", help="makes draws repeatable (with --temperature)")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu (default: auto)")
-    add("--gpu-memory", metavar="SIZE", help="budget on the GPU, like 8GiB (default: what is free, less 10%%)")
-    add(
-        "--cpu-memory",
-        metavar="SIZE",
-        help="budget of CPU memory, like 24GiB; the only one on a CPU (default: what is free, less a margin)",
-    )
-    add(
-        "--disk",
-        metavar="DIR",
-        help="keeps weights that must be converted, and the KV cache's pages while it runs (default: $TMPDIR, nothing kept)",
-    )
-    add("--adapter", metavar="DIR", help="a PEFT adapter for the model, from `offload finetune`")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        help="dtype of the weights (default: auto)",
-    )
-    add("--revision", metavar="REV", help="branch, tag or commit, of a hub id")
-    add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
-    add(
-        "--exactness",
-        default="identical",
-        choices=EXACTNESS,
-        help="rounding allows other orders of computing (default: identical)",
-    )
-    add_expert_arguments(add)
-    add("--expert-trace", metavar="FILE.csv", help="write which experts each token chose, for `offload experts replay`")
-    add_kv_arguments(add)
-    add(
-        "--prefix-cache",
-        metavar="DIR",
-        help="cache the KV of prompt prefixes in DIR, across runs (created if missing); exactness becomes `rounding`",
-    )
-    add("--plan", metavar="FILE.json", help="what lives where, from `offload plan --output` (default: planned here)")
-    add("--report", metavar="FILE", help="write the report there: .html for a page, else JSON that `offload report` reads")
-    add("--trace", metavar="FILE.json", help="write what happened when, for ui.perfetto.dev")
-    add("--live", action="store_true", help="show memory, links and stalls in the terminal while it runs")
-    add("--quiet", action="store_true", help="do not print the report")
-    add("--json", action="store_true", help="print one JSON object (completions and report) at the end instead")
-
-
-def run(request: argparse.Namespace) -> None:
-    if request.batch_size < 1:
-        raise ConfigError(f"--batch-size {request.batch_size} must be at least 1")
-    if request.live and not sys.stderr.isatty():
+def run(request: GenerateArguments) -> None:
+    output = request.output
+    if request.prompt.batch_size < 1:
+        raise ConfigError(f"--batch-size {request.prompt.batch_size} must be at least 1")
+    live = output.live and sys.stderr.isatty()
+    if live != output.live:
         say("--live draws in a terminal, and standard error is none: nothing is drawn")
-        request.live = False
-    for path in (request.report, request.trace, request.expert_trace):
+    for path in (output.report, output.trace, request.experts.expert_trace):
         check_writable(path)
-    sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
-    texts = _read_prompts(request.prompt, request.prompts)
+    asked = _sampling(request)
+    texts = _read_prompts(request.prompt)
     transformers_logging.set_verbosity_error()
-    folder, adapter = find_model(request.model, LoadingOptions.of({"revision": request.revision}))
-    if adapter is not None and request.adapter is not None:
-        raise ConfigError(f"{request.model} is an adapter, and --adapter {request.adapter} another: give the model with one")
-    request.adapter = adapter or request.adapter
-    prompts = Prompts(load_tokenizer(folder, request.trust_remote_code), texts, request.chat)
-    completions, record = _generate(request, folder, prompts, sampling)
-    if request.json:
-        items = [{"prompt": item.prompt, "text": item.text, "new_tokens": item.new_tokens} for item in completions]
-        print(json.dumps({"completions": items, "report": record.report}), flush=True)
-    if request.report:
-        write_record(record, request.report)
-    if request.trace:
-        Path(request.trace).write_text(as_perfetto(record.trace))
+    folder, adapter = find_model(request.model, LoadingOptions.of({"revision": request.loading.revision}))
+    given = next(iter(request.loading.adapter), None)
+    if adapter is not None and given is not None:
+        raise ConfigError(f"{request.model} is an adapter, and --adapter {given} another: give the model with one")
+    config = load_generation_config(folder)
+    if (followed := asked.added_by(config)) and not output.quiet:
+        say(f"as the model's generation config says: {followed} (--temperature 0 takes the likeliest token)")
+    tokenizer = load_tokenizer(folder, request.loading.trust_remote_code)
+    prompts = Prompts(tokenizer, texts, request.prompt.chat, request.prompt.system)
+    completions, record = _Run(request, folder, adapter or given, prompts, asked.following(config), live).generate()
+    if output.json:
+        print(json.dumps({"completions": [item.to_dict() for item in completions], "report": record.report}), flush=True)
+    if output.report:
+        write_record(record, output.report)
+    if output.trace:
+        Path(output.trace).write_text(as_perfetto(record.trace))
 
 
-def _generate(
-    request: argparse.Namespace, folder: str, prompts: Prompts, sampling: Sampling
-) -> tuple[list[Completion], Record]:
-    batch_size = min(request.batch_size, len(prompts.texts))
-    with ExitStack() as stack:
-        # The weights are read until the first pass is over: the bar is gone before the first token, which would tear it.
-        bars = stack.enter_context(ExitStack())
-        show = bars.enter_context(progress_bar())
-        session = stack.enter_context(_session(request, folder, batch_size, prompts, sampling, show))
-        if request.live:
-            bars.close()
-        model = session.model if request.adapter is None else load_adapters(session.model, request.adapter)
-        view = stack.enter_context(LiveView(session.snapshot, live_console())) if request.live else None
-        done = []
-        stream = None if request.json or batch_size > 1 else _print_now
-        begin = session.kv_cache if session.caches_prefixes or session.shares_prefixes else None
-        if view is not None:
-            stream = view.add_text
+def _sampling(request: GenerateArguments) -> Sampling:
+    asked = request.sampling
+    return Sampling(
+        max_new_tokens=asked.max_new_tokens,
+        temperature=asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p,
+        min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty,
+        num_beams=asked.num_beams,
+        stop=tuple(asked.stop),
+        seed=asked.seed,
+    )
+
+
+class _Run:
+    """One run of the command, all of whose options were read.
+
+    Args:
+        adapter: a PEFT adapter's folder.
+        live: draw while it runs.
+    """
+
+    def __init__(
+        self, request: GenerateArguments, folder: str, adapter: str | None, prompts: Prompts, sampling: Sampling, live: bool
+    ) -> None:
+        self._request, self._output = request, request.output
+        self._folder, self._adapter = folder, adapter
+        self._prompts, self._sampling = prompts, sampling
+        self._live = live
+        self._batch_size = min(request.prompt.batch_size, len(prompts.prompts))
+
+    def generate(self) -> tuple[list[Completion], Record]:
+        """All completions, which were printed too, and what was recorded."""
+        with ExitStack() as stack:
+            # The weights are read until the first pass is over: the bar is gone before the first token, which would tear it.
+            bars = stack.enter_context(ExitStack())
+            session = stack.enter_context(self._session(bars.enter_context(progress_bar())))
+            if self._live:
+                bars.close()
+            model = session.model if self._adapter is None else load_adapters(session.model, self._adapter)
+            view = stack.enter_context(LiveView(session.snapshot, live_console())) if self._live else None
+            done = self._completed(session, model, view)
+            if self._request.experts.expert_trace:
+                _save_routing(session, self._request.experts.expert_trace)
+            report = session.report()
+            if not (self._output.json or self._output.quiet):
+                say(f"\n{report if self._output.verbose else report.summary()}")
+            return done, Record.of(report, session.trace())
+
+    def _completed(self, session: Session, model: Any, view: LiveView | None) -> list[Completion]:
+        as_data = self._output.json or self._output.jsonl
+        stream = None if as_data or self._batch_size > 1 or self._sampling.beams > 1 else _print_now
+        shown = stream if view is None else view.add_text
         on_token = None if view is None else view.add_tokens
-        for completion in complete(model, prompts, sampling, batch_size, stream, on_token, begin):
-            done.append(completion)
-            if not request.json and view is None:
-                _print_rest(completion, len(prompts.texts) > 1, streamed=stream is not None)
-        if view is not None:
-            # The text was part of the view, which is gone now.
-            view.close()
-            for completion in () if request.json else done:
-                _print_rest(completion, len(prompts.texts) > 1, streamed=False)
-        if request.expert_trace:
-            _save_routing(session, request.expert_trace)
-        report = session.report()
-        if not (request.json or request.quiet):
-            say(f"\n{report}")
-        return done, Record.of(report, session.trace())
+        caches = (session.caches_prefixes or session.shares_prefixes) and self._sampling.beams == 1
+        begin = session.kv_cache if caches else None
+        done: list[Completion] = []
+        try:
+            for completion in complete(model, self._prompts, self._sampling, self._batch_size, shown, on_token, begin):
+                done.append(completion)
+                if view is None:
+                    self._print(completion, streamed=stream is not None)
+                else:
+                    view.end_text()
+        finally:
+            if view is not None:
+                # The text was part of the view, which is gone now: after Ctrl-C, too.
+                view.close()
+                for completion in done:
+                    self._print(completion, streamed=False)
+                if view.unfinished and not as_data:
+                    print(view.unfinished, flush=True)
+        return done
+
+    def _print(self, completion: Completion, streamed: bool) -> None:
+        """End what was streamed with a new line; print what was not."""
+        if self._output.jsonl:
+            print(json.dumps(completion.to_dict()), flush=True)
+        elif not self._output.json:
+            print("" if streamed else completion.text, flush=True)
+            if len(self._prompts.prompts) > 1:
+                print(flush=True)
+
+    def _session(self, show: Progress) -> Session:
+        request, memory = self._request, self._request.memory
+        device = resolve_device(memory.device)
+        if kept_profile(device, memory.disk) is None:
+            # Measured once for each machine and disk; kept.
+            try:
+                hardware_profile(device, memory.disk, progress=show)
+            except (OSError, ConfigError) as error:
+                say(f"the machine could not be measured, so nothing is predicted: {error}")
+        shared = self._prompts.shared(self._batch_size) if request.loading.exactness == ROUNDING else 0
+        kv, experts = request.kv, request.experts
+        return offload(
+            self._folder,
+            device=memory.device,
+            gpu_memory=memory.gpu_memory,
+            cpu_memory=memory.cpu_memory,
+            disk_dir=memory.disk,
+            batch_size=self._batch_size * self._sampling.beams,
+            max_tokens=self._prompts.longest + self._sampling.max_new_tokens,
+            new_tokens=self._sampling.max_new_tokens,
+            exactness=request.loading.exactness,
+            plan=memory.plan,
+            experts=ExpertOptions(experts.expert_policy, experts.expert_misses, experts.expert_prefetch),
+            kv=KvOptions.parse(
+                kv.kv_memory, kv.kv_policy, kv.kv_budget, shared if shared >= LEAST_SHARED_TOKENS else 0, kv.prefix_cache
+            ),
+            progress=show,
+            dtype=request.loading.dtype,
+            trust_remote_code=request.loading.trust_remote_code,
+        )
 
 
 def _save_routing(session: Session, path: str) -> None:
@@ -161,52 +186,15 @@ def _save_routing(session: Session, path: str) -> None:
     routing.save(path)
 
 
-def _session(
-    request: argparse.Namespace, folder: str, batch_size: int, prompts: Prompts, sampling: Sampling, show: Progress
-) -> Session:
-    device = resolve_device(request.device)
-    if kept_profile(device, request.disk) is None:
-        # Measured once for each machine and disk; kept.
-        try:
-            hardware_profile(device, request.disk, progress=show)
-        except (OSError, ConfigError) as error:
-            say(f"the machine could not be measured, so nothing is predicted: {error}")
-    shared = prompts.shared(batch_size) if request.exactness == ROUNDING else 0
-    return offload(
-        folder,
-        device=request.device,
-        gpu_memory=request.gpu_memory,
-        cpu_memory=request.cpu_memory,
-        disk_dir=request.disk,
-        batch_size=batch_size,
-        max_tokens=prompts.longest + sampling.max_new_tokens,
-        new_tokens=sampling.max_new_tokens,
-        exactness=request.exactness,
-        plan=request.plan,
-        experts=expert_options(request),
-        kv=kv_options(request, shared if shared >= LEAST_SHARED_TOKENS else 0, request.prefix_cache),
-        progress=show,
-        dtype=request.dtype,
-        trust_remote_code=request.trust_remote_code,
-    )
-
-
 def _print_now(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _print_rest(completion: Completion, several: bool, streamed: bool) -> None:
-    """End what was streamed with a new line; print what was not."""
-    print("" if streamed else completion.text, flush=True)
-    if several:
-        print(flush=True)
-
-
-def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
-    if prompt is not None:
-        return [prompt]
-    if path is not None:
-        return _read_lines(path)
+def _read_prompts(asked: PromptGroup) -> list[Prompt]:
+    if asked.prompt is not None:
+        return [asked.prompt]
+    if asked.prompts is not None:
+        return _read_lines(asked.prompts)
     if sys.stdin.isatty():
         raise ConfigError("there is no prompt: give --prompt TEXT, --prompts FILE.jsonl, or text on standard input")
     text = decoded(sys.stdin.buffer.read(), "standard input").strip()
@@ -215,15 +203,17 @@ def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
     return [text]
 
 
-def _read_lines(path: str) -> list[str]:
+def _read_lines(path: str) -> list[Prompt]:
     prompts = [_prompt_of(where, item) for where, _, item in json_lines(path, "--prompts")]
     if not prompts:
         raise ConfigError(f"--prompts {path} holds no prompt; write one a line")
     return prompts
 
 
-def _prompt_of(where: str, item: Any) -> str:
+def _prompt_of(where: str, item: Any) -> Prompt:
+    if isinstance(item, dict) and "messages" in item:
+        return conversation(where, item["messages"])
     text = item.get("prompt") if isinstance(item, dict) else item
     if not isinstance(text, str):
-        raise ConfigError(f'{where} is neither a "text" nor {{"prompt": "text"}}')
+        raise ConfigError(f'{where} is neither a "text" nor {{"prompt": "text"}} nor {{"messages": [...]}}')
     return text

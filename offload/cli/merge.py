@@ -1,30 +1,19 @@
 """`offload merge`: an adapter folded into its model."""
 
-import argparse
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from offload.adapters.peft import load_adapters, merge, save_model
+from offload.cli.arguments.others import MergeArguments
 from offload.cli.terminal import say
-from offload.generation.text import load_tokenizer
+from offload.generation.prompts import load_tokenizer
 from offload.model.checkpoint_folder import find_folder
 from offload.storage.errors import ConfigError
 
-SUMMARY = "Fold an adapter into its model. Writes a folder that transformers loads."
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder with a safetensors checkpoint, a hub id, or `demo`")
-    add("--adapter", required=True, metavar="DIR", help="a PEFT adapter folder, as `offload finetune` writes one")
-    add("--output", required=True, metavar="DIR", help="where the model is written")
-    add("--disk", metavar="DIR", help="holds merged weights meanwhile (default: the system's temporary folder)")
-    add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
-
-
-def run(request: argparse.Namespace) -> None:
+def run(request: MergeArguments) -> None:
     output = Path(request.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} exists already; name a new folder")

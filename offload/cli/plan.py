@@ -1,78 +1,51 @@
 """`offload plan`: what would live where, how fast it would be, and what would help."""
 
-import argparse
 import json
 from pathlib import Path
 
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from offload.cli.shared_options import add_expert_policy, add_kv_arguments, expert_options, kv_options
+from offload.cli.arguments.plan import PlanArguments
 from offload.cli.terminal import check_writable, print_table, progress_bar, say
-from offload.config import EXACTNESS
+from offload.kv.options import KvOptions
+from offload.moe.options import ExpertOptions
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.plan import Plan
 from offload.session.preview import Planner, PlanRequest, PlanResult
 from offload.storage.errors import duration, gib
 
-SUMMARY = "Plan a run without loading the model: what lives where, how fast, what holds it back, what would help."
+_HELPS = 1.01
+"""Times as fast: less is none."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder with a safetensors checkpoint, `demo`, or a hub id (its headers)")
-    add("--prompt-tokens", type=int, default=512, metavar="N", help="of each prompt (default: 512)")
-    add("--new-tokens", type=int, default=128, metavar="N", help="of each answer (default: 128)")
-    add("--batch-size", type=int, default=1, metavar="N", help="prompts that share each pass over the weights (default: 1)")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu (default: auto)")
-    add("--gpu-memory", metavar="SIZE", help="budget on the GPU, like 8GiB (default: what is free, less 10%%)")
-    add("--cpu-memory", metavar="SIZE", help="budget of CPU memory, like 24GiB; on a CPU the only one (default: what is free)")
-    add("--disk", metavar="DIR", help="a folder on the disk that the weights are read from (default: $TMPDIR)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        help="dtype of the weights (default: auto)",
-    )
-    add(
-        "--exactness",
-        default="identical",
-        choices=EXACTNESS,
-        help="rounding allows other orders of computing (default: identical)",
-    )
-    add_expert_policy(add)
-    add_kv_arguments(add)
-    add("--hardware", metavar="FILE.json", help="plan for the machine that this profile describes (default: this one)")
-    add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint (off by default)")
-    add("--output", metavar="FILE.json", help="write the plan there, to edit it and give it to `generate --plan`")
-    add("--json", action="store_true", help="print one JSON object instead of tables")
-
-
-def run(request: argparse.Namespace) -> None:
-    check_writable(request.output)
+def run(request: PlanArguments) -> None:
+    output, memory = request.output, request.memory
+    check_writable(output.output)
     transformers_logging.set_verbosity_error()
     asked = PlanRequest(
-        request.prompt_tokens,
-        request.new_tokens,
-        request.batch_size,
-        request.gpu_memory,
-        request.cpu_memory,
-        request.exactness,
-        expert_options(request),
-        kv_options(request),
+        request.work.prompt_tokens,
+        request.work.new_tokens,
+        request.work.batch_size,
+        memory.gpu_memory,
+        memory.cpu_memory,
+        request.loading.exactness,
+        ExpertOptions(request.experts.expert_policy),
+        KvOptions.parse(request.kv.kv_memory, request.kv.kv_policy, request.kv.kv_budget),
     )
-    hardware = None if request.hardware is None else HardwareProfile.load(request.hardware)
+    hardware = None if memory.hardware is None else HardwareProfile.load(memory.hardware)
     with progress_bar() as show:
-        planner = Planner(request.model, request.dtype, hardware, request.device, request.disk, request.trust_remote_code, show)
+        loading = request.loading
+        planner = Planner(request.model, loading.dtype, hardware, memory.device, memory.disk, loading.trust_remote_code, show)
     planned = planner.plan(asked)
-    if request.output:
-        Path(request.output).write_text(planned.plan.to_json())
-    if request.json:
+    if output.output:
+        Path(output.output).write_text(planned.plan.to_json())
+    if output.json:
         print(json.dumps(planned.to_dict()))
     else:
         _print(planned, asked)
-        if request.output:
-            say(f"written to {request.output}; run it with: offload generate {request.model} --plan {request.output}")
+        if output.output:
+            say(f"written to {output.output}; run it with: offload generate {request.model} --plan {output.output}")
 
 
 def _print(planned: PlanResult, asked: PlanRequest) -> None:
@@ -94,6 +67,8 @@ def _print(planned: PlanResult, asked: PlanRequest) -> None:
         _print_pages(plan)
     if planned.by_hit_rate:
         _print_hit_rates(planned)
+    if all(item.speedup < _HELPS for item in planned.what_if):
+        print("nothing that was tried would make it faster\n")
     changes = Table(box=None, pad_edge=False, header_style="bold")
     changes.add_column("what if")
     changes.add_column("a sequence is done", justify="right")

@@ -1,31 +1,20 @@
 """`offload probe`: what this machine can do."""
 
-import argparse
 import json
 from pathlib import Path
 
 from rich.table import Table
 
 from offload.cache_folder import cache_folder
+from offload.cli.arguments.others import ProbeArguments
 from offload.cli.terminal import check_writable, print_table, progress_bar, say
-from offload.config import resolve_device
 from offload.probe import hardware_profile
 from offload.scheduler.hardware import HardwareProfile, LinkRate
+from offload.storage.devices.resolve import resolve_device
 from offload.storage.errors import duration, gib
 
-SUMMARY = "Measure this machine (a few seconds), for `plan` and for predictions. The profile is kept by hardware id."
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu (default: auto)")
-    add("--disk", metavar="DIR", help="a folder on the disk that weights are read from (default: $TMPDIR)")
-    add("--refresh", action="store_true", help="measure again, even if a profile is kept")
-    add("--output", metavar="FILE.json", help="write the profile there too, to plan for this machine elsewhere")
-    add("--json", action="store_true", help="print the profile as JSON")
-
-
-def run(request: argparse.Namespace) -> None:
+def run(request: ProbeArguments) -> None:
     check_writable(request.output)
     with progress_bar() as show:
         profile = hardware_profile(resolve_device(request.device), request.disk, refresh=request.refresh, progress=show)

@@ -1,26 +1,18 @@
 """`offload report`: a run shown again, or two compared."""
 
-import argparse
 from typing import Any
 
 from rich.table import Table
 
+from offload.cli.arguments.others import ReportArguments
 from offload.cli.terminal import check_writable, print_table, say
 from offload.report.record import Record
 from offload.report.report import Report
 from offload.report.write import write_record
 from offload.storage.errors import ConfigError, duration, foreign_file, gib
 
-SUMMARY = "Show a run again that `generate --report FILE.json` wrote; given two, compare them."
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN.json", help="one run, or two to compare")
-    add("--output", metavar="FILE.html", help="write the run as a page")
-
-
-def run(request: argparse.Namespace) -> None:
+def run(request: ReportArguments) -> None:
     if len(request.runs) > 2:
         raise ConfigError(f"{len(request.runs)} runs were given; give one, or two to compare")
     records = [Record.load(path) for path in request.runs]

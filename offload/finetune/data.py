@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from offload.json_lines import Item, json_lines, read_text
+from offload.json_lines import Item, conversation, json_lines, read_text
 from offload.storage.errors import ConfigError
 from offload.training.weighting import IGNORED
 
@@ -129,9 +129,7 @@ def _conversation(where: str, messages: list[Any], tokenizer: Any) -> tuple[list
         )
     said: list[tuple[int, int]] = []
     whole = ""
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
-            raise ConfigError(f'{where}: message {index + 1} is not {{"role": "...", "content": "..."}}')
+    for index, message in enumerate(conversation(where, messages)):
         asked = _rendered(tokenizer, messages[:index], True) if message["role"] == "assistant" else whole
         before, whole = whole, _rendered(tokenizer, messages[: index + 1], False)
         if not whole.startswith(asked) or not whole.startswith(before):

@@ -2,16 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from offload.adapters.peft import with_adapters
+from offload.choices import TrainingMethod
 from offload.finetune.data import Batches
 from offload.storage.errors import ConfigError
 
-LORA, FULL = "lora", "full"
-METHODS = (LORA, FULL)
+METHODS: tuple[str, ...] = get_args(TrainingMethod)
+LORA, FULL = METHODS
 
 
 @dataclass(frozen=True, slots=True)

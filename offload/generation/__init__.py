@@ -1,4 +1,7 @@
-"""`offload generate`: text from prompts.
+"""Text from prompts.
 
-text  prompts in batches, completions
+prompts   texts and conversations as tokens
+sampling  how the next token is chosen
+stop      texts that an answer ends before
+text      completions, in batches, as they come
 """

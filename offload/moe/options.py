@@ -1,13 +1,15 @@
 """What a user may ask of experts."""
 
 from dataclasses import dataclass
+from typing import get_args
 
+from offload.choices import ExpertMisses, ExpertPolicy, ExpertPrefetch
 from offload.storage.errors import ConfigError
 
 AUTO, IN_LAYERS, LOAD, CPU, ON, OFF = "auto", "layers", "load", "cpu", "on", "off"
-POLICIES = (AUTO, "lru", "lfu", "admission", IN_LAYERS)
-MISSES = (AUTO, LOAD, CPU)
-PREFETCH = (AUTO, ON, OFF)
+POLICIES: tuple[str, ...] = get_args(ExpertPolicy)
+MISSES: tuple[str, ...] = get_args(ExpertMisses)
+PREFETCH: tuple[str, ...] = get_args(ExpertPrefetch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from offload.config import Budgets
+from offload.budgets import Budgets
 from offload.model.blocks import Structure, TakenApart, Unit, find_structure, has_submodules
 from offload.model.experts import ExpertsUnit, find_experts, undecorated_experts
 from offload.planning.describe import model_spec

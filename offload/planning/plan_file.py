@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from offload.config import ROUNDING, Budgets
+from offload.budgets import Budgets
+from offload.config import ROUNDING
 from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.scheduler.plan import Plan
 from offload.storage.errors import BudgetTooSmall, PlanError, gib

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from offload.config import ROUNDING, Budgets
+from offload.budgets import Budgets
+from offload.config import ROUNDING
 from offload.model.blocks import TakenApart
 from offload.planning.dry_run import DryRun
 from offload.planning.estimate import estimated_pass

@@ -7,6 +7,7 @@ training    what was trained
 kv          the KV cache in sentences
 comparison  predicted beside measured
 schema      the version of the keys, older ones renamed
+summary     three lines
 text        a table for a terminal
 html        a page
 live        a view while it runs

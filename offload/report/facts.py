@@ -9,6 +9,19 @@ from offload.scheduler.phases import BACKWARD, DECODE, PREFILL, STANDALONE, Phas
 from offload.scheduler.renamed import Renamed
 from offload.storage.ledger import MemoryLedger
 
+LEAST_JUDGED_SECONDS, LEAST_JUDGED_BYTES = 0.1, 64 << 20
+"""An error in percent of less says nothing: what a process does beside is as much."""
+
+
+def seconds_error(error: float | None, *seconds: float | None) -> str:
+    """An error of predicted seconds, `+5%`; empty where one of the times is too short to say anything."""
+    return "" if error is None or min(each or 0.0 for each in seconds) < LEAST_JUDGED_SECONDS else f"{error:+.0%}"
+
+
+def bytes_error(predicted: int, measured: int) -> str:
+    """An error of predicted bytes, `+5%`; empty where so few say nothing."""
+    return "" if min(predicted, measured) < LEAST_JUDGED_BYTES else f"{predicted / measured - 1:+.0%}"
+
 
 @dataclass(frozen=True, slots=True)
 class TierUse:

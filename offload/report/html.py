@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from offload.report.experts import ExpertUse
+from offload.report.facts import bytes_error, seconds_error
 from offload.report.kv import kv_sentences
 from offload.report.record import Record
 from offload.report.training import TrainingReport
@@ -341,19 +342,20 @@ def _prediction(prediction: dict[str, Any] | None, peak: dict[str, Any]) -> str:
         return ""
     rows = []
     for name, predicted, measured, error in (
-        ("prefill", "prefill_seconds", "prefill_measured_seconds", "prefill_error"),
+        ("first prefill", "prefill_seconds", "prefill_measured_seconds", "prefill_error"),
         ("a token", "seconds_per_token", "measured_seconds_per_token", "seconds_per_token_error"),
     ):
         if prediction[measured] is not None:
-            off = f"{prediction[error]:+.0%}"
+            off = seconds_error(prediction[error], prediction[predicted], prediction[measured])
             rows.append((name, duration(prediction[predicted]), duration(prediction[measured]), off))
     if peak["measured_bytes"]:
-        off = f"{peak['predicted_bytes'] / peak['measured_bytes'] - 1:+.0%}"
+        off = bytes_error(peak["predicted_bytes"], peak["measured_bytes"])
         rows.append(("peak of memory", gib(peak["predicted_bytes"]), gib(peak["measured_bytes"]), off))
     changes = [(item["change"], f"{item['speedup']:.2f}x") for item in prediction["what_if"]]
     more = f"<h2 style='margin-top:16px'>What would help</h2>{_table(('change', 'as fast'), changes)}" if changes else ""
     drifts = ", ".join(f"{_text(name)} {share:+.0%}" for name, share in prediction["drift"].items())
-    own = f"; without that drift the error of a token is {prediction['model_error']:+.0%}" if prediction["model_error"] else ""
+    without = seconds_error(prediction["model_error"], prediction["measured_seconds_per_token"])
+    own = f"; without that drift the error of a token is {without}" if without else ""
     changed = f" Since the profile was made the links changed: {drifts}{own}." if drifts else ""
     return (
         f"<section><h2>Predicted and measured</h2>{_table(('', 'predicted', 'measured', 'error'), rows)}"

@@ -44,6 +44,7 @@ class LiveView:
     def __init__(self, take: Callable[[], Snapshot], console: Console) -> None:
         self._take = take
         self._text = ""
+        self._ended = 0
         self._tokens = 0
         self._begun = time.monotonic()
         self._before: tuple[float, dict[str, int]] = (self._begun, {})
@@ -65,6 +66,16 @@ class LiveView:
 
     def add_text(self, text: str) -> None:
         self._text += text
+
+    def end_text(self) -> None:
+        """What was added is a whole answer; what follows is another."""
+        self._text += "\n\n"
+        self._ended = len(self._text)
+
+    @property
+    def unfinished(self) -> str:
+        """The answer that is being added."""
+        return self._text[self._ended :]
 
     def add_tokens(self, count: int) -> None:
         self._tokens += count

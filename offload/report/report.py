@@ -4,6 +4,7 @@ import json
 import resource
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any, ClassVar
 
 from offload.report.comparison import Comparison
@@ -16,7 +17,7 @@ from offload.scheduler.prediction import WhatIf
 from offload.scheduler.renamed import Renamed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report(Renamed):
     """A session so far. `print` it, or take `to_dict` and `to_json`: their keys are stable (docs/report.md).
 
@@ -96,7 +97,22 @@ class Report(Renamed):
             values["prediction"] = Comparison(**(values["prediction"] | {"what_if": what_if}))
         return cls(**values)
 
+    def summary(self) -> str:
+        """How fast, how much memory, and what held it back: three lines, and one for each fallback."""
+        from offload.report.summary import summary
+
+        return summary(self)
+
     def __str__(self) -> str:
         from offload.report.text import as_text
 
         return as_text(self)
+
+    def __repr__(self) -> str:
+        return f"<Report of {self.model} on {self.device}: print it>"
+
+    def _repr_html_(self) -> str:
+        """Show the summary in a notebook, and the whole report where it is asked for."""
+        return (
+            f"<pre>{escape(self.summary())}</pre><details><summary>all of it</summary><pre>{escape(str(self))}</pre></details>"
+        )

@@ -8,8 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from offload.report.comparison import Comparison
-from offload.report.facts import Peak, PhaseUse, TierUse
+from offload.report.facts import LEAST_JUDGED_BYTES, Peak, PhaseUse, TierUse, bytes_error, seconds_error
 from offload.report.kv import kv_sentences
+from offload.report.summary import time_by_cause
 from offload.storage.errors import duration, gib
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def _links(report: "Report") -> Table:
     table = _table("link", "moved", "busy", "speed", "measured speed of the link")
     for name, link in report.links.items():
         measured, speed = link.measured_bytes_per_second, link.bytes_per_second
-        share = f" ({speed / measured:.0%} of it reached)" if measured and speed else ""
+        judged = measured and speed and link.bytes >= LEAST_JUDGED_BYTES
+        share = f" ({(speed or 0.0) / (measured or 1.0):.0%} of it reached)" if judged else ""
         table.add_row(name, gib(link.bytes), f"{link.seconds:.2f} s", _rate(speed), _rate(measured) + share)
     return table
 
@@ -103,7 +105,8 @@ def _phases(phases: dict[str, PhaseUse]) -> Table:
     table = _table("phase", "tokens", "time", "speed", "where the time went")
     for name, use in phases.items():
         speed = f"{use.tokens_per_second:.2f} tokens/s" if use.tokens else ""
-        table.add_row(name, str(use.tokens or ""), f"{use.seconds:.2f} s", speed, _shares(use))
+        first = f", {duration(use.first_seconds)} of it the first" if use.passes > 1 and use.first_seconds else ""
+        table.add_row(name, str(use.tokens or ""), f"{use.seconds:.2f} s{first}", speed, _shares(use))
     return table
 
 
@@ -112,15 +115,16 @@ def _prediction(comparison: Comparison) -> Text:
     step = _beside(comparison.seconds_per_token, comparison.measured_seconds_per_token, comparison.seconds_per_token_error)
     guess = "" if comparison.exact_work else " (the model's work was estimated from its sizes)"
     drifts = [f"{name} {share:+.0%}" for name, share in comparison.drift.items()]
-    rest = f"; without it the error is {comparison.model_error:+.0%}" if comparison.model_error is not None else ""
+    own = seconds_error(comparison.model_error, comparison.measured_seconds_per_token)
+    rest = f"; without it the error is {own}" if own else ""
     drifted = f"\nsince the profile was made: {', '.join(drifts)}{rest}" if drifts else ""
-    return Text(f"predicted: prefill {first}; a token {step}; bound by {comparison.bound}{guess}{drifted}")
+    return Text(f"predicted: the first prefill {first}; a token {step}; bound by {comparison.bound}{guess}{drifted}")
 
 
 def _peak(peak: Peak) -> str:
     measured = peak.measured_bytes or 1
-    error = peak.predicted_bytes / measured - 1
-    return f"{gib(peak.predicted_bytes)} predicted, {gib(measured)} measured ({error:+.0%})"
+    error = bytes_error(peak.predicted_bytes, measured)
+    return f"{gib(peak.predicted_bytes)} predicted, {gib(measured)} measured" + (f" ({error})" if error else "")
 
 
 def _share(report: "Report") -> str:
@@ -131,14 +135,13 @@ def _share(report: "Report") -> str:
 def _beside(predicted: float, measured: float | None, error: float | None) -> str:
     if measured is None or error is None:
         return f"{duration(predicted)}"
-    return f"{duration(predicted)}, measured {duration(measured)} ({error:+.0%})"
+    shown = seconds_error(error, predicted, measured)
+    return f"{duration(predicted)}, measured {duration(measured)}" + (f" ({shown})" if shown else "")
 
 
 def _shares(use: PhaseUse) -> str:
-    spent = {"compute": use.compute_seconds, **{f"waiting for {name}": wait for name, wait in use.wait_seconds.items()}}
-    spent["offload's own work"] = use.overhead_seconds
-    spent["between blocks"] = use.other_seconds
-    return ", ".join(f"{name} {seconds / use.seconds:.0%}" for name, seconds in spent.items() if seconds / use.seconds >= 0.005)
+    shares = {name: seconds / use.seconds for name, seconds in time_by_cause(use).items()}
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
 
 
 def _rate(bytes_per_second: float | None) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-from offload.config import Budgets, Progress, parse_bytes, resolve_budgets, resolve_device
+from offload.budgets import Budgets, resolve_budgets
+from offload.config import Progress, parse_bytes
 from offload.runtime.clock import PassClock
 from offload.runtime.meters import CopyMeter, Meters
 from offload.runtime.notes import Notes
@@ -14,6 +15,7 @@ from offload.runtime.recorder import Recorder
 from offload.runtime.shared_lock import SharedLock
 from offload.storage.blocks import Tier
 from offload.storage.devices.base import Device
+from offload.storage.devices.resolve import resolve_device
 from offload.storage.errors import BudgetTooSmall, ConfigError, gib
 from offload.storage.io_engines.base import ReadEngine
 from offload.storage.io_engines.kvikio import choose_engine

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from offload.adapters.peft import inject_adapters
-from offload.config import ROUNDING, Budgets, Progress, what_it_risks
+from offload.budgets import Budgets, what_it_risks
+from offload.config import ROUNDING, Progress
 from offload.model.caches import keeps_cache
 from offload.model.checkpoint_folder import find_model
 from offload.model.experts import find_experts

@@ -7,7 +7,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from offload.config import ROUNDING, Budgets
+from offload.budgets import Budgets
+from offload.config import ROUNDING
 from offload.kv.demand import kv_demand, kv_notes
 from offload.kv.options import KvOptions
 from offload.model.blocks import Unit

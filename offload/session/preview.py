@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from offload.config import HOST_MARGIN_BYTES, Budgets, parse_bytes, resolve_budgets, resolve_device
+from offload.budgets import HOST_MARGIN_BYTES, Budgets, resolve_budgets
+from offload.config import parse_bytes
 from offload.kv.options import PLAIN, KvOptions
 from offload.model.loading import CheckpointLoader, find_outline
 from offload.moe.options import ExpertOptions
@@ -18,6 +19,7 @@ from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.scheduler.plan import Plan
 from offload.scheduler.prediction import Prediction, WhatIf
 from offload.session.prepare import PlanInput, prepare
+from offload.storage.devices.resolve import resolve_device
 from offload.storage.errors import ConfigError, gib
 
 

@@ -10,7 +10,7 @@ from offload.config import IDENTICAL, ROUNDING
 from offload.planning.compare import compare
 from offload.planning.predictor import PlanGoal, Predictor
 from offload.report.comparison import Comparison
-from offload.report.facts import Peak, phase_uses
+from offload.report.facts import LEAST_JUDGED_BYTES, LinkUse, Peak, phase_uses
 from offload.report.live import Snapshot
 from offload.report.report import Report
 from offload.runtime.executor import LayerExecutor
@@ -119,7 +119,7 @@ class Reporter:
             decode=phases[DECODE],
             backward=phases[BACKWARD],
             standalone=phases[STANDALONE],
-            prediction=self._compared({name: use.bytes_per_second for name, use in links.items() if use.bytes_per_second}),
+            prediction=self._compared(links),
             peak=self._peak(),
             tracing=tracing_use(machine.host.recorder.trace),
             process_bytes=subject.process_bytes,
@@ -149,12 +149,17 @@ class Reporter:
         rounds = self._residency.plan.rounds or self._residency.compiled.used or ROUNDING in levels
         return ROUNDING if rounds else IDENTICAL
 
-    def _compared(self, given: Mapping[str, float]) -> Comparison | None:
+    def _compared(self, links: Mapping[str, LinkUse]) -> Comparison | None:
         """Compare what was predicted for the work so far with what was measured; None without a hardware profile.
 
         Args:
-            given: bytes a second that the links gave.
+            links: what went over each, so far.
         """
+        given = {
+            name: use.bytes_per_second
+            for name, use in links.items()
+            if use.bytes_per_second and use.bytes >= LEAST_JUDGED_BYTES
+        }
         phases = self._machine.clock.phases
         if self._predictor is None or phases[BACKWARD].passes:
             return None
@@ -183,12 +188,12 @@ class Reporter:
 
     def _excess(self) -> list[str]:
         peak = self._peak()
-        if (peak.measured_bytes or 0) <= _EXCESS * peak.predicted_bytes:
+        more_bytes = (peak.measured_bytes or 0) - peak.predicted_bytes
+        if more_bytes <= max(LEAST_JUDGED_BYTES, (_EXCESS - 1) * peak.predicted_bytes):
             return []
-        more = gib((peak.measured_bytes or 0) - peak.predicted_bytes)
         return [
-            f"{more} more memory was held than predicted: what kernels keep for themselves (experts' products on a CPU "
-            "above all) and what backward holds of a layer is not in the budget; give a smaller one if memory is short"
+            f"{gib(more_bytes)} more memory was held than predicted: what kernels keep for themselves (experts' products on a "
+            "CPU above all) and what backward holds of a layer is not in the budget; give a smaller one if memory is short"
         ]
 
     def _peak(self) -> Peak:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from offload.config import Budgets
+from offload.budgets import Budgets
 from offload.model.blocks import Structure, Unit, find_structure
 from offload.runtime.buffers import DeviceBuffers
 from offload.runtime.call import Call

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from html import escape
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
@@ -90,6 +91,19 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         with HeldInterrupts(), self._parts.machine.lock:
             self._inside = False
             self._stack.close()
+
+    def __repr__(self) -> str:
+        if self._opened is None:
+            return "<Session, not entered yet>"
+        weights, name = self.plan.weights, type(self._opened.model).__name__
+        return (
+            f"<Session of {name} on {self.machine.device.name}: {len(weights.resident)} blocks resident, "
+            f"{len(weights.streamed)} streamed{'' if self._inside else ', left'}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """Show the report in a notebook."""
+        return f"<p>{escape(repr(self))}</p>" if self._opened is None else self.report()._repr_html_()
 
     @property
     def model(self) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from contextlib import ExitStack
 
-from offload.config import Budgets, Progress, resolve_budgets
+from offload.budgets import Budgets, resolve_budgets
+from offload.config import Progress
 from offload.runtime.machine import Machine, machine_of
 from offload.session.request import Request
 

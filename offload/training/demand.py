@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from offload.config import Budgets
+from offload.budgets import Budgets
 from offload.model.blocks import Structure, Unit, estimated_slot_bytes, find_structure
 from offload.planning.describe import model_spec
 from offload.planning.fit import Demand, FittedPlan, fit

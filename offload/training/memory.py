@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.config import Budgets
+from offload.budgets import Budgets
 from offload.model.blocks import Structure, Unit, find_structure
 from offload.planning.fit import FittedPlan
 from offload.scheduler.model_spec import BlockRole, ModelSpec, Workload

@@ -2,19 +2,21 @@
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
+from offload.choices import ActivationTier, MasterDtype, Optimizer, StateTier
 from offload.storage.errors import ConfigError
 
-ADAMW, ADAMW8BIT, SGD = "adamw", "adamw8bit", "sgd"
-OPTIMIZERS = (ADAMW, ADAMW8BIT, SGD)
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
+ADAMW, ADAMW8BIT, SGD = OPTIMIZERS
 
-CPU, NVME, RECOMPUTE, GPU = "cpu", "nvme", "recompute", "gpu"
-STATE_TIERS = (CPU, NVME)
-ACTIVATION_TIERS = (RECOMPUTE, GPU, CPU, NVME)
+ACTIVATION_TIERS: tuple[str, ...] = get_args(ActivationTier)
+RECOMPUTE, GPU, CPU, NVME = ACTIVATION_TIERS
+STATE_TIERS: tuple[str, ...] = get_args(StateTier)
 
-MASTER_DTYPES = ("float32", "none")
+MASTER_DTYPES: tuple[str, ...] = get_args(MasterDtype)
 
 _SUB_GROUP_ELEMENTS = 2 << 20
 

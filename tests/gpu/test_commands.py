@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import offload.demo
 from offload.cli.main import main
-from offload.config import parse_bytes, resolve_device
+from offload.config import parse_bytes
+from offload.storage.devices.resolve import resolve_device
 from offload.synth import synthesize
 
 pytestmark = [

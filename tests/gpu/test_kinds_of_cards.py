@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offload import BudgetTooSmall, ConfigError, DeviceFull, offload
-from offload.config import resolve_budgets
+from offload.budgets import resolve_budgets
 from offload.storage.devices import cuda
 from offload.storage.devices.cuda import CudaDevice
 from tests.architectures import make, tokens

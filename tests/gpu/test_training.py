@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offload import BudgetExceeded, BudgetTooSmall, Training, offload
-from offload.config import resolve_device
+from offload.storage.devices.resolve import resolve_device
 from tests import oracle_loop
 from tests.architectures import make, oracle_of, tokens
 from tests.budgets import NONE, budget_for, spec_of

@@ -52,6 +52,7 @@ def test_generates_what_the_plain_model_does(capsys, plain):
         "cpu",
         "--cpu-memory",
         BUDGET,
+        "--verbose",
     )
     assert status == 0
     assert out.strip() == plain("And the king", 24).strip()
@@ -273,9 +274,7 @@ def test_synth_is_repeatable_and_refuses_what_cannot_be(tmp_path, capsys):
 
 def test_help_tells_every_option(capsys):
     for command in ("generate", "synth"):
-        with pytest.raises(SystemExit) as end:
-            main([command, "--help"])
-        assert end.value.code == 0
+        assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
     for option in ("--prompt", "--prompts", "--max-new-tokens", "--device", "--gpu-memory", "--cpu-memory", "--disk", "--batch-size",
                    "--dtype", "--revision", "--trust-remote-code", "--temperature", "--top-p", "--seed", "--chat", "--report", "--json",

@@ -2,7 +2,8 @@
 
 import pytest
 
-from offload.config import Budgets, cgroup_limit_bytes, default_host_bytes, parse_bytes, resolve_budgets, what_it_risks
+from offload.budgets import Budgets, cgroup_limit_bytes, default_host_bytes, resolve_budgets, what_it_risks
+from offload.config import parse_bytes
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import BudgetTooSmall, ConfigError
 from offload.storage.process_memory import mapped_bytes, process_bytes
@@ -45,21 +46,21 @@ def test_the_default_is_under_what_there_is(monkeypatch):
     import psutil
 
     assert 0 < default_host_bytes(0) < psutil.virtual_memory().total
-    monkeypatch.setattr("offload.config.cgroup_limit_bytes", lambda: process_bytes() + (1 << 30))
+    monkeypatch.setattr("offload.budgets.cgroup_limit_bytes", lambda: process_bytes() + (1 << 30))
     assert default_host_bytes(0) <= (1 << 30) - (256 << 20)
-    monkeypatch.setattr("offload.config.cgroup_limit_bytes", lambda: process_bytes())
+    monkeypatch.setattr("offload.budgets.cgroup_limit_bytes", lambda: process_bytes())
     with pytest.raises(BudgetTooSmall, match="close other programs"):
         default_host_bytes(0)
 
 
 def test_a_budget_that_leaves_no_room_for_code_is_told_its_risk(monkeypatch):
     budget = Budgets(1 << 30, None)
-    monkeypatch.setattr("offload.config.cgroup_limit_bytes", lambda: None)
+    monkeypatch.setattr("offload.budgets.cgroup_limit_bytes", lambda: None)
     assert what_it_risks(budget, 0) is None
     with_code = process_bytes() + mapped_bytes() + (1 << 30)
-    monkeypatch.setattr("offload.config.cgroup_limit_bytes", lambda: with_code + (64 << 20))
+    monkeypatch.setattr("offload.budgets.cgroup_limit_bytes", lambda: with_code + (64 << 20))
     assert what_it_risks(budget, 0) is None
-    monkeypatch.setattr("offload.config.cgroup_limit_bytes", lambda: with_code - (64 << 20))
+    monkeypatch.setattr("offload.budgets.cgroup_limit_bytes", lambda: with_code - (64 << 20))
     assert "cpu_memory=1.00 GiB is more than the" in what_it_risks(budget, 0)
     assert what_it_risks(budget, 128 << 20) is None
     # Beside a card it is its own budget.
@@ -71,7 +72,7 @@ def test_limits_of_control_groups_are_read(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "a" / "memory.max").write_text("1000000\n")
     (tmp_path / "a" / "b" / "memory.max").write_text("5000000\n")
-    from offload import config
+    from offload import budgets
 
-    assert config._limits_along(str(tmp_path), "/a/b", "memory.max") == [1_000_000, 5_000_000]
+    assert budgets._limits_along(str(tmp_path), "/a/b", "memory.max") == [1_000_000, 5_000_000]
     assert cgroup_limit_bytes() is None or cgroup_limit_bytes() > 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offload import offload
-from offload.config import Budgets
+from offload.budgets import Budgets
 from offload.model.blocks import estimated_slot_bytes
 from offload.model.experts import find_experts
 from offload.planning.describe import count_activations, takes_tokens

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from offload import offload
 from offload.cli.main import main
+from offload.generation.text import Completion
 from offload.report.live import LiveView
 from tests.architectures import make, tokens
 
@@ -68,9 +69,25 @@ def test_the_command_draws_it_in_a_terminal_and_prints_the_text_at_the_end():
     text = seen.decode(errors="replace")
     assert "cpu memory" in text
     # The view was taken away, and what remains is the answer and the report.
-    assert "exactness identical" in text[text.rindex("cpu memory") :]
+    assert "bound by: " in text[text.rindex("cpu memory") :]
 
 
 def test_without_a_terminal_it_says_so_and_goes_on(capsys):
     assert main(["generate", "demo", "--prompt", "In", "--device", "cpu", "--max-new-tokens", "3", "--live"]) == 0
     assert "--live draws in a terminal" in capsys.readouterr().err
+
+
+def test_what_ends_in_the_middle_keeps_its_text(capsys, monkeypatch):
+    """Ctrl-C takes the view away, not the answer."""
+    from offload.cli import generate
+
+    def interrupted(model, prompts, sampling, batch_size, on_text, on_token, begin):
+        on_text("the whole first")
+        yield Completion("a", "the whole first", 3)
+        on_text("half of the sec")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "complete", interrupted)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(["generate", "demo", "--prompt", "In", "--device", "cpu", "--live"]) == 130
+    assert capsys.readouterr().out == "the whole first\nhalf of the sec\n"

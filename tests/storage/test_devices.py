@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from typing_extensions import get_protocol_members
 
+from benchmarks.throttled import ThrottledDevice
+from offload.storage.devices.base import Device
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.host_buffer import HostBuffer
 from tests.delayed import DelayedDevice
@@ -14,6 +17,9 @@ class DeviceContract:
     @pytest.fixture
     def device(self):
         raise NotImplementedError
+
+    def test_it_has_all_that_a_device_has(self, device):
+        assert not [name for name in get_protocol_members(Device) if not hasattr(device, name)]
 
     def test_memory_is_aligned(self, device):
         buffer = device.allocate(10_000)
@@ -90,6 +96,14 @@ class TestCpu(DeviceContract):
     @pytest.fixture
     def device(self):
         return CpuDevice()
+
+
+class TestThrottled(DeviceContract):
+    """What the benchmark of the planner runs on."""
+
+    @pytest.fixture
+    def device(self):
+        return ThrottledDevice(1e9)
 
 
 class TestDelayed(DeviceContract):

@@ -1,0 +1,71 @@
+"""The report in a few lines: how fast, how much memory, and what held it back."""
+
+from typing import TYPE_CHECKING
+
+from offload.report.facts import PhaseUse
+from offload.storage.errors import duration, gib
+
+if TYPE_CHECKING:
+    from offload.report.report import Report
+
+_WORTH_NAMING = 1.05
+"""Times as fast: less is no help."""
+
+
+def summary(report: "Report") -> str:
+    """Three lines, and one for each fallback."""
+    lines = [f"speed: {_speed(report)}", f"memory: {_memory(report)}", f"bound by: {_bound(report)}"]
+    return "\n".join([*lines, *(f"fell back: {sentence}" for sentence in report.fallbacks)])
+
+
+def _speed(report: "Report") -> str:
+    if report.training is not None:
+        return str(report.training).removeprefix("training: ")
+    prefill, decode = report.prefill, report.decode
+    if not prefill.passes and not decode.passes:
+        return "nothing was computed yet"
+    said = []
+    if decode.tokens_per_second and decode.seconds_per_token:
+        said.append(f"{decode.tokens_per_second:.2f} tokens/s ({duration(decode.seconds_per_token)} each)")
+    if prefill.passes:
+        said.append(f"first token after {duration(report.loading_seconds + prefill.first_seconds)}")
+        said.append(f"{prefill.tokens:,} tokens of prompts in {duration(prefill.seconds)}")
+    return ", ".join(said)
+
+
+def _memory(report: "Report") -> str:
+    held = [
+        f"{gib(tier.peak_bytes)} of {name.upper()} memory at the peak"
+        + ("" if tier.budget_bytes is None else f" (budget {gib(tier.budget_bytes)})")
+        for name, tier in report.tiers.items()
+        if name != "nvme" and (tier.budget_bytes or tier.peak_bytes)
+    ]
+    streamed = report.streamed_bytes_per_pass
+    moved = f"{gib(streamed)} of {gib(report.weight_bytes)} of weights streamed a pass" if streamed else "nothing is streamed"
+    return "; ".join([*held, moved])
+
+
+def _bound(report: "Report") -> str:
+    name, phase = _main_phase(report)
+    causes = time_by_cause(phase)
+    if not phase.seconds:
+        return "nothing yet"
+    cause = max(causes, key=lambda each: causes[each])
+    said = f"{cause} ({causes[cause] / phase.seconds:.0%} of {name})"
+    helpful = [] if report.prediction is None else [item for item in report.prediction.what_if if item.speedup >= _WORTH_NAMING]
+    if helpful:
+        best = max(helpful, key=lambda item: item.speedup)
+        said += f"; would help: {best.change} ({best.speedup:.2f}x as fast)"
+    return said
+
+
+def _main_phase(report: "Report") -> tuple[str, PhaseUse]:
+    phases = {"decode": report.decode, "backward": report.backward, "prefill": report.prefill, "the rest": report.standalone}
+    name = max(phases, key=lambda each: phases[each].seconds)
+    return name, phases[name]
+
+
+def time_by_cause(use: PhaseUse) -> dict[str, float]:
+    """Seconds of a phase, by what they went to."""
+    spent = {"compute": use.compute_seconds, **{f"waiting for {name}": wait for name, wait in use.wait_seconds.items()}}
+    return spent | {"offload's own work": use.overhead_seconds, "between blocks": use.other_seconds}
