@@ -153,12 +153,11 @@ def speed(request: argparse.Namespace) -> dict[str, Any]:
         order = SYSTEMS if number % 2 == 0 else SYSTEMS[::-1]
         figures = {name: in_group(request, name, 16 << 30 if name == "resident" else limit) for name in order}
         rounds.append(figures)
-        told = {
-            name: f"{1e3 * statistics.median(item['token_seconds']):.1f} ms"
-            for name, item in figures.items()
-            if "token_seconds" in item
-        }
-        print(f"round {number}: {told or figures}", file=sys.stderr, flush=True)
+        failed = {name: item for name, item in figures.items() if "token_seconds" not in item}
+        if failed:
+            raise SystemExit(f"round {number}: no figures of {failed}")
+        told = {name: f"{1e3 * statistics.median(item['token_seconds']):.1f} ms" for name, item in figures.items()}
+        print(f"round {number}: {told}", file=sys.stderr, flush=True)
     medians = {name: statistics.median(statistics.median(item[name]["token_seconds"]) for item in rounds) for name in SYSTEMS}
     ratios = {
         f"{name}_over_experts": statistics.median(
@@ -211,8 +210,9 @@ def run_worker(request: argparse.Namespace) -> dict[str, Any]:
     if request.worker == "nothing":
         from offload.storage.process_memory import process_bytes
 
-        # What every system has in memory before it begins: the libraries, ours included.
-        importlib.import_module("offload.api")
+        # What every system has in memory before it begins: the libraries, ours included, and the model's code.
+        for name in ("offload.session.opening", "transformers.models.qwen3_moe.modeling_qwen3_moe"):
+            importlib.import_module(name)
 
         return {"process_bytes": process_bytes()}
     if request.worker.startswith(("experts", "layers")):

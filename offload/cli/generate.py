@@ -21,6 +21,7 @@ from offload.kept_profile import kept_profile
 from offload.kv.options import KvOptions
 from offload.model.checkpoint_folder import find_model
 from offload.model.from_pretrained import LoadingOptions
+from offload.model.text_generation import check_writes_text, class_of
 from offload.moe.options import ExpertOptions
 from offload.probe import hardware_profile
 from offload.report.live import LiveView
@@ -45,6 +46,8 @@ def run(request: GenerateArguments) -> None:
     texts = _read_prompts(request.prompt)
     transformers_logging.set_verbosity_error()
     folder, adapter = find_model(request.model, LoadingOptions.of({"revision": request.loading.revision}))
+    if (kind := class_of(folder)) is not None:
+        check_writes_text(kind, request.model)
     given = next(iter(request.loading.adapter), None)
     if adapter is not None and given is not None:
         raise ConfigError(f"{request.model} is an adapter, and --adapter {given} another: give the model with one")

@@ -60,7 +60,8 @@ def complete(
             inputs |= {"stop_strings": list(sampling.stop), "tokenizer": tokenizer}
         with torch.inference_mode():
             output = model.generate(**inputs, **sampling.options(), pad_token_id=tokenizer.pad_token_id)
-        start = inputs["input_ids"].shape[1]
+        # An encoder reads the prompt, and a decoder begins with a token of its own.
+        start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         for index, row in zip(indices, output[:, start:].tolist(), strict=True):
             count = _made(row, model.generation_config.eos_token_id, tokenizer, sampling.stop)
             text = before_stop(tokenizer.decode(row[:count], skip_special_tokens=True), sampling.stop)

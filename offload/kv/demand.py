@@ -5,7 +5,8 @@ from torch import nn
 from offload.config import ROUNDING
 from offload.kv.attention_backend import supports_custom_attention
 from offload.kv.options import KvOptions
-from offload.planning.describe import element_bytes_of, generates, kv_sizes
+from offload.model.text_generation import can_generate
+from offload.planning.describe import element_bytes_of, kv_sizes
 from offload.planning.fit import FittedPlan
 from offload.scheduler.kv_pages import KvDemand, KvShape, PagedKv, cut, paged_ways
 from offload.scheduler.model_spec import Workload
@@ -69,7 +70,7 @@ def _ways(model: nn.Module, workload: Workload, kv: KvOptions, exactness: str) -
         BudgetTooSmall: if the memory that was asked for is too little.
     """
     element_bytes = element_bytes_of(model)
-    shape = kv_sizes(getattr(model, "config", None), element_bytes).shape if generates(model) else None
+    shape = kv_sizes(getattr(model, "config", None), element_bytes).shape if can_generate(model) else None
     if shape is None:
         if kv.is_lossy or kv.memory_bytes is not None:
             raise ConfigError(

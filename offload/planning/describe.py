@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from offload.model.blocks import Structure, Unit, divisible_modules
 from offload.model.experts import ExpertsUnit, expert_slot_bytes
+from offload.model.text_generation import can_generate
 from offload.planning.dry_run import DryRun
 from offload.planning.operations import DryRunFailed
 from offload.planning.pass_splits import LEAST_CHUNK
@@ -69,7 +70,7 @@ def model_spec(
     """
     config = getattr(model, "config", None)
     element_bytes = element_bytes_of(model)
-    kv = kv_sizes(config, element_bytes) if generates(model) else KvSizes()
+    kv = kv_sizes(config, element_bytes) if can_generate(model) else KvSizes()
     owned = {unit.key for unit in structure.units if unit.parameters}
     return ModelSpec(
         blocks=tuple(_placed(unit, slot_bytes) for unit in structure.units if unit.parameters),
@@ -80,7 +81,7 @@ def model_spec(
         kv_bytes_per_token=kv.token_bytes,
         kv_sliding_windows=kv.sliding_windows,
         kv=kv.shape,
-        state_bytes_per_sequence=_state_bytes(config, activations) if generates(model) else 0,
+        state_bytes_per_sequence=_state_bytes(config, activations) if can_generate(model) else 0,
         activations=activations or ActivationSizes(_activation_bytes(config, element_bytes)),
         logits_bytes_per_sequence=_LOGITS_BYTES_EACH * int(getattr(_text_config(config), "vocab_size", 0) or 0),
         experts=experts_spec(model, experts) if experts else None,
@@ -192,7 +193,7 @@ def longest_sequence(config: Any) -> int | None:
 
 def takes_tokens(model: nn.Module) -> bool:
     """True if the model reads or makes text, whose length tells how large its temporaries will be."""
-    return generates(model) or getattr(model, "main_input_name", None) in ("input_ids", "decoder_input_ids", "inputs_embeds")
+    return can_generate(model) or getattr(model, "main_input_name", None) in ("input_ids", "decoder_input_ids", "inputs_embeds")
 
 
 def count_activations(model: nn.Module, workload: Workload) -> ActivationSizes | None:
@@ -221,7 +222,7 @@ def count_activations(model: nn.Module, workload: Workload) -> ActivationSizes |
     context = max(0.0, most / tokens - each)
     scale = _MARGIN / batch_size
     between = min(int(between) + 1, int(each * scale) + 1)
-    state = _counted_state_bytes(model, dry_run) if generates(model) else None
+    state = _counted_state_bytes(model, dry_run) if can_generate(model) else None
     return ActivationSizes(int(each * scale) + 1, int(context * scale) + 1, between, state)
 
 
@@ -262,8 +263,3 @@ def _field(config: Any, name: str) -> Any:
     if isinstance(value, (list, tuple)):
         return max((each for each in value if isinstance(each, int)), default=None)
     return value
-
-
-def generates(model: nn.Module) -> bool:
-    can_generate = getattr(model, "can_generate", None)
-    return callable(can_generate) and bool(can_generate())

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from offload.model.caches import keeps_cache
+from offload.model.text_generation import can_generate
 from offload.planning.dry_run import DryRun
 from offload.planning.operations import DryRunFailed
 from offload.scheduler.model_spec import Workload
@@ -78,5 +79,4 @@ def _runs(attempt: Callable[[], object]) -> bool:
 
 
 def _generates(model: nn.Module) -> bool:
-    can_generate = getattr(model, "can_generate", None)
-    return callable(can_generate) and bool(can_generate()) and getattr(model, "generation_config", None) is not None
+    return can_generate(model) and getattr(model, "generation_config", None) is not None

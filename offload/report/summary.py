@@ -60,7 +60,12 @@ def _bound(report: "Report") -> str:
 
 
 def _main_phase(report: "Report") -> tuple[str, PhaseUse]:
-    phases = {"decode": report.decode, "backward": report.backward, "prefill": report.prefill, "the rest": report.standalone}
+    phases = {
+        "decode": report.decode,
+        "backward": report.backward,
+        "prefill": report.prefill,
+        "work outside of the forward": report.standalone,
+    }
     name = max(phases, key=lambda each: phases[each].seconds)
     return name, phases[name]
 

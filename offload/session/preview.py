@@ -10,6 +10,7 @@ from offload.budgets import HOST_MARGIN_BYTES, Budgets, resolve_budgets
 from offload.config import parse_bytes
 from offload.kv.options import PLAIN, KvOptions
 from offload.model.loading import CheckpointLoader, find_outline
+from offload.model.text_generation import check_writes_text
 from offload.moe.options import ExpertOptions
 from offload.planning.describe import count_activations
 from offload.probe import hardware_profile
@@ -104,6 +105,7 @@ class Planner:
         outline = self._loader.outline()
         if outline is None:
             raise ConfigError(f"{name} is quantised: its plan is known once it is loaded; run `offload generate`")
+        check_writes_text(outline, name)
         self._model: nn.Module = outline
         self._device = None if hardware is not None else resolve_device(device)
         if self._device is not None:
