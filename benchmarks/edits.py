@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from offload.config import parse_bytes
-from offload.runtime.file_copies import digest
 from offload.storage import written_pages
+from offload.storage.digest import digest
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from benchmarks.peak import peaks
 from benchmarks.throttled import Rates, Speed, machine, paced_products
 from offload import offload
 from offload.budgets import Budgets
+from offload.model.blocks import WHOLE_BLOCKS
 from offload.planning.dry_run import DryRun
 from offload.planning.predictor import PlanGoal, Predictor
 from offload.probe import measure, module_seconds
@@ -228,7 +229,7 @@ def choice(profile_of: Callable[[Rates], HardwareProfile]) -> list[dict[str, Any
             workload = Workload(batch_size, prompt + new, prompt + new)
             device_bytes = int(weights * 0.4) + workload.kv_bytes(spec) + workload.activation_bytes(spec)
             budgets = {"gpu_memory": device_bytes, "cpu_memory": host_bytes}
-            forecast = Predictor(model, frozenset(), profile, "float32")
+            forecast = Predictor(model, WHOLE_BLOCKS, profile, "float32")
             order = PlanGoal(workload, prompt, new, Budgets(device_bytes, host_bytes), "rounding")
             plans = {"chosen": forecast.best(spec, order)[0]} | fixed_plans(spec, workload, device_bytes, host_bytes)
             for kind, plan in plans.items():

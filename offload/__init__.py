@@ -6,9 +6,9 @@ A name is imported when it is first used, so that what needs no torch (`--help`,
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from offload import errors
 from offload.collector import held_collector
 from offload.errors import *  # noqa: F403
+from offload.storage.errors import __all__ as _errors
 
 if TYPE_CHECKING:
     from offload.api import offload
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["ExpertOptions", "KvOptions", "Session", "Training", "offload", "open_machine", "token_shares", *errors.__all__]
+__all__ = ["ExpertOptions", "KvOptions", "Session", "Training", "offload", "open_machine", "token_shares", *_errors]
 
 _MODULES = {
     "ExpertOptions": "offload.moe.options",

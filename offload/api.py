@@ -70,7 +70,8 @@ def offload(
             the session's own optimizer works.
         machine: what to run on, shared with other sessions (`open_machine`): its budgets are those of all of them, `device` is
             its own, and one forward at a time computes.
-        experts, kv: the options of the next lines as objects, in their place.
+        experts: the options of experts, below, as one object in their place.
+        kv: the options of the KV cache, below, as one object in their place.
         expert_policy: which experts of a mixture-of-experts model stay in device memory: `lru`, `lfu` (uses that fade),
             `admission` (the same, and copied only where it pays), `auto`; `layers` streams whole layers instead.
         expert_misses: what becomes of an expert that is not there: `load`, `cpu` (computed from CPU memory beside a GPU, of

@@ -203,7 +203,8 @@ def open_machine(
 
     Args:
         device: what computes: `auto`, `cuda`, `cuda:N` or `cpu`.
-        gpu_memory, cpu_memory: budgets, `"8GiB"` or bytes, with the defaults of `offload`.
+        gpu_memory: budget on the GPU, `"8GiB"` or bytes, with the default of `offload`.
+        cpu_memory: budget of CPU memory, likewise.
         disk_dir: where files are made.
     """
     chosen = resolve_device(device)
