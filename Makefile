@@ -1,6 +1,7 @@
 # The commands of the README and of CONTRIBUTING, and what CI runs.
 
 PYTHON ?= python3
+SEED ?=
 BIN := .venv/bin
 
 .PHONY: demo test test-all test-card quick lint types docs check clean
@@ -9,9 +10,9 @@ demo: .venv/installed
 	$(BIN)/offload generate demo --prompt "And the king said" --max-new-tokens 60 --device cpu --cpu-memory 6MiB
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not every_case" --cover 1
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not every_case and not slow" --cover 1 --sample 2 --seed "$(SEED)"
 
-# Every combination of parameters, where `test` has each of their values.
+# Every combination of parameters and what is slow, where `test` has two cases of each test: others with another SEED.
 test-all: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from offload.collector import held_collector
 from offload.errors import *  # noqa: F403
 from offload.storage.errors import __all__ as _errors
+from offload.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from offload.api import offload
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from offload.session.session import Session
     from offload.training.options import Training
     from offload.training.weighting import token_shares
-
-__version__ = "0.1.0"
 
 __all__ = ["ExpertOptions", "KvOptions", "Session", "Training", "offload", "open_machine", "token_shares", *_errors]
 

@@ -2,6 +2,7 @@
 
 python -m pytest --cover 1                  each value of each parameter once, instead of all combinations
 python -m pytest --cover 2                  each pair of values of two parameters
+python -m pytest --cover 1 --sample 2       of those cases at most two of each test
 python -m pytest --sample 3 --seed TEXT     three cases of each test
 python -m pytest --minutes 10 --seed TEXT   what ten minutes are enough for
 """
@@ -12,6 +13,9 @@ import time
 from collections import defaultdict
 
 import pytest
+
+_NAMED = 8
+"""Tests that are named with the number of their cases that were left out; those with the most."""
 
 
 def sampled(names, count, seed):
@@ -92,8 +96,22 @@ def _values(item):
 
 
 def _keep(config, items, names):
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in names])
+    left_out = [item for item in items if item.nodeid not in names]
+    config.left_out = [*getattr(config, "left_out", ()), *(item.nodeid for item in left_out)]
+    config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item.nodeid in names]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say which tests had more cases than those that ran."""
+    by_test = {test.split("::", 1)[-1]: len(names) for test, names in _by_test(getattr(config, "left_out", ())).items()}
+    if by_test:
+        most = sorted(by_test, key=lambda test: -by_test[test])
+        named = ", ".join(f"{test} {by_test[test]}" for test in most[:_NAMED])
+        others = f", and {len(most) - _NAMED} others" if len(most) > _NAMED else ""
+        terminalreporter.write_line(
+            f"left out, for another seed or `make test-all`: {sum(by_test.values()):,} cases of {named}{others}"
+        )
 
 
 def pytest_sessionstart(session):

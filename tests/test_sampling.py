@@ -75,7 +75,10 @@ def test_the_option_finds_the_values_of_each_parameter(run):
     grid = "import pytest\n@pytest.mark.parametrize('a', [[1], [2], [3]])\n@pytest.mark.parametrize('b', ['x', 'y'])\ndef test_a(a, b): pass\n"
     run(grid, "--cover", "1").assert_outcomes(passed=3, deselected=3)
     run(grid, "--cover", "2").assert_outcomes(passed=6)
-    run(grid, "--sample", "1").assert_outcomes(passed=1, deselected=5)
+    run(grid, "--cover", "1", "--sample", "2").assert_outcomes(passed=2, deselected=4)
+    result = run(grid, "--sample", "1")
+    result.assert_outcomes(passed=1, deselected=5)
+    result.stdout.fnmatch_lines(["left out, for another seed or `make test-all`: 5 cases of test_a 5"])
 
 
 def test_what_the_minutes_are_not_enough_for_is_skipped_and_counted(run):

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from offload.adapters.peft import save_adapters, save_model
 from offload.api import offload
 from offload.cli.arguments.finetune import FinetuneArguments
-from offload.cli.terminal import check_writable, progress_bar, say
+from offload.cli.terminal import check_writable, progress_bar, say, typed
 from offload.cli.termination import Terminated, remembered
 from offload.finetune.data import Batches, check_packing, packed, read_examples
 from offload.finetune.loop import Step, train
@@ -93,7 +93,7 @@ def run(request: FinetuneArguments) -> None:
             save_adapters(model, output)
         else:
             save_model(model, tokenizer, output)
-        report = replace(session.report(), training=watch.training_report())
+        report = replace(session.report(), training=watch.training_report(), command=typed())
         trace = session.trace()
     if not any(checkpoints.iterdir()):
         checkpoints.rmdir()

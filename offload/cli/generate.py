@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from offload.adapters.peft import load_adapters
 from offload.api import offload
 from offload.cli.arguments.generate import GenerateArguments, PromptGroup
-from offload.cli.terminal import check_writable, live_console, progress_bar, say
+from offload.cli.terminal import check_writable, live_console, progress_bar, say, typed
 from offload.config import ROUNDING, Progress
 from offload.generation.prompts import LEAST_SHARED_TOKENS, Prompt, Prompts, load_tokenizer
 from offload.generation.sampling import Sampling, load_generation_config
@@ -110,7 +111,7 @@ class _Run:
             done = self._completed(session, model, view)
             if self._request.experts.expert_trace:
                 _save_routing(session, self._request.experts.expert_trace)
-            report = session.report()
+            report = replace(session.report(), command=typed())
             if not (self._output.json or self._output.quiet):
                 say(f"\n{report if self._output.verbose else report.summary()}")
             return done, Record.of(report, session.trace())

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from offload import __version__
 from offload.cli.arguments.finetune import FinetuneArguments
 from offload.cli.arguments.generate import GenerateArguments
 from offload.cli.arguments.others import MergeArguments, ProbeArguments, ReplayArguments, ReportArguments, SynthArguments
 from offload.cli.arguments.plan import PlanArguments
 from offload.cli.option import Arguments, assembled, signature
+from offload.version import __version__
 
 COMMANDS: dict[str, type[Arguments]] = {
     "generate": GenerateArguments,

@@ -1,6 +1,7 @@
 """What the commands show while they work: text on stdout, everything else on stderr."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from offload.config import Progress as ProgressCall
 from offload.storage.errors import ConfigError
 
 _LEAST_BYTES = 1 << 10
+_LONGEST_WORD = 60
 
 
 def say(text: str) -> None:
@@ -26,6 +28,12 @@ def check_writable(path: str | None) -> None:
     folder = os.path.dirname(path) or "."
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise ConfigError(f"{path} cannot be written: name a file in a folder that exists and is yours")
+
+
+def typed() -> str:
+    """The command as it was typed, with long texts cut: they may be private, and are not what it is told by."""
+    words = ["offload", *sys.argv[1:]]
+    return shlex.join(word if len(word) <= _LONGEST_WORD else f"{word[:_LONGEST_WORD]}..." for word in words)
 
 
 def print_table(table: RenderableType) -> None:

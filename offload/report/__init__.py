@@ -9,7 +9,10 @@ comparison  predicted beside measured
 schema      the version of the keys, older ones renamed
 summary     three lines
 text        a table for a terminal
-html        a page
+html        a page: its frame, and what has no file of its own
+html_time   where the time went, on the page
+html_memory memory over time, on the page
+html_parts  pieces that these share
 live        a view while it runs
 perfetto    a trace for ui.perfetto.dev
 record      report and trace together

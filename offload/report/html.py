@@ -1,38 +1,29 @@
 """A run as one page: no script, no request to anywhere, light and dark, phone and desktop."""
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from offload.report.experts import ExpertUse
 from offload.report.facts import bytes_error, seconds_error
+from offload.report.html_memory import memory
+from offload.report.html_parts import table, text
+from offload.report.html_time import timeline, times
 from offload.report.kv import kv_sentences
 from offload.report.record import Record
 from offload.report.training import TrainingReport
-from offload.scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
 from offload.storage.errors import duration, gib
-
-_WIDTH, _ROW = 1000, 26
-_SPANS_DRAWN = 3000
-_DECODE_PASSES_DRAWN = 6
-_COLOURS = ("--blue", "--orange", "--green", "--violet", "--pink", "--teal", "--brown", "--grey")
-_RESOURCE_COLOURS = {
-    PASS: "--grey",
-    COMPUTE: "--green",
-    HOST_COMPUTE: "--teal",
-    WAIT: "--red",
-    OWN: "--violet",
-    "disk": "--orange",
-    "h2d": "--blue",
-}
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --ink: #1d1d1f; --faint: #6a6a70; --line: #e2e2de; --panel: #ffffff;
   --blue: #3b76c4; --orange: #d9812e; --green: #4b9a57; --violet: #8263b3; --pink: #c9648e; --teal: #2f9494; --brown: #94694b;
-  --grey: #a7a7ad; --red: #c8473c; }
+  --grey: #a7a7ad; --red: #c8473c;
+  --oak: #8a6a4a; --sand: #cbb08c; --plum: #7d4a68; --rose: #d698ae; --moss: #8d9a5b; --slate: #5f7183; --clay: #b5715a;
+  --mist: #a9bac6; }
 @media (prefers-color-scheme: dark) { :root { --paper: #161618; --ink: #ececee; --faint: #9d9da6; --line: #34343a;
   --panel: #1f1f23; --blue: #6ba3ea; --orange: #efa25a; --green: #72c27f; --violet: #ab8fdb; --pink: #e58fb3; --teal: #5cc0c0;
-  --brown: #c29878; --grey: #74747c; --red: #ec7469; } }
+  --brown: #c29878; --grey: #74747c; --red: #ec7469;
+  --oak: #b28d69; --sand: #e2cdaf; --plum: #a8718f; --rose: #e8b4c6; --moss: #b3c07f; --slate: #8ca0b3; --clay: #d4937d;
+  --mist: #5c6d79; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 24px 16px 64px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
@@ -54,6 +45,9 @@ th { font-weight: 600; color: var(--faint); font-size: 13px; } td.n, th.n { text
 .track { display: grid; grid-template-columns: 68px 1fr; align-items: center; gap: 8px; font-size: 13px; }
 .track svg { height: 26px; } .axis { display: flex; justify-content: space-between; color: var(--faint); font-size: 12px;
   margin-left: 76px; } .memory .axis { margin-left: 0; }
+.chart { display: grid; grid-template-columns: 68px 1fr; gap: 8px; } .scale { display: flex; flex-direction: column;
+  justify-content: space-between; height: 150px; color: var(--faint); font-size: 12px; }
+code { font-size: 13px; overflow-wrap: anywhere; }
 """
 
 
@@ -63,33 +57,36 @@ def as_html(record: Record) -> str:
     title = f"{report['model']} on {report['device']}"
     body = "".join(
         (
-            f"<h1>{_text(title)}</h1>",
-            f"<p class=faint>{gib(report['weight_bytes'])} of weights; {_text(_blocks(report))}; "
-            f"exactness {_text(report['exactness'])}</p>",
+            f"<h1>{text(title)}</h1>",
+            f"<p class=faint>{gib(report['weight_bytes'])} of weights; {text(_blocks(report))}; "
+            f"exactness {text(report['exactness'])}</p>",
+            _made_by(report),
             _cards(report),
-            _times(report),
+            times(report),
             _learning(report.get("training")),
             _kv(report["kv"]),
             _experts(report.get("experts")),
-            _timeline(record.trace, report["tracing"]),
+            timeline(record.trace, report["tracing"]),
             _links(report),
-            _memory(record),
+            memory(record),
             _prediction(report.get("prediction"), report["peak"]),
             _fallbacks(report["fallbacks"]),
         )
     )
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>"
+        f"<title>{text(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>"
     )
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+def _made_by(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report.get("versions", {}).items())
+    command = f"<p><code>{text(report['command'])}</code></p>" if report.get("command") else ""
+    return f"{command}<p class=faint>{text(versions)}</p>"
 
 
 def _blocks(report: dict[str, Any]) -> str:
-    return ", ".join(f"{count} blocks {name.replace('_', ' ')}" for name, count in report["blocks"].items() if count)
+    return "blocks: " + ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in report["blocks"].items() if number)
 
 
 def _cards(report: dict[str, Any]) -> str:
@@ -108,11 +105,11 @@ def _cards(report: dict[str, Any]) -> str:
         (gib(tier["peak_bytes"]), f"peak of {name} memory") for name, tier in report["tiers"].items() if tier["peak_bytes"]
     ]
     facts.append((gib(report["streamed_bytes_per_pass"]), "streamed a pass"))
-    return f"<div class=cards>{''.join(f'<div class=card><b>{_text(value)}</b><span>{_text(name)}</span></div>' for value, name in facts)}</div>"
+    return f"<div class=cards>{''.join(f'<div class=card><b>{text(value)}</b><span>{text(name)}</span></div>' for value, name in facts)}</div>"
 
 
 def _kv(content: dict[str, Any]) -> str:
-    said = "".join(f"<p>{_text(sentence)}</p>" for sentence in kv_sentences(content))
+    said = "".join(f"<p>{text(sentence)}</p>" for sentence in kv_sentences(content))
     return f"<section><h2>KV cache</h2>{said}</section>" if said else ""
 
 
@@ -121,39 +118,15 @@ def _experts(content: dict[str, Any] | None) -> str:
         return ""
     use = ExpertUse.from_dict(content)
     rows = [
-        f"<tr><td>{_text(layer.layer)}</td><td class=n>{layer.choices:,}</td>"
+        f"<tr><td>{text(layer.layer)}</td><td class=n>{layer.choices:,}</td>"
         f"<td class=n>{layer.hits / max(1, layer.choices):.1%}</td><td class=n>{layer.copies:,}</td>"
         f"<td class=n>{gib(layer.copied_bytes)}</td><td class=n>{layer.computed_on_cpu:,}</td></tr>"
         for layer in use.layers
     ]
-    said = "".join(f"<p>{_text(sentence)}</p>" for sentence in use.sentences())
+    said = "".join(f"<p>{text(sentence)}</p>" for sentence in use.sentences())
     names = "".join(f"<th class=n>{name}</th>" for name in ("asked for", "were there", "brought", "bytes", "on the CPU"))
     table = f"<table><tr><th>layer</th>{names}</tr>{''.join(rows)}</table>"
     return f"<section><h2>Experts</h2>{said}<details><summary>by layer</summary><div class=scroll>{table}</div></details></section>"
-
-
-def _times(report: dict[str, Any]) -> str:
-    rows = []
-    for name in ("prefill", "decode", "backward"):
-        use = report[name]
-        if not use["seconds"]:
-            continue
-        parts = [("compute", use["compute_seconds"], "--green")]
-        parts += [
-            (f"waiting for {link}", wait, _RESOURCE_COLOURS.get(link, "--red")) for link, wait in use["wait_seconds"].items()
-        ]
-        parts.append(("offload's own work", use["overhead_seconds"], "--violet"))
-        parts.append(("between blocks", use["other_seconds"], "--grey"))
-        rows.append(
-            f"<p><b>{_text(_phase(name, report))}</b> <span class=faint>{duration(use['seconds'])}, {_count(use['passes'], 'pass', 'passes')}</span></p>"
-        )
-        rows.append(_bar(parts, use["seconds"]))
-    return f"<section><h2>Where the time went</h2>{''.join(rows)}</section>" if rows else ""
-
-
-def _phase(name: str, report: dict[str, Any]) -> str:
-    """Passes without a cache are prompts, or the forward passes of training."""
-    return "forward" if name == "prefill" and report["backward"]["passes"] else name
 
 
 def _learning(training: dict[str, Any] | None) -> str:
@@ -179,7 +152,7 @@ def _learning(training: dict[str, Any] | None) -> str:
         keys += f"<span><i style='background:var(--red)'></i>evaluation data, at last {eval_losses[-1][1]:.4f}</span>"
     style = "fill='none' stroke-width='2' vector-effect='non-scaling-stroke'"
     return (
-        f"<section class=memory><h2>What was learned</h2><p class=faint>{_text(TrainingReport.from_dict(training))}</p>"
+        f"<section class=memory><h2>What was learned</h2><p class=faint>{text(TrainingReport.from_dict(training))}</p>"
         f"<div class=keys>{keys}<span class=faint>{high:.3f} at the top, {low:.3f} at the bottom</span></div>"
         f"<svg class=tall viewBox='0 0 1000 150' preserveAspectRatio='none'><polyline points='{curve}' stroke='var(--blue)' "
         f"{style}/><polyline points='{line}' stroke='var(--red)' {style}/></svg>"
@@ -187,71 +160,8 @@ def _learning(training: dict[str, Any] | None) -> str:
     )
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
-
-
-def _bar(parts: Sequence[tuple[str, float, str]], whole: float) -> str:
-    shown = [(name, value, colour) for name, value, colour in parts if value / whole >= 0.002]
-    pieces = "".join(
-        f"<i style='width:{100 * value / whole:.2f}%;background:var({colour})' title='{_text(name)}'></i>"
-        for name, value, colour in shown
-    )
-    keys = "".join(
-        f"<span><i style='background:var({colour})'></i>{_text(name)} {value / whole:.0%}</span>"
-        for name, value, colour in shown
-    )
-    return f"<div class=bar>{pieces}</div><div class=keys>{keys}</div>"
-
-
-def _timeline(trace: Trace, tracing: dict[str, Any]) -> str:
-    """The first prefill and some decode passes: one row a resource."""
-    passes = trace.on(PASS)
-    if not passes:
-        return ""
-    first, last = passes[0], passes[min(len(passes) - 1, _DECODE_PASSES_DRAWN)]
-    begin, end = first.begin_seconds, last.end_seconds
-    rows = []
-    for resource in _ordered(trace.resources()):
-        spans = [span for span in trace.on(resource) if span.end_seconds > begin and span.begin_seconds < end]
-        if spans:
-            name = "stalled" if resource == WAIT else resource
-            rows.append(
-                f"<div class=track><span>{_text(name)}</span>{_spans(resource, spans[:_SPANS_DRAWN], begin, end)}</div>"
-            )
-    axis = f"<div class=axis><span>0</span><span>{duration((end - begin) / 2)}</span><span>{duration(end - begin)}</span></div>"
-    count = passes.index(last) + 1
-    return (
-        f"<section><h2>The first {count} passes</h2>{''.join(rows)}{axis}"
-        f"<p class=faint>Point at a span for its block. The whole trace: --trace FILE.json, for ui.perfetto.dev. {_tracing_note(tracing)}</p>"
-        "</section>"
-    )
-
-
-def _tracing_note(tracing: dict[str, Any]) -> str:
-    dropped = f" {tracing['dropped']:,} spans after those were not kept." if tracing["dropped"] else ""
-    return f"Noting {tracing['spans']:,} spans took {duration(tracing['seconds'])}.{dropped}"
-
-
-def _ordered(resources: Iterable[str]) -> list[str]:
-    wanted = [PASS, COMPUTE, HOST_COMPUTE, WAIT, OWN]
-    links = sorted(set(resources) - set(wanted))
-    return [name for name in wanted if name in resources] + links
-
-
-def _spans(resource: str, spans: Sequence[Span], begin: float, end: float) -> str:
-    scale = _WIDTH / (end - begin)
-    rects = []
-    for index, span in enumerate(spans):
-        left, right = max(span.begin_seconds, begin), min(span.end_seconds, end)
-        colour = _RESOURCE_COLOURS.get(span.name if resource == WAIT else resource, "--violet")
-        speed = f", {span.nbytes / span.seconds / 1e9:.2f} GB/s" if span.nbytes and span.seconds else ""
-        title = f"{span.name or resource}: {duration(span.seconds)}{speed}"
-        rects.append(
-            f"<rect x='{(left - begin) * scale:.2f}' y=3 width='{max(0.4, (right - left) * scale):.2f}' height=20 "
-            f"fill='var({colour})' fill-opacity='{0.95 if index % 2 else 0.7}'><title>{_text(title)}</title></rect>"
-        )
-    return f"<svg viewBox='0 0 {_WIDTH} {_ROW}' preserveAspectRatio=none role=img>{''.join(rects)}</svg>"
+def _rate(value: float | None) -> str:
+    return f"{value / 1e9:.2f} GB/s" if value else ""
 
 
 def _links(report: dict[str, Any]) -> str:
@@ -264,77 +174,7 @@ def _links(report: dict[str, Any]) -> str:
     if not rows:
         return ""
     head = ("link", "moved", "busy", "speed", "possible", "reached")
-    return f"<section><h2>Links</h2>{_table(head, rows)}</section>"
-
-
-def _rate(value: float | None) -> str:
-    return f"{value / 1e9:.2f} GB/s" if value else ""
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns that nothing is in are left out."""
-    used = [index for index in range(len(head)) if any(cells[index] for cells in rows)]
-    head, rows = [head[index] for index in used], [[cells[index] for index in used] for cells in rows]
-
-    def row(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}{' class=n' if i else ''}>{_text(c)}</{tag}>" for i, c in enumerate(cells)) + "</tr>"
-
-    return f"<div class=scroll><table>{row('th', head)}{''.join(row('td', cells) for cells in rows)}</table></div>"
-
-
-def _memory(record: Record) -> str:
-    """What each tier held over time, one category on another."""
-    parts = []
-    end = max([record.trace.end_seconds, *(sample.seconds for sample in record.trace.memory)], default=0.0)
-    for tier, use in record.report["tiers"].items():
-        samples = [sample for sample in record.trace.memory if sample.tier == tier]
-        if not samples or not end:
-            continue
-        top = max(use["budget_bytes"] or 0 if (use["budget_bytes"] or 0) < 3 * use["peak_bytes"] else 0, use["peak_bytes"])
-        budget = f" of {gib(use['budget_bytes'])}" if use["budget_bytes"] else ""
-        other = f", {gib(use['unaccounted_bytes'])} unaccounted" if use["unaccounted_bytes"] else ""
-        parts.append(f"<p><b>{_text(tier)}</b> <span class=faint>peak {gib(use['peak_bytes'])}{budget}{other}</span></p>")
-        parts.append(_areas(samples, end, top, use["budget_bytes"]))
-    if not parts:
-        return ""
-    axis = f"<div class=axis><span>0</span><span>{duration(end)}</span></div>"
-    return f"<section class=memory><h2>Memory over time</h2>{''.join(parts)}{axis}</section>"
-
-
-def _areas(samples: Sequence[Any], end: float, top: int, budget: int | None) -> str:
-    names = list(dict.fromkeys(sample.category for sample in samples))
-    held = dict.fromkeys(names, 0)
-    steps: list[tuple[float, dict[str, int]]] = [(0.0, dict(held))]
-    for sample in samples:
-        held[sample.category] = sample.nbytes
-        steps.append((sample.seconds, dict(held)))
-    steps.append((end, dict(held)))
-    shapes = []
-    for index in range(len(names)):
-        upper = [(seconds, sum(values[name] for name in names[: index + 1])) for seconds, values in steps]
-        lower = [(seconds, sum(values[name] for name in names[:index])) for seconds, values in steps]
-        points = _stairs(upper, end, top) + _stairs(lower, end, top)[::-1]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        shapes.append(f"<polygon points='{path}' fill='var({_COLOURS[index % len(_COLOURS)]})'/>")
-    if budget and budget <= top:
-        y = 150 * (1 - budget / top)
-        shapes.append(f"<line x1=0 x2={_WIDTH} y1='{y + 1:.1f}' y2='{y + 1:.1f}' stroke='var(--red)' stroke-dasharray='6 4'/>")
-    keys = "".join(
-        f"<span><i style='background:var({_COLOURS[index % len(_COLOURS)]})'></i>{_text(name)}</span>"
-        for index, name in enumerate(names)
-    )
-    chart = f"<svg class=tall viewBox='0 0 {_WIDTH} 150' preserveAspectRatio=none role=img>{''.join(shapes)}</svg>"
-    return f"{chart}<div class=keys>{keys}</div>"
-
-
-def _stairs(steps: Sequence[tuple[float, int]], end: float, top: int) -> list[tuple[float, float]]:
-    points: list[tuple[float, float]] = []
-    for seconds, nbytes in steps:
-        x, y = _WIDTH * seconds / end, 150 * (1 - nbytes / top)
-        if points:
-            points.append((x, points[-1][1]))
-        points.append((x, y))
-    return points
+    return f"<section><h2>Links</h2>{table(head, rows)}</section>"
 
 
 def _prediction(prediction: dict[str, Any] | None, peak: dict[str, Any]) -> str:
@@ -352,20 +192,18 @@ def _prediction(prediction: dict[str, Any] | None, peak: dict[str, Any]) -> str:
         off = bytes_error(peak["predicted_bytes"], peak["measured_bytes"])
         rows.append(("peak of memory", gib(peak["predicted_bytes"]), gib(peak["measured_bytes"]), off))
     changes = [(item["change"], f"{item['speedup']:.2f}x") for item in prediction["what_if"]]
-    more = f"<h2 style='margin-top:16px'>What would help</h2>{_table(('change', 'as fast'), changes)}" if changes else ""
-    drifts = ", ".join(f"{_text(name)} {share:+.0%}" for name, share in prediction["drift"].items())
+    more = f"<h2 style='margin-top:16px'>What would help</h2>{table(('change', 'as fast'), changes)}" if changes else ""
+    drifts = ", ".join(f"{text(name)} {share:+.0%}" for name, share in prediction["drift"].items())
     without = seconds_error(prediction["model_error"], prediction["measured_seconds_per_token"])
     own = f"; without that drift the error of a token is {without}" if without else ""
     changed = f" Since the profile was made the links changed: {drifts}{own}." if drifts else ""
     return (
-        f"<section><h2>Predicted and measured</h2>{_table(('', 'predicted', 'measured', 'error'), rows)}"
-        f"<p class=faint>Bound by {_text(prediction['bound'])}.{changed}</p>{more}</section>"
+        f"<section><h2>Predicted and measured</h2>{table(('', 'predicted', 'measured', 'error'), rows)}"
+        f"<p class=faint>Bound by {text(prediction['bound'])}.{changed}</p>{more}</section>"
     )
 
 
 def _fallbacks(sentences: Sequence[str]) -> str:
     if not sentences:
         return ""
-    return (
-        f"<section><h2>Slower than it could be</h2>{''.join(f'<p>{_text(sentence)}</p>' for sentence in sentences)}</section>"
-    )
+    return f"<section><h2>Slower than it could be</h2>{''.join(f'<p>{text(sentence)}</p>' for sentence in sentences)}</section>"

@@ -35,6 +35,8 @@ class Report(Renamed):
         training: what was learned; None where nothing was trained by a loop of offload's.
         experts: what became of experts that were brought one by one; None where none were.
         fallbacks: a sentence for everything that was slower than it could be, and why.
+        versions: of what computed, by name.
+        command: what was typed, where a command made it.
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = RENAMED[""]
@@ -67,6 +69,8 @@ class Report(Renamed):
     schema: int = SCHEMA
     major_faults: int = 0
     loading_seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
     peak_rss_bytes: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def to_dict(self) -> dict[str, Any]:

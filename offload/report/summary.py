@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from offload.report.experts import ExpertUse
 from offload.report.facts import PhaseUse
 from offload.storage.errors import duration, gib
 
@@ -40,9 +41,17 @@ def _memory(report: "Report") -> str:
         for name, tier in report.tiers.items()
         if name != "nvme" and (tier.budget_bytes or tier.peak_bytes)
     ]
-    streamed = report.streamed_bytes_per_pass
-    moved = f"{gib(streamed)} of {gib(report.weight_bytes)} of weights streamed a pass" if streamed else "nothing is streamed"
-    return "; ".join([*held, moved])
+    streamed, experts = report.streamed_bytes_per_pass, report.experts
+    moved = [f"{gib(streamed)} of {gib(report.weight_bytes)} of weights streamed a pass"] if streamed else []
+    if experts is not None:
+        moved.append(
+            f"{experts.slots:,} of {experts.experts:,} experts stay, {_found(experts):.0%} of those asked for were there"
+        )
+    return "; ".join([*held, *(moved or ["nothing is streamed"])])
+
+
+def _found(experts: ExpertUse) -> float:
+    return sum(layer.hits for layer in experts.layers) / max(1, sum(layer.choices for layer in experts.layers))
 
 
 def _bound(report: "Report") -> str:

@@ -1,9 +1,12 @@
 """What a session reports: collected from its machine, its plan and its components."""
 
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 
 from offload.config import IDENTICAL, ROUNDING
@@ -21,6 +24,7 @@ from offload.session.residency import Residency
 from offload.storage.errors import gib
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.process_memory import major_faults
+from offload.version import __version__
 
 _EXCESS = 1.05
 """Times the predicted peak: more is told."""
@@ -128,6 +132,7 @@ class Reporter:
             experts=experts,
             major_faults=major_faults() - subject.major_faults,
             loading_seconds=machine.clock.loading_seconds,
+            versions=_versions(),
         )
 
     def snapshot(self) -> Snapshot:
@@ -202,3 +207,12 @@ class Reporter:
             extra_bytes = sum(component.held_bytes for component in self._residency.components)
         subject = self._subject
         return self._machine.meters.peak(self._residency.plan, subject.process_bytes - subject.held_bytes, extra_bytes)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "offload": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "Python": platform.python_version(),
+    }

@@ -192,6 +192,7 @@ def test_a_full_disk_keeps_nothing_and_goes_on(folder, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_second_process_gives_the_same_text(tmp_path):
     text = "To be, or not to be, that is the question. " * 30
     command = [sys.executable, "-m", "offload.cli.main", "generate", "demo", "--prompt", text, "--max-new-tokens", "12",

@@ -57,6 +57,7 @@ def test_a_quantised_checkpoint_that_transformers_gives_back_as_plain_tensors(tm
         assert any("stored otherwise" in sentence for sentence in session.report().fallbacks)
 
 
+@pytest.mark.slow
 def test_weights_that_the_model_itself_rescales(tmp_path):
     """RWKV divides some weights in place before its first pass; those edits must reach the slots."""
     from transformers import RwkvConfig, RwkvForCausalLM
