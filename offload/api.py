@@ -23,7 +23,7 @@ from offload.storage.errors import ConfigError
 from offload.training.options import Training
 
 
-def offload(
+def offload(  # noqa: PLR0913
     model_or_path: nn.Module | str | Path,
     *,
     device: str = "auto",

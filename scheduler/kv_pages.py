@@ -222,8 +222,10 @@ def paged_ways(
 
 
 class PageResidency(Generic[Page]):
-    """Which full pages stay on the device: any fixed set would do, since all are read in turn; an even one among layers
-    gives the link something to do while every layer computes.
+    """Which full pages stay on the device.
+
+    Any fixed set would do, since all are read in turn; an even one among layers gives the link something to do while every
+    layer computes.
 
     Args:
         limit: pages that may stay.

@@ -1,5 +1,4 @@
-"""What the CPU computes beside a device with memory of its own, and what a pass is taken apart into: weighed by the cost
-model.
+"""What the CPU computes beside a device of its own memory, and what a pass is taken apart into, by the cost model.
 
 A layer that the CPU computes never crosses the link; it costs the CPU's time instead, and CPU memory. An integer program
 finds how many of each kind of layer should live where, and the simulator chooses among the plans around its answer.

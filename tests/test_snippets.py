@@ -4,6 +4,7 @@ As written, but for what a test cannot have: a model of the hub, a GPU, gigabyte
 writes, the next ones read.
 """
 
+import ast
 import io
 import json
 import shutil
@@ -110,3 +111,20 @@ def test_the_python_of_a_page_runs(page, desk):
 def test_lines_are_short(page):
     long = [line for line in page.read_text().splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
     assert not long
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs(notebook, desk):
+    """Cell by cell, and what a cell ends with is shown as a notebook would."""
+    names = {"__name__": "notebook"}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        assert not cell.get("outputs"), "what a run printed is not kept"
+        if cell["cell_type"] == "code":
+            *before, last = ast.parse("".join(cell["source"])).body
+            exec(compile(ast.Module(before, []), notebook.name, "exec"), names)
+            if isinstance(last, ast.Expr):
+                shown = eval(compile(ast.Expression(last.value), notebook.name, "eval"), names)
+                assert not hasattr(shown, "_repr_html_") or shown._repr_html_().startswith("<p")
+            else:
+                exec(compile(ast.Module([last], []), notebook.name, "exec"), names)

@@ -1,0 +1,1 @@
+"""The model that `demo` names: its files lie beside this one."""

@@ -19,8 +19,9 @@ from offload.training.options import GPU
 
 
 class TrainedModule(OnloadedModule):
-    """Keeps nothing of a layer's forward but its inputs; backward computes it again. What stays on the device and is no
-    layer is differentiated as ever.
+    """Keeps nothing of a layer's forward but its inputs; backward computes it again.
+
+    What stays on the device and is no layer is differentiated as ever.
 
     Args:
         activation_tier: where what backward needs waits; `gpu` keeps all of it on the device.

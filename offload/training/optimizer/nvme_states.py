@@ -1,6 +1,8 @@
-"""The optimizer's states on NVMe (ZeRO-Infinity, arXiv 2104.07857): a sub-group is read ahead into one of a few buffers,
-stepped there, and written behind, into the file that the step writes: beside the one that a checkpoint names, which is never
-written to."""
+"""The optimizer's states on NVMe (ZeRO-Infinity, arXiv 2104.07857).
+
+A sub-group is read ahead into one of a few buffers, stepped there, and written behind, into the file that the step writes:
+beside the one that a checkpoint names, which is never written to.
+"""
 
 from collections import deque
 from collections.abc import Callable

@@ -82,8 +82,10 @@ class AdamW:
 
 
 class AdamW8bit(AdamW):
-    """AdamW whose moments are kept in 8 bits (after arXiv 2110.02861): blocks of 256 share a scale, and levels lie closer
-    together near zero. Torch's kernel steps what they stand for."""
+    """AdamW whose moments are kept in 8 bits (after arXiv 2110.02861).
+
+    Blocks of 256 share a scale, and levels lie closer together near zero. Torch's kernel steps what they stand for.
+    """
 
     moments = (
         Moment("exp_avg", "int8"),
