@@ -264,7 +264,8 @@ def fixed_plans(spec: ModelSpec, workload: Workload, device_bytes: int, host_byt
         except BudgetTooSmall:
             return None
         room = (device_bytes - made.device_bytes) // made.weights.slot_bytes if made.weights.slot_bytes else 0
-        return replace(made, slot_count=made.weights.slot_count + min(extra_slots, room))
+        weights = replace(made.weights, slot_count=made.weights.slot_count + min(extra_slots, room))
+        return replace(made, weights=weights)
 
     wanted = {
         "all streamed": plan([]),

@@ -14,7 +14,7 @@ from offload.storage.devices.base import Device
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import ProfileError
 
-_REVISION = 4
+_REVISION = 5
 """The version of what is measured, and how: a profile that was measured otherwise is not found any more."""
 
 

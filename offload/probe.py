@@ -28,6 +28,7 @@ from offload.runtime.weights import StreamedBlock
 from offload.scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
 from offload.scheduler.work import total
 from offload.storage.arrival import Waits
+from offload.storage.contention import Contention, measure_contention
 from offload.storage.devices.base import Device, Event, copy_bytes_per_second
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import ProfileError
@@ -56,7 +57,8 @@ _WRITE_BYTES = 8 << 20
 _POINT_SECONDS = 0.2
 _WRITE_SECONDS = 1.5
 _SMALL_WIDTH = 128
-_STEPS = 8
+_STEPS = 9
+_BESIDE_SECONDS = 0.5
 _WINDOWS = 16
 _LAYER_PARAMETERS = 9
 
@@ -101,7 +103,7 @@ def measure(device: Device, disk_dir: str, progress: Progress, sample: str | Non
     def step() -> None:
         progress("measuring", next(done, _STEPS), _STEPS)
 
-    speed, read, write = _disk(disk_dir, sample)
+    speed, read, write, contention = _disk(disk_dir, sample, device.shares_host_memory)
     step()
     host = _processor(CpuDevice(), psutil.virtual_memory().total, step)
     card = None
@@ -120,12 +122,14 @@ def measure(device: Device, disk_dir: str, progress: Progress, sample: str | Non
         disk_write=write,
         disk_reads_tried={str(shape): rate for shape, rate in speed.tried.items()},
         module_seconds=module_seconds(device),
+        compute_beside_reads=contention.compute,
+        reads_beside_compute=contention.reads,
         **links,
     )
 
 
-def _disk(folder: str, sample: str | None) -> tuple[ReadSpeed, LinkRate, LinkRate]:
-    """What reads gave in each shape, and the rates of reading and of writing."""
+def _disk(folder: str, sample: str | None, with_compute: bool) -> tuple[ReadSpeed, LinkRate, LinkRate, Contention]:
+    """What reads gave in each shape, the rates of reading and of writing, and what products leave of reads."""
     room = psutil.disk_usage(folder).free
     size = min(_DISK_BYTES, room // 4 // _WRITE_BYTES * _WRITE_BYTES)
     if size < _LEAST_DISK_BYTES:
@@ -135,12 +139,16 @@ def _disk(folder: str, sample: str | None) -> tuple[ReadSpeed, LinkRate, LinkRat
     try:
         write = _write_rate(file, size)
         path = sample or file.path
-        speed = read_speed(engine, spans(path, _DISK_BYTES, engine.unit_bytes), rounds=_READ_ROUNDS)
+        ranges = spans(path, _DISK_BYTES, engine.unit_bytes)
+        speed = read_speed(engine, ranges, rounds=_READ_ROUNDS)
         latency = _read_latency(engine, path)
+        contention = Contention(1.0, 1.0)
+        if with_compute:
+            contention = measure_contention(engine, ranges, speed.shape, _BESIDE_SECONDS, torch.bfloat16)
     finally:
         engine.close()
         file.close()
-    return speed, LinkRate(speed.bytes_per_second, latency), write
+    return speed, LinkRate(speed.bytes_per_second, latency), write, contention
 
 
 def _write_rate(file: StateFile, size: int) -> LinkRate:

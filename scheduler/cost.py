@@ -1,6 +1,6 @@
 """How long things take: counted work and bytes, over measured rates. Pure; the only place where the two meet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from offload.scheduler.hardware import HardwareProfile, Processor
 from offload.scheduler.model_spec import DivisibleWeight, PlacedBlock
@@ -33,12 +33,23 @@ class CostModel:
     Args:
         hardware: its rates.
         dtype: of the weights, by torch's name.
+        compute_slowdown: times as long as alone that compute takes, since reads go on beside it.
+        disk_slowdown: times as long as alone that reads take, since products go on beside them; `hardware` has it already.
     """
 
-    def __init__(self, hardware: HardwareProfile, dtype: str) -> None:
+    def __init__(
+        self, hardware: HardwareProfile, dtype: str, compute_slowdown: float = 1.0, disk_slowdown: float = 1.0
+    ) -> None:
         self.hardware = hardware
+        self.compute_slowdown, self.disk_slowdown = compute_slowdown, disk_slowdown
         self._dtype = dtype
         self._known: dict[tuple[Work, bool], ComputeTime] = {}
+
+    def slowed(self, compute: float, disk: float) -> "CostModel":
+        """The costs while compute takes so many times as long as here, and reads."""
+        alone = self.hardware.disk_read
+        slower = replace(alone, bytes_per_second=alone.bytes_per_second / disk, latency_seconds=alone.latency_seconds * disk)
+        return CostModel(replace(self.hardware, disk_read=slower), self._dtype, compute, disk)
 
     def module(self, work: Work, on_host: bool = False) -> ComputeTime:
         """The time of `work`: on the device, or on the CPU beside it."""
@@ -94,7 +105,9 @@ class CostModel:
         # Attention and element-wise work: the larger of its arithmetic and its memory traffic (roofline).
         best_rate = max(point.flops_per_second for points in processor.matrix_rates.values() for point in points)
         other = max(work.other_flops / best_rate, work.traffic_bytes / processor.memory_bytes_per_second)
-        submit = work.operations * processor.operation_seconds
+        submit, matrix, other = (
+            seconds * self.compute_slowdown for seconds in (work.operations * processor.operation_seconds, matrix, other)
+        )
         if processor.asynchronous:
             return ComputeTime(submit, max(submit, matrix + other))
         return ComputeTime(submit + matrix + other, submit + matrix + other)

@@ -107,6 +107,8 @@ class HardwareProfile:
         h2d_pageable: the same from ordinary memory.
         module_seconds: what the runtime itself takes around the forward of a streamed module: open, bind, unbind, close.
         disk_reads_tried: bytes a second by requests at once and their size, of which `disk_read` is the best.
+        compute_beside_reads, reads_beside_compute: where the CPU computes, the share of the rate alone that is left to each
+            while both go on, since they share the processor and its memory.
     """
 
     hardware_id: str
@@ -121,6 +123,8 @@ class HardwareProfile:
     h2d_pageable: LinkRate | None = None
     module_seconds: float = 0.0
     disk_reads_tried: Mapping[str, float] = field(default_factory=dict)
+    compute_beside_reads: float = 1.0
+    reads_beside_compute: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.device is None) != (self.h2d is None) or (self.device is None) != (self.d2h is None):
@@ -144,6 +148,10 @@ class HardwareProfile:
         for name in ("host", "device"):
             values[name] = None if values.get(name) is None else _processor(values[name], name)
         _positive(values.get("module_seconds", 0.0), "module_seconds", zero=True)
+        for name in ("compute_beside_reads", "reads_beside_compute"):
+            _positive(values.get(name, 1.0), name)
+            if values.get(name, 1.0) > 1:
+                raise ProfileError(f"{name} is a share of a rate, at most 1, not {values[name]!r}")
         tried = values.get("disk_reads_tried", {})
         if not isinstance(tried, dict):
             raise ProfileError(f'disk_reads_tried must be like {{"4 x 8 MiB": 2e9}}, not {tried!r}')

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from offload.scheduler.contention import settle
 from offload.scheduler.cost import CostModel
 from offload.scheduler.model_spec import ModelSpec
 from offload.scheduler.plan import Plan
 from offload.scheduler.simulator import Simulation
-from offload.scheduler.trace import Trace
+from offload.scheduler.trace import PASS, Trace
 from offload.scheduler.work import PassWork
 
 _DECODE_PASSES = 4
@@ -26,6 +27,7 @@ class Prediction:
         bound: the resource that holds decode back: `disk`, `h2d`, `compute`, or `cpu` where layers are computed there.
         hardware_id: of the profile.
         exact_work: False where the model's work was estimated from sizes.
+        disk_slowdown: times as long as alone that reads of decode take, since the CPU computes beside them.
     """
 
     prefill_seconds: float
@@ -35,6 +37,7 @@ class Prediction:
     bound: str
     hardware_id: str
     exact_work: bool
+    disk_slowdown: float = 1.0
 
     def total_seconds(self, new_tokens: int) -> float:
         """Seconds of a prompt and its answer."""
@@ -62,13 +65,27 @@ def predict(
     Args:
         hit_rate: of experts that are brought one by one; None for what is to be expected.
     """
-    simulation = Simulation(plan, model, cost, hit_rate)
-    prefill_seconds = sum(simulation.run(part) for part in prefill)
-    settled = 0.0
-    for _ in range(_DECODE_PASSES):
+
+    def first(cost: CostModel) -> Trace:
+        simulation = Simulation(plan, model, cost, hit_rate)
+        for part in prefill:
+            simulation.run(part)
+        return simulation.trace
+
+    def later(cost: CostModel, passes: int = _DECODE_PASSES) -> Trace:
+        """The last passes of some decode passes, after the prefill."""
+        simulation = Simulation(plan, model, cost, hit_rate)
+        for part in (*prefill, *[decode] * (_DECODE_PASSES - passes)):
+            simulation.run(part)
         before = len(simulation.trace.spans)
-        settled = simulation.run(decode)
-    last = Trace("simulator", simulation.trace.spans[before:])
+        for _ in range(passes):
+            simulation.run(decode)
+        return Trace("simulator", simulation.trace.spans[before:])
+
+    settled_cost = settle(cost, later)
+    last = later(settled_cost, 1)
+    prefill_seconds = sum(span.seconds for span in first(settle(cost, first)).on(PASS))
+    settled = last.on(PASS)[-1].seconds
     causes = last.attribution("decode")
     total = sum(causes.values()) or 1.0
     shares = {cause: seconds / total for cause, seconds in causes.items()}
@@ -80,6 +97,7 @@ def predict(
         bound=_resource(max(shares, key=lambda cause: shares[cause])),
         hardware_id=cost.hardware.hardware_id,
         exact_work=decode.exact and all(part.exact for part in prefill),
+        disk_slowdown=settled_cost.disk_slowdown,
     )
 
 

@@ -30,7 +30,9 @@ def compare(
     decode = phases.get(DECODE)
     asked = replace(order, prompt_tokens=phases[PREFILL].pass_tokens, new_tokens=1 + (decode.passes if decode else 0))
     what_if = predictor.what_if(spec, asked, predicted)
-    hardware, drift = drifted_hardware(predictor.hardware, given)
+    # What the disk gave beside the products, as what it would have given alone.
+    alone = {link: rate * (predicted.disk_slowdown if link == "disk" else 1.0) for link, rate in given.items()}
+    hardware, drift = drifted_hardware(predictor.hardware, alone)
     undrifted = predictor.predict_observed(plan, spec, phases, hardware)
     assert undrifted is not None
     return Comparison.of(predicted, undrifted, drift, what_if, phases)
