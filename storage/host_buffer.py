@@ -42,6 +42,13 @@ class HostBuffer:
         self.address = self.tensor.data_ptr()
         self._lent_address = _over(self._lent, 0, self.nbytes).data_ptr()
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of it that are in RAM: pages are made when they are first written to."""
+        in_core = torch.zeros(self.nbytes // mmap.PAGESIZE, dtype=torch.uint8)
+        arguments = ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes), ctypes.c_void_p(in_core.data_ptr())
+        return 0 if ctypes.CDLL(None).mincore(*arguments) else int((in_core & 1).sum()) * mmap.PAGESIZE
+
     def own_storage(self, offset: int, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] over this memory whose storage is just those bytes, so that saving it writes no more."""
         return _over(self._lent, offset, nbytes)

@@ -56,6 +56,11 @@ class EarlyReads:
         except OffloadError:
             return
 
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that holds what has come so far."""
+        return sum(read.buffer.resident_bytes for read in self._reads.values())
+
     def take(self, ranges: Sequence[FileRange | None]) -> BlockRead | None:
         """The read of a block that is made of these ranges; None if it was not begun."""
         return self._reads.pop(tuple(ranges), None)  # type: ignore[arg-type]

@@ -1,6 +1,8 @@
 """The context manager. It owns the lifetime of everything that a session takes."""
 
+import importlib
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -34,6 +36,9 @@ from offload.storage.process_memory import process_bytes
 
 if TYPE_CHECKING:
     from offload.session.opened import Opened
+
+
+_OPENING = "offload.session.opening"
 
 
 class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
@@ -155,10 +160,23 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
                 early = EarlyReads(request.kept_weights_key)
                 stack.callback(early.drop)
                 early.begin(machine, budgets.device_bytes)
+        if _OPENING not in sys.modules:
+            before_bytes += _imported_bytes(early)
         from offload.session.opening import Opening
 
         opening = Opening(request, self._hardware, stack, progress, budgets, before_bytes, held_bytes, machine, early)
         return opening.open()
+
+
+def _imported_bytes(early: EarlyReads | None) -> int:
+    """Import what knows models; returns the memory that its code takes, which the session is not to be charged with."""
+
+    def held() -> int:
+        return process_bytes() - (0 if early is None else early.resident_bytes)
+
+    before = held()
+    importlib.import_module(_OPENING)
+    return max(0, held() - before)
 
 
 def _progress_between_interrupts(interrupts: HeldInterrupts, progress: Progress, what: str, done: int, total: int) -> None:

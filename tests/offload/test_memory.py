@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,3 +59,22 @@ def test_the_default_budget_obeys_the_control_group(tmp_path):
     assert done.returncode == 0, done.stderr
     assert peak <= 800 * MIB
     assert json.loads(done.stdout)["report"]["tiers"]["cpu"]["budget_bytes"] < 500 * MIB
+
+
+IMPORTED_BY_ENTERING = """
+import json, sys, torch
+from offload import offload
+assert "transformers" not in sys.modules
+with offload("demo", device="cpu", cpu_memory="8MiB", max_tokens=64) as session:
+    session.model(torch.arange(3, 20)[None])
+    report = session.report()
+print(json.dumps([report.peak.measured_bytes, report.peak.predicted_bytes, report.fallbacks, report.tiers["cpu"].unaccounted_bytes]))
+"""
+
+
+def test_code_that_entering_imports_is_no_memory_of_the_session():
+    done = subprocess.run([sys.executable, "-c", IMPORTED_BY_ENTERING], capture_output=True, text=True, check=True, cwd=ROOT)
+    measured, predicted, fallbacks, unaccounted = json.loads(done.stdout.splitlines()[-1])
+    assert fallbacks == []
+    assert measured < predicted + 40 * MIB
+    assert unaccounted < 40 * MIB

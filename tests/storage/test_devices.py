@@ -120,3 +120,12 @@ def test_host_memory_is_exact_and_each_view_its_own_storage():
     assert view.untyped_storage().nbytes() == 100
     view.fill_(7)
     assert int(buffer.tensor[4096:4196].sum()) == 700
+
+
+def test_host_memory_tells_what_of_it_is_in_ram():
+    buffer = HostBuffer(8 << 20, prefault=False)
+    assert buffer.resident_bytes == 0
+    buffer.tensor[: 1 << 20].fill_(1)
+    # A huge page, where there are any.
+    assert 1 << 20 <= buffer.resident_bytes <= 4 << 20
+    assert HostBuffer(1 << 20).resident_bytes == 1 << 20
