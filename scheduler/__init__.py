@@ -4,6 +4,7 @@ model_spec       a model, as the planner knows it
 work             what a pass computes
 hardware         a machine, measured
 cost             work -> seconds
+contention       compute and reads that slow each other down
 kv_pages         how a KV cache is cut into pages, which stay
 plan             Plan: what lives where
 plan_sections    its sections

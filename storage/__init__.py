@@ -7,6 +7,8 @@ arrival       bytes on their way
 transfer      one queue a link
 read_plan     scattered tensors -> aligned places in a slot
 reader        whole units, O_DIRECT
+read_speed    what a disk gives to plain reads
+contention    what products and reads leave of each other's rate
 staging       disk -> page-locked ring -> device
 staging_ring  buffers that bytes pass through
 host_buffer   page-aligned CPU memory

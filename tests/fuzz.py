@@ -165,10 +165,7 @@ def _run(arguments: list[str]) -> tuple[int, str]:
     out = io.StringIO()
     # Standard output is closed where its reader is gone, and has to be a file for that.
     with tempfile.TemporaryFile("w+") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(out):
-        try:
-            status = main(arguments)
-        except SystemExit as end:
-            status = int(end.code or 0)
+        status = main(arguments)
         said.seek(0)
         return status, said.read() + out.getvalue()
 

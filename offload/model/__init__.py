@@ -12,4 +12,5 @@ homes              where a parameter is when it is not on the device
 caches             what a transformers cache holds
 micro_batch        a layer's batch in parts
 pytree             tensors in nested values
+text_generation    which models write text after a prompt
 """
