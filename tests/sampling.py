@@ -102,6 +102,18 @@ def _keep(config, items, names):
     items[:] = [item for item in items if item.nodeid in names]
 
 
+def pytest_sessionfinish(session):
+    """A worker of xdist tells what it left out: all of them collect the same."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = getattr(session.config, "left_out", [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """The worker's is what the run left out."""
+    node.config.left_out = getattr(node, "workeroutput", {}).get("left_out", [])
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Say which tests had more cases than those that ran."""
     by_test = {test.split("::", 1)[-1]: len(names) for test, names in _by_test(getattr(config, "left_out", ())).items()}

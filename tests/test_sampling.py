@@ -66,7 +66,8 @@ def run(pytester, monkeypatch):
 
     def run(content, *options):
         pytester.makepyfile(content)
-        return pytester.runpytest_subprocess("-p", "tests.sampling", "-p", "no:xdist", *options)
+        workers = [] if "-n" in options else ["-p", "no:xdist"]
+        return pytester.runpytest_subprocess("-p", "tests.sampling", *workers, *options)
 
     return run
 
@@ -78,7 +79,9 @@ def test_the_option_finds_the_values_of_each_parameter(run):
     run(grid, "--cover", "1", "--sample", "2").assert_outcomes(passed=2, deselected=4)
     result = run(grid, "--sample", "1")
     result.assert_outcomes(passed=1, deselected=5)
-    result.stdout.fnmatch_lines(["left out, for another seed or `make test-all`: 5 cases of test_a 5"])
+    named = "left out, for another seed or `make test-all`: 5 cases of test_a 5"
+    result.stdout.fnmatch_lines([named])
+    run(grid, "--sample", "1", "-n", "2").stdout.fnmatch_lines([named])
 
 
 def test_what_the_minutes_are_not_enough_for_is_skipped_and_counted(run):
