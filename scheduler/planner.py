@@ -380,7 +380,7 @@ def _too_small(model: ModelSpec, budget_bytes: int, workload: Workload, small: s
     cache = f"{gib(kv_bytes)} for the KV cache of {batch} x {tokens} tokens, " if kv_bytes else ""
     ways = (["fewer tokens (max_tokens)"] if tokens > 1 else []) + (["a smaller batch (batch_size)"] if batch > 1 else [])
     return BudgetTooSmall(
-        f"the memory budget is {gib(budget_bytes)}, and this model needs at least {gib(least)} ({least} bytes): "
+        f"the memory budget is {gib(budget_bytes)}, and this model needs at least {gib(least, at_least=True)} ({least} bytes): "
         f"{gib(slot_bytes * slots)} for the largest part that must be there at once, {cache}"
         f"{gib(workload.activation_bytes(model))} for temporaries, {gib(held)} for what always stays. Give a larger budget"
         f"{', or reserve for less: ' + ', '.join(ways) if ways else ''}.",

@@ -3,6 +3,7 @@
 Each message says what was asked, what there is, and what to change.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,11 +31,16 @@ __all__ = [
 """The errors, without the helpers that word them."""
 
 
-def gib(count: int) -> str:
-    """A byte count for people: `1.50 GiB`, `12.3 MiB`, `512 B`."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+def gib(count: int, at_least: bool = False) -> str:
+    """A byte count for people: `1.50 GiB`, `12.3 MiB`, `512 B`.
+
+    Args:
+        at_least: round up, so that what is printed is enough.
+    """
+    for unit, size, digits in (("GiB", 1 << 30, 2), ("MiB", 1 << 20, 1), ("KiB", 1 << 10, 1)):
         if count >= size:
-            return f"{count / size:.2f} {unit}" if unit == "GiB" else f"{count / size:.1f} {unit}"
+            value = math.ceil(count / size * 10**digits) / 10**digits if at_least else count / size
+            return f"{value:.{digits}f} {unit}"
     return f"{count} B"
 
 

@@ -45,7 +45,9 @@ def run(request: PlanArguments) -> None:
     else:
         _print(planned, asked)
         if output.output:
-            say(f"written to {output.output}; run it with: offload generate {request.model} --plan {output.output}")
+            given = {"--device": memory.device, "--gpu-memory": memory.gpu_memory, "--cpu-memory": memory.cpu_memory}
+            budgets = "".join(f" {name} {value}" for name, value in given.items() if value not in (None, "auto"))
+            say(f"written to {output.output}; run it with: offload generate {request.model} --plan {output.output}{budgets}")
 
 
 def _print(planned: PlanResult, asked: PlanRequest) -> None:
@@ -72,9 +74,10 @@ def _print(planned: PlanResult, asked: PlanRequest) -> None:
     changes = Table(box=None, pad_edge=False, header_style="bold")
     changes.add_column("what if")
     changes.add_column("a sequence is done", justify="right")
-    for item in planned.what_if:
+    for item in (item for item in planned.what_if if item.speedup >= _HELPS):
         changes.add_row(item.change, f"{item.speedup:.2f}x as fast")
-    print_table(changes)
+    if changes.row_count:
+        print_table(changes)
     for note in planned.notes:
         print(f"note: {note}")
 

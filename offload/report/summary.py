@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from offload.report.experts import ExpertUse
-from offload.report.facts import PhaseUse
+from offload.report.facts import LEAST_JUDGED_SECONDS, PhaseUse
 from offload.storage.errors import duration, gib
 
 if TYPE_CHECKING:
@@ -15,7 +15,8 @@ _WORTH_NAMING = 1.05
 
 def summary(report: "Report") -> str:
     """Three lines, and one for each fallback."""
-    lines = [f"speed: {_speed(report)}", f"memory: {_memory(report)}", f"bound by: {_bound(report)}"]
+    speed = f"speed: {_speed(report)}; exactness {report.exactness}"
+    lines = [speed, f"memory: {_memory(report)}", f"bound by: {_bound(report)}"]
     return "\n".join([*lines, *(f"fell back: {sentence}" for sentence in report.fallbacks)])
 
 
@@ -30,7 +31,6 @@ def _speed(report: "Report") -> str:
         said.append(f"{decode.tokens_per_second:.2f} tokens/s ({duration(decode.seconds_per_token)} each)")
     if prefill.passes:
         said.append(f"first token after {duration(report.loading_seconds + prefill.first_seconds)}")
-        said.append(f"{prefill.tokens:,} tokens of prompts in {duration(prefill.seconds)}")
     return ", ".join(said)
 
 
@@ -61,7 +61,10 @@ def _bound(report: "Report") -> str:
         return "nothing yet"
     cause = max(causes, key=lambda each: causes[each])
     said = f"{cause} ({causes[cause] / phase.seconds:.0%} of {name})"
-    helpful = [] if report.prediction is None else [item for item in report.prediction.what_if if item.speedup >= _WORTH_NAMING]
+    predicted, step = report.prediction, phase.seconds / max(1, phase.passes)
+    # What a process does beside is as much as a shorter pass: nothing is predicted of it that is worth saying.
+    judged = predicted is not None and step >= LEAST_JUDGED_SECONDS
+    helpful = [item for item in predicted.what_if if item.speedup >= _WORTH_NAMING] if judged and predicted else []
     if helpful:
         best = max(helpful, key=lambda item: item.speedup)
         said += f"; would help: {best.change} ({best.speedup:.2f}x as fast)"

@@ -5,7 +5,7 @@ import pytest
 from offload.budgets import Budgets, cgroup_limit_bytes, default_host_bytes, resolve_budgets, what_it_risks
 from offload.config import parse_bytes
 from offload.storage.devices.cpu import CpuDevice
-from offload.storage.errors import BudgetTooSmall, ConfigError
+from offload.storage.errors import BudgetTooSmall, ConfigError, gib
 from offload.storage.process_memory import mapped_bytes, process_bytes
 from tests.delayed import DelayedDevice
 
@@ -76,3 +76,8 @@ def test_limits_of_control_groups_are_read(tmp_path, monkeypatch):
 
     assert budgets._limits_along(str(tmp_path), "/a/b", "memory.max") == [1_000_000, 5_000_000]
     assert cgroup_limit_bytes() is None or cgroup_limit_bytes() > 0
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1707383, 1 << 20, (1 << 30) + 1, 3_333_333_333])
+def test_a_least_size_is_enough_as_it_is_printed(count):
+    assert count <= parse_bytes(gib(count, at_least=True)) <= count + max(count // 50, 1 << 20)

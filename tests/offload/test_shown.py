@@ -33,9 +33,12 @@ def test_the_summary_has_three_lines_and_the_fallbacks(capsys):
     assert main(call) == 0
     short = capsys.readouterr().err.strip().splitlines()
     assert [line.split(":")[0] for line in short] == ["speed", "memory", "bound by"]
+    assert short[0].endswith("; exactness identical")
     assert "streamed a pass" in short[1]
+    assert main([*call, "--kv-policy", "int8"]) == 0
+    assert "exactness lossy: KV cache int8" in capsys.readouterr().err
     assert main([*call, "--verbose"]) == 0
-    assert "exactness identical" in capsys.readouterr().err
+    assert "unaccounted" in capsys.readouterr().err
 
 
 def test_the_demo_falls_back_to_nothing_and_shows_no_error_in_percent(capsys):
