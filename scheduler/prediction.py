@@ -52,6 +52,15 @@ class WhatIf:
     speedup: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """What was simulated: of a prefill, of the decode passes after it, and of the last of these."""
+
+    prefill: Trace
+    decode: Trace
+    last: Trace
+
+
 def predict(
     plan: Plan,
     model: ModelSpec,
@@ -66,25 +75,20 @@ def predict(
         hit_rate: of experts that are brought one by one; None for what is to be expected.
     """
 
-    def first(cost: CostModel) -> Trace:
+    def run(cost: CostModel) -> _Passes:
         simulation = Simulation(plan, model, cost, hit_rate)
-        for part in prefill:
+        starts = []
+        for part in (*prefill, *[decode] * _DECODE_PASSES):
+            starts.append(len(simulation.trace.spans))
             simulation.run(part)
-        return simulation.trace
+        spans, settled = simulation.trace.spans, starts[len(prefill)]
+        return _Passes(*(Trace("simulator", part) for part in (spans[:settled], spans[settled:], spans[starts[-1] :])))
 
-    def later(cost: CostModel, passes: int = _DECODE_PASSES) -> Trace:
-        """The last passes of some decode passes, after the prefill."""
-        simulation = Simulation(plan, model, cost, hit_rate)
-        for part in (*prefill, *[decode] * (_DECODE_PASSES - passes)):
-            simulation.run(part)
-        before = len(simulation.trace.spans)
-        for _ in range(passes):
-            simulation.run(decode)
-        return Trace("simulator", simulation.trace.spans[before:])
-
-    settled_cost = settle(cost, later)
-    last = later(settled_cost, 1)
-    prefill_seconds = sum(span.seconds for span in first(settle(cost, first)).on(PASS))
+    first_cost, later_cost = settle(cost, lambda each: run(each).prefill), settle(cost, lambda each: run(each).decode)
+    passes = run(later_cost)
+    first = passes if first_cost is later_cost else run(first_cost)
+    prefill_seconds = sum(span.seconds for span in first.prefill.on(PASS))
+    last = passes.last
     settled = last.on(PASS)[-1].seconds
     causes = last.attribution("decode")
     total = sum(causes.values()) or 1.0
@@ -97,7 +101,7 @@ def predict(
         bound=_resource(max(shares, key=lambda cause: shares[cause])),
         hardware_id=cost.hardware.hardware_id,
         exact_work=decode.exact and all(part.exact for part in prefill),
-        disk_slowdown=settled_cost.disk_slowdown,
+        disk_slowdown=later_cost.disk_slowdown,
     )
 
 

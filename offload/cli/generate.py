@@ -43,7 +43,7 @@ def run(request: GenerateArguments) -> None:
         say("--live draws in a terminal, and standard error is none: nothing is drawn")
     for path in (output.report, output.trace, request.experts.expert_trace):
         check_writable(path)
-    asked = _sampling(request)
+    asked = Sampling(**(vars(request.sampling) | {"stop": tuple(request.sampling.stop)}))
     texts = _read_prompts(request.prompt)
     transformers_logging.set_verbosity_error()
     folder, adapter = find_model(request.model, LoadingOptions.of({"revision": request.loading.revision}))
@@ -64,21 +64,6 @@ def run(request: GenerateArguments) -> None:
         write_record(record, output.report)
     if output.trace:
         Path(output.trace).write_text(as_perfetto(record.trace))
-
-
-def _sampling(request: GenerateArguments) -> Sampling:
-    asked = request.sampling
-    return Sampling(
-        max_new_tokens=asked.max_new_tokens,
-        temperature=asked.temperature,
-        top_k=asked.top_k,
-        top_p=asked.top_p,
-        min_p=asked.min_p,
-        repetition_penalty=asked.repetition_penalty,
-        num_beams=asked.num_beams,
-        stop=tuple(asked.stop),
-        seed=asked.seed,
-    )
 
 
 class _Run:

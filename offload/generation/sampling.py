@@ -91,11 +91,11 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         """What `generate` of transformers takes."""
-        chosen: dict[str, Any] = {"do_sample": bool(self.temperature), "temperature": self.temperature or None}
-        chosen |= {"top_p": self.top_p, "top_k": self.top_k or 0, "min_p": self.min_p} if self.temperature else {}
-        if not self.temperature:
-            chosen |= {"top_p": None, "top_k": None, "min_p": None}
+        chosen: dict[str, Any] = dict.fromkeys(("temperature", *_SHARES))
+        if self.temperature:
+            chosen = {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p, "min_p": self.min_p}
         return chosen | {
+            "do_sample": bool(self.temperature),
             "max_new_tokens": self.max_new_tokens,
             "repetition_penalty": _first(self.repetition_penalty, 1.0),
             "num_beams": self.beams,

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from offload.report.experts import ExpertUse
 from offload.report.facts import LEAST_JUDGED_SECONDS, PhaseUse
 from offload.storage.errors import duration, gib
 
@@ -44,14 +43,9 @@ def _memory(report: "Report") -> str:
     streamed, experts = report.streamed_bytes_per_pass, report.experts
     moved = [f"{gib(streamed)} of {gib(report.weight_bytes)} of weights streamed a pass"] if streamed else []
     if experts is not None:
-        moved.append(
-            f"{experts.slots:,} of {experts.experts:,} experts stay, {_found(experts):.0%} of those asked for were there"
-        )
+        found = experts.hits / max(1, experts.choices)
+        moved.append(f"{experts.slots:,} of {experts.experts:,} experts stay, {found:.0%} of those asked for were there")
     return "; ".join([*held, *(moved or ["nothing is streamed"])])
-
-
-def _found(experts: ExpertUse) -> float:
-    return sum(layer.hits for layer in experts.layers) / max(1, sum(layer.choices for layer in experts.layers))
 
 
 def _bound(report: "Report") -> str:
