@@ -6,8 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 from typer.models import OptionInfo
 
-from offload.cli.arguments.others import ReplayArguments
-from offload.cli.parser import COMMANDS
+from offload.cli.commands import COMMANDS
 
 _MARK = "<!-- commands -->"
 _BESIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)]*)\)")
@@ -21,8 +20,9 @@ def on_page_markdown(markdown: str, **ignored: Any) -> str:
 
 def commands() -> str:
     """All commands with their options, as Markdown."""
-    every = COMMANDS | {"experts replay": ReplayArguments}
-    return "\n".join(f"## offload {name}\n\n{kind.summary}\n\n{_tables(kind, '')}" for name, kind in every.items())
+    return "\n".join(
+        f"## offload {name}\n\n{command.summary}\n\n{_tables(command.arguments(), '')}" for name, command in COMMANDS.items()
+    )
 
 
 def _tables(kind: type, title: str) -> str:

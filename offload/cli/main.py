@@ -13,8 +13,10 @@ from offload.storage.errors import OffloadError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its status: 0, 1 for a failure, 2 for a wrong call, 130 after Ctrl-C, 143 at SIGTERM."""
+    words = sys.argv[1:] if arguments is None else arguments
+    asked = words[0] if words and not words[0].startswith("-") else None
     try:
-        make_parser(_run)(args=arguments, prog_name="offload")
+        make_parser(_run, asked)(args=words, prog_name="offload")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     return 0

@@ -21,8 +21,6 @@ class Group:
 class Arguments:
     """What one command is asked: options of its own, and groups of them."""
 
-    summary: ClassVar[str]
-
 
 def option(text: str, metavar: str | None = None) -> Any:
     """Annotate a field as an option, which has the field's name.

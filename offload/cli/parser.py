@@ -7,36 +7,35 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from offload.cli.arguments.finetune import FinetuneArguments
-from offload.cli.arguments.generate import GenerateArguments
-from offload.cli.arguments.others import MergeArguments, ProbeArguments, ReplayArguments, ReportArguments, SynthArguments
-from offload.cli.arguments.plan import PlanArguments
-from offload.cli.option import Arguments, assembled, signature
+from offload.cli.commands import COMMANDS, Command
+from offload.cli.option import assembled, signature
 from offload.version import __version__
 
-COMMANDS: dict[str, type[Arguments]] = {
-    "generate": GenerateArguments,
-    "finetune": FinetuneArguments,
-    "merge": MergeArguments,
-    "plan": PlanArguments,
-    "probe": ProbeArguments,
-    "report": ReportArguments,
-    "synth": SynthArguments,
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    # typer takes None, which stands for no `--help`, to pydantic: a third of the time that help takes.
+    "default_map": {"help": False},
 }
 
 Run = Callable[[str, Any], int]
 """Runs the command of this name with its request; returns the status of the process."""
 
 
-def make_parser(run: Run) -> typer.Typer:
-    """The whole command line."""
-    app = _group("Run transformers models that do not fit into memory, by streaming their weights.", add_completion=True)
+def make_parser(run: Run, asked: str | None) -> typer.Typer:
+    """The command line, for one call of it.
+
+    Args:
+        run: called with what was asked.
+        asked: the word that names the command. Of the others only the names are made: each option costs time. None: of
+            all of them, as completion needs it.
+    """
+    app = _group("Run transformers models that do not fit into memory, by streaming their weights.", asked is None)
     app.callback()(_own_options)
-    for name, request in COMMANDS.items():
-        _add(app, name, request, run)
-    experts = _group(ReplayArguments.summary)
-    _add(experts, "replay", ReplayArguments, lambda _, asked: run("experts", asked))
+    experts = _group("Look into routings of experts.")
     app.add_typer(experts, name="experts")
+    for name, command in COMMANDS.items():
+        group = experts if " " in name else app
+        _add(group, name, command, run if asked in (None, name.split()[0]) else None)
     return app
 
 
@@ -47,7 +46,7 @@ def _group(text: str, add_completion: bool = False) -> typer.Typer:
         add_completion=add_completion,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings=_SETTINGS,
     )
 
 
@@ -66,18 +65,18 @@ def _own_options(version: _Version = False) -> None:
     """Take what is given before the command."""
 
 
-def _add(app: typer.Typer, name: str, request: type[Arguments], run: Run) -> None:
+def _add(group: typer.Typer, name: str, command: Command, run: Run | None) -> None:
     def call(context: typer.Context, **values: Any) -> None:
         try:
-            asked = assembled(request, values)
+            request = assembled(command.arguments(), values)
         except ValueError as error:
             raise typer.BadParameter(str(error), ctx=context) from None
-        raise typer.Exit(run(name, asked))
+        raise typer.Exit(run(name.split()[0], request) if run else 0)
 
-    parameters = [inspect.signature(call).parameters["context"], *signature(request).parameters.values()]
+    options = signature(command.arguments()).parameters.values() if run else ()
+    parameters = [inspect.signature(call).parameters["context"], *options]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    settings = {"help_option_names": ["-h", "--help"]}
-    app.command(name, cls=_Command, help=request.summary, context_settings=settings)(call)
+    group.command(name.split()[-1], cls=_Command, help=command.summary, context_settings=_SETTINGS)(call)
 
 
 class _Command(TyperCommand):

@@ -97,10 +97,6 @@ class FinetuneOutput(Group):
 class FinetuneArguments(Arguments):
     """All that `offload finetune` can be asked."""
 
-    summary: ClassVar[str] = (
-        "Fine-tune a model while its weights are streamed: LoRA adapters (a PEFT folder), or all weights (a model's folder)."
-    )
-
     model: Model
     data: DataGroup
     output: FinetuneOutput

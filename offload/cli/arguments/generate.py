@@ -133,8 +133,6 @@ class OutputGroup(Group):
 class GenerateArguments(Arguments):
     """All that `offload generate` can be asked."""
 
-    summary: ClassVar[str] = "Generate text. Tokens go to stdout as they are made, the report to stderr."
-
     model: Model
     prompt: PromptGroup
     sampling: SamplingGroup

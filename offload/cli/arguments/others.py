@@ -1,7 +1,7 @@
 """The options of the commands that have few."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from offload.choices import Family, SlotScope, SyntheticDtype
 from offload.cli.option import Arguments, argument, option
@@ -11,8 +11,6 @@ from offload.cli.options import AsJson, Model
 @dataclass(frozen=True)
 class MergeArguments(Arguments):
     """All that `offload merge` can be asked."""
-
-    summary: ClassVar[str] = "Fold an adapter into its model. Writes a folder that transformers loads."
 
     model: Model
     adapter: Annotated[str, option("a PEFT adapter folder, as `offload finetune` writes one", "DIR")]
@@ -24,8 +22,6 @@ class MergeArguments(Arguments):
 @dataclass(frozen=True)
 class ReplayArguments(Arguments):
     """All that `offload experts replay` can be asked."""
-
-    summary: ClassVar[str] = "Compare cache policies for experts on a recorded routing (from `generate --expert-trace`)."
 
     trace: Annotated[str, argument("from `generate --expert-trace`, or another tool that writes the format", "TRACE.csv")]
     budget: Annotated[str | None, option("device memory for experts, like 3000MiB", "SIZE")] = None
@@ -44,10 +40,6 @@ class ReplayArguments(Arguments):
 class ProbeArguments(Arguments):
     """All that `offload probe` can be asked."""
 
-    summary: ClassVar[str] = (
-        "Measure this machine (a few seconds), for `plan` and for predictions. The profile is kept by hardware id."
-    )
-
     device: Annotated[str, option("auto, cuda, cuda:N or cpu", "DEVICE")] = "auto"
     disk: Annotated[str | None, option("a folder on the disk that weights are read from (default: $TMPDIR)", "DIR")] = None
     refresh: Annotated[bool, option("measure again, even if a profile is kept")] = False
@@ -59,8 +51,6 @@ class ProbeArguments(Arguments):
 class ReportArguments(Arguments):
     """All that `offload report` can be asked."""
 
-    summary: ClassVar[str] = "Show a run again that `generate --report FILE.json` wrote; given two, compare them."
-
     runs: Annotated[list[str], argument("one run, or two to compare", "RUN.json")]
     output: Annotated[str | None, option("write the run as a page", "FILE.html")] = None
 
@@ -68,8 +58,6 @@ class ReportArguments(Arguments):
 @dataclass(frozen=True)
 class SynthArguments(Arguments):
     """All that `offload synth` can be asked."""
-
-    summary: ClassVar[str] = "Write a checkpoint with random weights, sharded like real ones, with a tokenizer."
 
     folder: Annotated[str, argument("where; made if need be, and must be empty", "DIR")]
     size: Annotated[str, option("of the weights, like 4GiB; met within a few percent", "SIZE")]

@@ -50,10 +50,6 @@ class PlanOutput(Group):
 class PlanArguments(Arguments):
     """All that `offload plan` can be asked."""
 
-    summary: ClassVar[str] = (
-        "Plan a run without loading the model: what lives where, how fast, what holds it back, what would help."
-    )
-
     model: Annotated[str, argument("a folder with a safetensors checkpoint, `demo`, or a hub id (its headers)", "MODEL")]
     work: WorkGroup
     loading: PlannedLoading
