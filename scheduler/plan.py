@@ -11,7 +11,7 @@ from offload.scheduler.plan_json import SCHEMA, SCHEMA_1, sections_from_json
 from offload.scheduler.plan_sections import BlockPlan, ExpertsPlan, KvPlan, SplitsPlan, WeightsPlan
 from offload.scheduler.renamed import Renamed
 from offload.storage.blocks import BlockKey
-from offload.storage.errors import PlanError, gib
+from offload.storage.errors import PlanError, counted, gib
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ class Plan(Renamed):
         """What is computed in another shape or elsewhere than the plain model does, each in a few words."""
         said = []
         if self.weights.computed_on_host:
-            said.append(f"{len(self.weights.computed_on_host)} layers are computed on the CPU")
+            said.append(f"{counted(len(self.weights.computed_on_host), 'layer is', 'layers are')} computed on the CPU")
         if self.weights.cpu_gpu_split:
             said.append(
-                f"{len(self.weights.cpu_gpu_split)} layers are computed by device and CPU together "
+                f"{counted(len(self.weights.cpu_gpu_split), 'layer is', 'layers are')} computed by device and CPU together "
                 f"({self.weights.cpu_percent}% by the CPU)"
             )
         if self.splits.micro_batch:

@@ -44,6 +44,15 @@ def gib(count: int, at_least: bool = False) -> str:
     return f"{count} B"
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number of things for people: `1 block`, `3 blocks`, `2 batches`.
+
+    Args:
+        one, many: what they are called; many is `one` with an s where it is not given.
+    """
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def duration(seconds: float) -> str:
     """A time for people: `1.25 s`, `13.0 ms`, `40 us`."""
     if seconds >= 1:

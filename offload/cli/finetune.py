@@ -1,14 +1,11 @@
 """`offload finetune`: adapters, or all weights, of a model that does not fit."""
 
-import statistics
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
 from offload.adapters.peft import save_adapters, save_model
@@ -16,91 +13,154 @@ from offload.api import offload
 from offload.cli.arguments.finetune import FinetuneArguments
 from offload.cli.terminal import check_writable, progress_bar, say, typed
 from offload.cli.termination import Terminated, remembered
+from offload.cli.training_progress import TrainingProgress
+from offload.config import Progress as ProgressCall
 from offload.finetune.data import Batches, check_packing, packed, read_examples
-from offload.finetune.loop import Step, train
+from offload.finetune.loop import train
 from offload.finetune.recipe import FULL, LORA, Recipe
 from offload.generation.prompts import load_tokenizer
 from offload.model.checkpoint_folder import find_folder
 from offload.report.record import Record
-from offload.report.training import TrainingEstimate, TrainingReport
+from offload.report.report import Report
+from offload.report.training import TrainingEstimate
 from offload.report.write import write_record
-from offload.storage.errors import ConfigError, gib
+from offload.session.session import Session
+from offload.storage.errors import ConfigError, counted, gib
 from offload.training.optimizer.checkpoint import read_manifest
-from offload.training.options import (
-    Training,
-)
+from offload.training.options import Training
 
 CHECKPOINT = "checkpoint"
 """The folder inside of --output that training is resumed from."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What one call is to train, and where to."""
+
+    request: FinetuneArguments
+    recipe: Recipe
+    folder: str
+    tokenizer: Any
+    batches: Batches
+    evaluation: Batches | None
+
+    @property
+    def output(self) -> Path:
+        return Path(self.request.output.output)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / CHECKPOINT
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.steps(self.batches)
+
+    @property
+    def longest(self) -> int:
+        """Tokens."""
+        return max(item.longest for item in (self.batches, self.evaluation) if item is not None)
+
+
 def run(request: FinetuneArguments) -> None:
-    recipe, training = _recipe(request), _training(request)
+    job = _prepared(request)
+    try:
+        record = _trained(job)
+    except KeyboardInterrupt as error:
+        raise type(error)(f"{str(error) or 'interrupted'}; {_left_in(job.checkpoints)}") from None
+    if job.checkpoints.is_dir() and not any(job.checkpoints.iterdir()):
+        job.checkpoints.rmdir()
+    if not request.output.quiet:
+        report = Report.from_dict(record.report)
+        say(f"\n{report if request.output.verbose else report.summary()}\n{_said(job.recipe, request.model, job.output)}")
+    if request.output.report:
+        write_record(record, request.output.report)
+
+
+def _prepared(request: FinetuneArguments) -> _Job:
+    """Read what is needed before the model; what was asked wrongly is told here."""
+    recipe = _recipe(request)
+    _training(request)
     if request.data.batch_size < 1 or request.data.sequence_length < 2:
         raise ConfigError("--batch-size must be at least 1 and --sequence-length at least 2")
     check_writable(request.output.report)
-    output = Path(request.output.output)
-    _check_output(output, request.output.resume)
+    _check_output(Path(request.output.output), request.output.resume)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder = find_folder(request.model)
     tokenizer = load_tokenizer(folder, request.loading.trust_remote_code)
     batches = _batches(request, request.data.data, tokenizer)
     evaluation = _batches(request, request.data.eval_data, tokenizer) if request.data.eval_data else None
-    checkpoints = output / CHECKPOINT
-    with ExitStack() as stack:
-        stack.enter_context(_made(checkpoints))
-        with progress_bar() as show:
-            session = stack.enter_context(
-                offload(
-                    folder,
-                    device=request.memory.device,
-                    gpu_memory=request.memory.gpu_memory,
-                    cpu_memory=request.memory.cpu_memory,
-                    disk_dir=request.memory.disk,
-                    batch_size=request.data.batch_size,
-                    max_tokens=max(item.longest for item in (batches, evaluation) if item is not None),
-                    training=training,
-                    progress=show,
-                    dtype=request.loading.dtype,
-                    trust_remote_code=request.loading.trust_remote_code,
-                )
-            )
+    return _Job(request, recipe, folder, tokenizer, batches, evaluation)
+
+
+def _trained(job: _Job) -> Record:
+    """Train, and write what was trained."""
+    request, recipe = job.request, job.recipe
+    with _made(job.checkpoints), progress_bar() as show, _opened(job, show) as session:
         model = recipe.adapted(session.model)
         if request.data.packing:
-            check_packing(model, batches)
+            check_packing(model, job.batches)
         estimate = session.training_estimate(recipe.gradient_accumulation, recipe.layer_major)
         if not request.output.quiet:
-            report = session.report()
-            blocks = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.blocks.items() if count)
-            peak = f"predicted peak of {'CPU' if report.device == 'cpu' else 'GPU'} memory: {gib(report.peak.predicted_bytes)}"
-            kept = (
-                ", and a second version on NVMe from the first checkpoint on"
-                if recipe.save_every and estimate.disk_bytes
-                else ""
-            )
-            say(f"{len(batches)} batches, {recipe.steps(batches)} steps\n{estimate}\nblocks: {blocks}; {peak}{kept}")
-        watch = _Watch(recipe, estimate, recipe.steps(batches), request.output.quiet)
-        with remembered() as asked, watch:
+            say(_outlook(job, session.report(), estimate))
+        progress = TrainingProgress(recipe, estimate, job.steps, request.output.quiet)
+        with remembered() as asked, progress:
             done = train(
-                session, model, batches, recipe, watch.on_step, evaluation, checkpoints, request.output.resume, asked.is_set
+                session,
+                model,
+                job.batches,
+                recipe,
+                progress.on_step,
+                job.evaluation,
+                job.checkpoints,
+                request.output.resume,
+                progress.on_resumed,
+                asked.is_set,
             )
-        if done < recipe.steps(batches):
-            raise Terminated(
-                f"stopped after step {done} of {recipe.steps(batches)}, which is in a checkpoint; --resume goes on"
-            )
+        if done < job.steps:
+            raise Terminated(f"stopped after step {done} of {job.steps}")
         if recipe.method == LORA:
-            save_adapters(model, output)
+            save_adapters(model, job.output)
         else:
-            save_model(model, tokenizer, output)
-        report = replace(session.report(), training=watch.training_report(), command=typed())
-        trace = session.trace()
-    if not any(checkpoints.iterdir()):
-        checkpoints.rmdir()
-    if not request.output.quiet:
-        say(f"\n{report if request.output.verbose else report.summary()}\n{_said(recipe, request.model, output)}")
-    if request.output.report:
-        write_record(Record.of(report, trace), request.output.report)
+            save_model(model, job.tokenizer, job.output)
+        report = replace(session.report(), training=progress.training_report(), command=typed())
+        return Record.of(report, session.trace())
+
+
+def _opened(job: _Job, show: ProgressCall) -> Session:
+    request = job.request
+    return offload(
+        job.folder,
+        device=request.memory.device,
+        gpu_memory=request.memory.gpu_memory,
+        cpu_memory=request.memory.cpu_memory,
+        disk_dir=request.memory.disk,
+        batch_size=request.data.batch_size,
+        max_tokens=job.longest,
+        training=_training(request),
+        progress=show,
+        dtype=request.loading.dtype,
+        trust_remote_code=request.loading.trust_remote_code,
+    )
+
+
+def _outlook(job: _Job, report: Report, estimate: TrainingEstimate) -> str:
+    """What is known before the first step."""
+    steps = f"{counted(len(job.batches), 'batch', 'batches')}, {counted(job.steps, 'step')}"
+    blocks = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.blocks.items() if count)
+    peak = f"predicted peak of {'CPU' if report.device == 'cpu' else 'GPU'} memory: {gib(report.peak.predicted_bytes)}"
+    versions = job.recipe.save_every and estimate.disk_bytes
+    kept = ", and a second version on NVMe from the first checkpoint on" if versions else ""
+    return f"{steps}\n{estimate}\nblocks: {blocks}; {peak}{kept}"
+
+
+def _left_in(checkpoints: Path) -> str:
+    """What of a training that was interrupted can be gone on from."""
+    manifest = read_manifest(checkpoints)
+    if manifest is None:
+        return "there is no checkpoint of it (--save-every N writes one every N steps)"
+    return f"--resume goes on from the checkpoint of step {manifest['progress'].get('step', 0)}"
 
 
 def _recipe(request: FinetuneArguments) -> Recipe:
@@ -175,49 +235,3 @@ def _said(recipe: Recipe, model: str, output: Path) -> str:
     if recipe.method == LORA:
         return f"the adapter is in {output}; `offload generate {model} --adapter {output}` uses it"
     return f"the model is in {output}; `offload generate {output}` uses it"
-
-
-class _Watch:
-    """Shows the steps while they are done, and remembers them."""
-
-    def __init__(self, recipe: Recipe, estimate: TrainingEstimate, total: int, quiet: bool) -> None:
-        self._console = Console(stderr=True)
-        self._quiet = quiet
-        self._recipe, self._estimate = recipe, estimate
-        self._steps: list[Step] = []
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-        )
-        drawn = not quiet and self._console.is_terminal
-        self._bar = Progress(*columns, console=self._console, transient=True, disable=not drawn)
-        self._task = self._bar.add_task("training", total=total)
-
-    def __enter__(self) -> None:
-        self._bar.start()
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def on_step(self, step: Step) -> None:
-        self._steps.append(step)
-        line = f"step {step.number}: loss {step.loss:.4f}, gradient norm {step.gradient_norm:.3f}, "
-        line += f"{step.tokens / step.seconds:.0f} tokens/s"
-        if step.eval_loss is not None:
-            line += f", evaluation {step.eval_loss:.4f}"
-        self._bar.update(self._task, completed=step.number, description=line)
-        if not self._quiet and not self._console.is_terminal:
-            say(line)
-
-    def training_report(self) -> TrainingReport:
-        return TrainingReport(
-            method=self._recipe.method,
-            estimate=self._estimate,
-            losses=[[step.number, step.loss] for step in self._steps],
-            eval_losses=[[step.number, step.eval_loss] for step in self._steps if step.eval_loss is not None],
-            tokens=sum(step.tokens for step in self._steps),
-            seconds=sum(step.seconds for step in self._steps),
-            step_seconds=statistics.median(step.seconds for step in self._steps) if self._steps else 0.0,
-        )

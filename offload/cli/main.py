@@ -35,8 +35,8 @@ def _run(command: str, request: Any) -> int:
     except termination.Terminated as error:
         print(f"offload: {str(error) or 'terminated'}", file=sys.stderr)
         return termination.SIGTERM_STATUS
-    except KeyboardInterrupt:
-        print("offload: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"offload: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output is gone (`| head`): not an error.

@@ -13,7 +13,7 @@ from offload.moe.options import ExpertOptions
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.plan import Plan
 from offload.session.preview import Planner, PlanRequest, PlanResult
-from offload.storage.errors import duration, gib
+from offload.storage.errors import counted, duration, gib
 
 _HELPS = 1.01
 """Times as fast: less is none."""
@@ -62,7 +62,7 @@ def _print(planned: PlanResult, asked: PlanRequest) -> None:
     print_table(_memory(planned))
     shares = ", ".join(f"{cause} {share:.0%}" for cause, share in prediction.decode_shares.items() if share >= 0.005)
     print(
-        f"a token: {shares}; {gib(plan.weights.streamed_bytes)} streamed, {plan.weights.slot_count} slots of "
+        f"a token: {shares}; {gib(plan.weights.streamed_bytes)} streamed, {counted(plan.weights.slot_count, 'slot')} of "
         f"{gib(plan.weights.slot_bytes)}\n"
     )
     if plan.kv.memory_bytes:

@@ -14,8 +14,8 @@ from torch import nn
 
 from offload.finetune.data import Batches
 from offload.finetune.recipe import Recipe
-from offload.storage.errors import ConfigError, TrainingError
-from offload.training.optimizer.checkpoint import compare
+from offload.storage.errors import ConfigError, CorruptCheckpoint, TrainingError, foreign_file
+from offload.training.optimizer.checkpoint import compare, read_manifest
 from offload.training.weighting import item_count, token_shares
 
 Batch = dict[str, torch.Tensor]
@@ -71,6 +71,7 @@ def train(
     evaluation: Batches | None = None,
     checkpoints: Path | None = None,
     resume: bool = False,
+    on_resumed: Callable[[int], None] = lambda step: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Train what requires a gradient.
@@ -80,6 +81,7 @@ def train(
         evaluation: told the loss of now and then; nothing is learned from it.
         checkpoints: where they are written, and resumed from.
         resume: go on from a checkpoint, if there is one.
+        on_resumed: told the step of that checkpoint.
         stop: asked after each step; True ends the training there, with a checkpoint.
 
     Returns:
@@ -87,7 +89,7 @@ def train(
 
     Raises:
         TrainingError: if the loss or a gradient is no number; the weights are those of the last good step, and in a checkpoint.
-        ConfigError: if a checkpoint was made with other settings or data.
+        ConfigError: if a checkpoint was made with other settings or data, or after more steps than are asked for.
     """
     if not any(value.requires_grad for value in model.parameters()):
         raise ConfigError("nothing is to be trained: no parameter requires a gradient")
@@ -95,6 +97,12 @@ def train(
     settings = {name: value for name, value in asdict(recipe).items() if name not in _FREE} | {"data": batches.identity}
     done = _resumed(session, checkpoints, settings) if resume and checkpoints is not None else 0
     saved, last = done, recipe.steps(batches)
+    if done > last:
+        raise ConfigError(
+            f"the checkpoint was made after step {done}, and {last} steps are asked for; give more, or begin anew"
+        )
+    if done:
+        on_resumed(done)
     for number, group in enumerate(_groups(batches, recipe), 1):
         if number > last:
             break
@@ -138,11 +146,13 @@ def evaluate(model: nn.Module, batches: Batches) -> float:
 
 
 def _resumed(session: Trainable, folder: Path, settings: dict[str, Any]) -> int:
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        # First: of a model with adapters of another rank, the session could only say that it is another.
+        with foreign_file(f"{folder} is no checkpoint of a fine-tuning", CorruptCheckpoint):
+            compare("settings or data", manifest["progress"].get("settings", {}), settings)
     progress = session.resume(folder)
-    if progress is None:
-        return 0
-    compare("settings or data", progress["settings"], settings)
-    return int(progress["step"])
+    return int(progress["step"]) if progress else 0
 
 
 def _step(session: Trainable, model: nn.Module, group: list[Batch], recipe: Recipe, number: int) -> tuple[float, float, int]:

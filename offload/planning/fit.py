@@ -19,7 +19,7 @@ from offload.scheduler.model_spec import ActivationSizes, ModelSpec, Workload
 from offload.scheduler.plan import Plan
 from offload.scheduler.planner import make_plan
 from offload.storage.blocks import BlockKey
-from offload.storage.errors import BudgetTooSmall, gib
+from offload.storage.errors import BudgetTooSmall, counted, gib
 
 
 class ExpertGranularity(Enum):
@@ -244,7 +244,7 @@ def _said(structure: Structure, by_submodule: TakenApart) -> tuple[str, ...]:
     if by_submodule:
         largest = max(unit.block.nbytes for unit in structure.units)
         sentences.append(
-            f"{len(by_submodule.keys)} blocks are larger than the budget has room for and are streamed by their "
-            f"sub-modules, of which the largest has {gib(largest)}"
+            f"{counted(len(by_submodule.keys), 'block is', 'blocks are')} larger than the budget has room for and "
+            f"streamed by their sub-modules, of which the largest has {gib(largest)}"
         )
     return tuple(sentences)

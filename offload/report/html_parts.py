@@ -9,10 +9,6 @@ def text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
-
-
 def bar(parts: Sequence[tuple[str, float, str]], whole: float) -> str:
     shown = [(name, value, colour) for name, value, colour in parts if value / whole >= 0.002]
     pieces = "".join(

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from offload.report.html_parts import bar, count, text
+from offload.report.html_parts import bar, text
 from offload.scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span, Trace
-from offload.storage.errors import duration
+from offload.storage.errors import counted, duration
 
 _WIDTH, _ROW = 1000, 26
 _SPANS_DRAWN = 3000
@@ -34,7 +34,7 @@ def times(report: dict[str, Any]) -> str:
         parts.append(("offload's own work", use["overhead_seconds"], "--violet"))
         parts.append(("between blocks", use["other_seconds"], "--grey"))
         rows.append(
-            f"<p><b>{text(phase(name, report))}</b> <span class=faint>{duration(use['seconds'])}, {count(use['passes'], 'pass', 'passes')}</span></p>"
+            f"<p><b>{text(phase(name, report))}</b> <span class=faint>{duration(use['seconds'])}, {counted(use['passes'], 'pass', 'passes')}</span></p>"
         )
         rows.append(bar(parts, use["seconds"]))
     return f"<section><h2>Where the time went</h2>{''.join(rows)}</section>" if rows else ""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from offload.report.schema import RENAMED
 from offload.scheduler.renamed import Renamed
-from offload.storage.errors import duration, gib
+from offload.storage.errors import counted, duration, gib
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,8 @@ class TrainingReport(Renamed):
         if not self.losses:
             return "training: no step"
         first, last = self.losses[0][1], self.losses[-1][1]
-        said = f"training: {len(self.losses)} steps, loss {first:.4f} to {last:.4f}, {duration(self.step_seconds)} a step"
+        steps = counted(len(self.losses), "step")
+        said = f"training: {steps}, loss {first:.4f} to {last:.4f}, {duration(self.step_seconds)} a step"
         if self.estimate.step_seconds is not None:
             said += f" ({duration(self.estimate.step_seconds)} predicted)"
         if self.seconds:

@@ -30,7 +30,7 @@ from offload.session.expert_methods import ExpertMethods
 from offload.session.request import Request
 from offload.session.session_machine import session_budgets, session_machine
 from offload.session.training_methods import TrainingMethods
-from offload.storage.errors import ProfileError, SessionError
+from offload.storage.errors import ProfileError, SessionError, counted
 from offload.storage.host_buffer import release_freed_memory
 from offload.storage.process_memory import process_bytes
 
@@ -102,7 +102,7 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
             return "<Session, not entered yet>"
         weights, name = self.plan.weights, type(self._opened.model).__name__
         return (
-            f"<Session of {name} on {self.machine.device.name}: {len(weights.resident)} blocks resident, "
+            f"<Session of {name} on {self.machine.device.name}: {counted(len(weights.resident), 'block')} resident, "
             f"{len(weights.streamed)} streamed{'' if self._inside else ', left'}>"
         )
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from offload import ConfigError, Training, TrainingError, offload
 from offload.cli.main import main
+from offload.finetune import loop
 from offload.finetune.data import IGNORED, Batches, Example, check_packing, packed, read_examples
 from offload.finetune.loop import train
 from offload.finetune.recipe import Recipe
@@ -344,3 +345,31 @@ def test_what_is_empty_hides_nothing(tokenizer, tmp_path):
     assert ids({"text": "", **asked}) == ids(asked) == ids({**asked, "messages": []})
     assert ids({"text": "", "id": 5}) == []
     assert len(ids({"prompt": "Who?", "completion": ""})) == 1
+
+
+def test_it_says_where_it_was_resumed_and_when_nothing_is_left(capsys, tmp_path):
+    data = written(tmp_path, *[{"text": f"{SENTENCE} {number}"} for number in range(4)])
+    arguments = ["finetune", "demo", "--data", data, "--device", "cpu", "--output", str(tmp_path / "out"), "--save-every", "1"]
+    assert run(capsys, *arguments, "--max-steps", "2")[0] == 0
+    assert "resumed from the checkpoint of step 2 of 3" in run(capsys, *arguments, "--resume", "--max-steps", "3")[2]
+    assert "all 3 steps are in the checkpoint" in run(capsys, *arguments, "--resume", "--max-steps", "3")[2]
+    status, _, err = run(capsys, *arguments, "--resume", "--max-steps", "1")
+    assert status == 1
+    assert "made after step 3, and 1 steps are asked for" in err
+    assert "rank was 16 and is 4" in run(capsys, *arguments, "--resume", "--rank", "4")[2]
+
+
+@pytest.mark.parametrize(("every", "said"), [(1, "--resume goes on from the checkpoint of step 1"), (0, "no checkpoint of it")])
+def test_ctrl_c_says_what_is_left(capsys, tmp_path, monkeypatch, every, said):
+    data = written(tmp_path, *[{"text": f"{SENTENCE} {number}"} for number in range(4)])
+    plain = loop.evaluate
+
+    def interrupted(model, batches):
+        plain(model, batches)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    arguments = ["finetune", "demo", "--data", data, "--eval-data", data, "--eval-every", "1", "--device", "cpu"]
+    status, _, err = run(capsys, *arguments, "--output", str(tmp_path / "out"), "--save-every", str(every))
+    assert status == 130
+    assert said in err
