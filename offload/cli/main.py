@@ -8,6 +8,7 @@ from typing import Any
 
 from offload.cli import termination
 from offload.cli.parser import make_parser
+from offload.cli.wording import as_options
 from offload.storage.errors import OffloadError
 
 
@@ -30,7 +31,7 @@ def _run(command: str, request: Any) -> int:
             importlib.import_module(f"offload.cli.{command}").run(request)
         return 0
     except OffloadError as error:
-        print(f"offload: {error}", file=sys.stderr)
+        print(f"offload: {as_options(str(error), request)}", file=sys.stderr)
         return 1
     except termination.Terminated as error:
         print(f"offload: {str(error) or 'terminated'}", file=sys.stderr)

@@ -9,6 +9,9 @@ from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 import typer
 from typer.models import OptionInfo
 
+from offload.config import parse_bytes
+from offload.storage.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Group:
@@ -30,6 +33,19 @@ def option(text: str, metavar: str | None = None) -> Any:
         metavar: what the value is called there.
     """
     return typer.Option(help=text, metavar=metavar)
+
+
+def size_option(text: str) -> Any:
+    """Annotate a field as an option that takes a number of bytes, like 8GiB; another text is a wrong call."""
+    return typer.Option(help=text, metavar="SIZE", callback=_checked_size)
+
+
+def _checked_size(parameter: typer.CallbackParam, value: str | None) -> str | None:
+    try:
+        parse_bytes(value, str(parameter.name))
+    except ConfigError as error:
+        raise typer.BadParameter(str(error).removeprefix(f"{parameter.name}=")) from None
+    return value
 
 
 def argument(text: str, metavar: str) -> Any:

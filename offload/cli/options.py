@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from offload.choices import ExpertPolicy, KvPolicy, WeightDtype
-from offload.cli.option import Group, argument, option
+from offload.cli.option import Group, argument, option, size_option
 
 Model = Annotated[str, argument("a folder with a safetensors checkpoint, a hub id, or `demo`", "MODEL")]
 AsJson = Annotated[bool, option("print one JSON object instead of tables")]
@@ -28,10 +28,10 @@ class MemoryGroup(Group):
     title: ClassVar[str] = "Memory"
 
     device: Annotated[str, option("auto, cuda, cuda:N or cpu", "DEVICE")] = "auto"
-    gpu_memory: Annotated[str | None, option("budget on the GPU, like 8GiB (default: what is free, less 10%)", "SIZE")] = None
+    gpu_memory: Annotated[str | None, size_option("budget on the GPU, like 8GiB (default: what is free, less 10%)")] = None
     cpu_memory: Annotated[
         str | None,
-        option("budget of CPU memory, like 24GiB; the only one on a CPU (default: what is free, less a margin)", "SIZE"),
+        size_option("budget of CPU memory, like 24GiB; the only one on a CPU (default: what is free, less a margin)"),
     ] = None
 
 
@@ -54,10 +54,9 @@ class KvGroup(Group):
 
     kv_memory: Annotated[
         str | None,
-        option(
+        size_option(
             "device memory for keys and values, like 2GiB; the rest goes down a tier, beside a GPU to CPU memory first "
-            "(default: as planned)",
-            "SIZE",
+            "(default: as planned)"
         ),
     ] = None
     kv_policy: Annotated[

@@ -133,7 +133,8 @@ def _from_hub(name: str) -> Iterator[None]:
         raise CheckpointError(f"there is no folder {name!r}, and it is no hub id either") from error
     except Exception as error:
         raise CheckpointError(
-            f"there is no folder {name!r}, and the hub did not give a model of that name: {str(error).splitlines()[0]}"
+            f"there is no folder {name!r}, and the hub did not give a model of that name: {str(error).splitlines()[0]} "
+            f"(`{DEMO}` is a small model that comes with offload)"
         ) from error
 
 

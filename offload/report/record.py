@@ -9,6 +9,9 @@ from offload.report.report import Report
 from offload.scheduler.trace import Trace
 from offload.storage.errors import ConfigError
 
+PAGES = (".html", ".htm")
+"""How the names of files end that are pages; all others are JSON."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -28,6 +31,8 @@ class Record:
     @classmethod
     def load(cls, path: str) -> "Record":
         """Raises ConfigError for a file that `write_record` did not write."""
+        if path.endswith(PAGES):
+            raise ConfigError(f"{path} is a page; give the JSON of the run (`--report FILE.json` writes it)")
         try:
             content = json.loads(Path(path).read_text())
             trace = Trace.from_dict(content.pop("trace"))

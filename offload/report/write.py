@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from offload.report.html import as_html
-from offload.report.record import Record
+from offload.report.record import PAGES, Record
 
 _SPANS_KEPT = 20_000
 """In a file: the beginning of a long run, which is like the rest of it."""
@@ -12,7 +12,7 @@ _SPANS_KEPT = 20_000
 
 def write_record(record: Record, path: str) -> None:
     """As a page if the name ends in .html, else as JSON."""
-    if path.endswith((".html", ".htm")):
+    if path.endswith(PAGES):
         Path(path).write_text(as_html(record))
         return
     trace = record.trace.to_dict()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from html import escape
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,7 +19,9 @@ from offload.config import Progress
 from offload.kept_profile import kept_profile, suits
 from offload.model.homes import FileMaps
 from offload.report.live import Snapshot
+from offload.report.record import Record
 from offload.report.report import Report
+from offload.report.write import write_record
 from offload.runtime.early_reads import EarlyReads
 from offload.runtime.interrupts import HeldInterrupts
 from offload.runtime.machine import Machine
@@ -139,6 +142,10 @@ class Session(TrainingMethods, CacheMethods, ExpertMethods, Renamed):
         machine = self._parts.machine
         machine.copies.collect()
         return machine.host.recorder.trace
+
+    def write_report(self, path: str | Path) -> None:
+        """Write the report with its trace: as a page if the name ends in .html, else as JSON, which `offload report` reads."""
+        write_record(Record.of(self.report(), self.trace()), str(path))
 
     @property
     def _parts(self) -> "Opened":

@@ -11,6 +11,8 @@ import pytest
 from offload import choices
 from offload.cli.commands import COMMANDS
 from offload.cli.main import main
+from offload.cli.parser import make_parser
+from offload.cli.wording import as_options
 
 HEAVY = ("torch", "numpy", "transformers", "scipy", "psutil", "pydantic", "offload.api")
 
@@ -106,3 +108,28 @@ def known_words():
 @pytest.mark.parametrize("name", known_words())
 def test_the_command_line_takes_what_is_there(name):
     assert get_args(getattr(choices, name)) == tuple(known_words()[name])
+
+
+@pytest.mark.parametrize("text", ["6", "6XB", "-1GiB", "0"])
+def test_a_size_that_cannot_be_meant_is_a_wrong_call(capsys, text):
+    assert main(["plan", "demo", f"--cpu-memory={text}"]) == 2
+    assert "--cpu-memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("kv_policy='window' takes back at most 8 tokens", "--kv-policy window takes back at most 8 tokens"),
+        (
+            "gpu_memory=8.00 GiB was asked for; leave gpu_memory out",
+            "--gpu-memory 8.00 GiB was asked for; leave --gpu-memory out",
+        ),
+        ("Give fewer tokens (max_tokens).", "Give fewer tokens (--max-new-tokens)."),
+        ("/a/cpu_memory/b.cpu_memory is no model, seed is no option here", None),
+    ],
+)
+def test_messages_name_the_options_of_the_command(message, said):
+    asked = []
+    with pytest.raises(SystemExit):
+        make_parser(lambda _, request: asked.append(request) or 0, "generate")(["generate", "demo", "--prompt", "a"])
+    assert as_options(message, asked[0]) == (said or message)

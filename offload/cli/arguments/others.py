@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from offload.choices import Family, SlotScope, SyntheticDtype
-from offload.cli.option import Arguments, argument, option
+from offload.cli.option import Arguments, argument, option, size_option
 from offload.cli.options import AsJson, Model
 
 
@@ -24,7 +24,7 @@ class ReplayArguments(Arguments):
     """All that `offload experts replay` can be asked."""
 
     trace: Annotated[str, argument("from `generate --expert-trace`, or another tool that writes the format", "TRACE.csv")]
-    budget: Annotated[str | None, option("device memory for experts, like 3000MiB", "SIZE")] = None
+    budget: Annotated[str | None, size_option("device memory for experts, like 3000MiB")] = None
     slots_per_layer: Annotated[int | None, option("experts in device memory, by layer", "N")] = None
     policy: Annotated[str | None, option("which policies, separated by commas (default: all)", "NAMES")] = None
     scope: Annotated[SlotScope, option("whether layers share their slots")] = "global"
@@ -60,8 +60,8 @@ class SynthArguments(Arguments):
     """All that `offload synth` can be asked."""
 
     folder: Annotated[str, argument("where; made if need be, and must be empty", "DIR")]
-    size: Annotated[str, option("of the weights, like 4GiB; met within a few percent", "SIZE")]
+    size: Annotated[str, size_option("of the weights, like 4GiB; met within a few percent")]
     family: Annotated[Family, option("the architecture")] = "llama"
     dtype: Annotated[SyntheticDtype, option("of the weights")] = "bfloat16"
-    shard_size: Annotated[str, option("of one file", "SIZE")] = "2GiB"
+    shard_size: Annotated[str, size_option("of one file")] = "2GiB"
     seed: Annotated[int, option("the same one gives the same bytes", "N")] = 0
