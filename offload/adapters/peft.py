@@ -134,6 +134,13 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
         tokenizer.save_pretrained(partial)
 
 
+def _readable(file: Path) -> int:
+    """The mode that a new file, or folder, has here."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return (0o777 if file.is_dir() else 0o666) & ~mask
+
+
 @contextmanager
 def _made_whole(folder: Path) -> Iterator[str]:
     """A new folder beside `folder`, whose content is put in place at the end; nothing is, where an error ends it."""
@@ -141,6 +148,9 @@ def _made_whole(folder: Path) -> Iterator[str]:
     partial.mkdir(parents=True)
     try:
         yield str(partial)
+        for file in partial.rglob("*"):
+            # safetensors writes for the owner alone, whatever the umask says.
+            file.chmod(_readable(file))
         if folder.exists():
             for file in partial.iterdir():
                 os.replace(file, folder / file.name)

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from offload.cli.arguments.others import ReportArguments
 from offload.cli.terminal import check_writable, print_table, say
+from offload.report.facts import short_name
 from offload.report.record import Record
 from offload.report.report import Report
 from offload.report.write import write_record
@@ -35,6 +36,10 @@ def _compare(names: list[str], reports: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", *names, "second / first"):
         table.add_column(column, justify="right" if column else "left")
+    for name, path, words in _ABOUT:
+        said = [words(_at(report, path)) for report in reports]
+        if any(said):
+            table.add_row(name, *said, "" if said[0] == said[1] else "differs")
     for name, path, show in _ROWS:
         values = [_at(report, path) for report in reports]
         if any(values):
@@ -53,6 +58,23 @@ def _at(report: dict[str, Any], path: str) -> Any:
 def _rate(value: float) -> str:
     return f"{value / 1e9:.2f} GB/s"
 
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _budget(value: Any) -> str:
+    return gib(value) if value else ""
+
+
+_ABOUT = (
+    ("model", "model", short_name),
+    ("device", "device", _text),
+    ("exactness", "exactness", _text),
+    ("GPU memory, budget", "tiers.gpu.budget_bytes", _budget),
+    ("CPU memory, budget", "tiers.cpu.budget_bytes", _budget),
+)
+"""What has to be known of two runs before their figures are compared: name, where it is, and as what it is shown."""
 
 _ROWS = (
     ("prefill", "prefill.seconds", duration),

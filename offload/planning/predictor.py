@@ -21,7 +21,7 @@ from offload.scheduler.phases import DECODE, PREFILL, PhaseTimes
 from offload.scheduler.plan import Plan
 from offload.scheduler.prediction import Prediction, WhatIf, predict
 from offload.scheduler.work import PassWork
-from offload.storage.errors import BudgetTooSmall
+from offload.storage.errors import BudgetTooSmall, gib
 
 if TYPE_CHECKING:
     from offload.scheduler.plan_search import SearchProblem
@@ -188,12 +188,12 @@ class Predictor:
             found.append(WhatIf(change, base * order.workload.batch_size / prediction.total_seconds(order.new_tokens)))
 
         alone = budgets.host_bytes is None
-        for more in _MORE_MEMORY:
+        for more in _more_memory(spec):
             larger = replace(budgets, device_bytes=budgets.device_bytes + more)
-            attempt(f"+{more >> 30} GiB of {'CPU' if alone else 'GPU'} memory", replace(order, budgets=larger))
+            attempt(f"+{gib(more)} of {'CPU' if alone else 'GPU'} memory", replace(order, budgets=larger))
             if budgets.host_bytes is not None:
                 larger = replace(budgets, host_bytes=budgets.host_bytes + more)
-                attempt(f"+{more >> 30} GiB of CPU memory", replace(order, budgets=larger))
+                attempt(f"+{gib(more)} of CPU memory", replace(order, budgets=larger))
         attempt("a disk twice as fast", order, replace(hardware, disk_read=_twice(hardware.disk_read)))
         if hardware.h2d is not None:
             attempt("a bus twice as fast", order, replace(hardware, h2d=_twice(hardware.h2d)))
@@ -235,3 +235,8 @@ class Predictor:
         prefill = estimated_pass(spec, PREFILL, batch_size, prompt_tokens)
         decode = replace(estimated_pass(spec, DECODE, batch_size, 1), context_tokens=context_tokens)
         return prefill.in_chunks(chunk), decode
+
+
+def _more_memory(spec: ModelSpec) -> tuple[int, ...]:
+    """Steps that a budget may grow by; of a model that is smaller than the first, by what would hold all of it."""
+    return _MORE_MEMORY if spec.resident_bytes > _MORE_MEMORY[0] else (spec.resident_bytes,)

@@ -2,12 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import ClassVar
 
 from offload.report.schema import RENAMED
 from offload.scheduler.phases import BACKWARD, DECODE, PREFILL, STANDALONE, PhaseTimes
 from offload.scheduler.renamed import Renamed
 from offload.storage.ledger import MemoryLedger
+
+
+def short_name(model: str) -> str:
+    """A folder without the folders that it is in; a hub id as it is."""
+    return PurePath(model).name if PurePath(model).is_absolute() else model
+
 
 LEAST_JUDGED_SECONDS, LEAST_JUDGED_BYTES = 0.1, 64 << 20
 """An error in percent of less says nothing: what a process does beside is as much."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from offload.report.experts import ExpertUse
-from offload.report.facts import bytes_error, seconds_error
+from offload.report.facts import bytes_error, seconds_error, short_name
 from offload.report.html_memory import memory
 from offload.report.html_parts import table, text
 from offload.report.html_time import timeline, times
@@ -54,7 +54,7 @@ code { font-size: 13px; overflow-wrap: anywhere; }
 def as_html(record: Record) -> str:
     """The whole page."""
     report = record.report
-    title = f"{report['model']} on {report['device']}"
+    title = f"{short_name(report['model'])} on {report['device']}"
     body = "".join(
         (
             f"<h1>{text(title)}</h1>",

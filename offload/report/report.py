@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from offload.report.comparison import Comparison
 from offload.report.experts import ExpertUse
-from offload.report.facts import LinkUse, Peak, PhaseUse, TierUse
+from offload.report.facts import LinkUse, Peak, PhaseUse, TierUse, short_name
 from offload.report.schema import RENAMED, SCHEMA, upgraded
 from offload.report.training import TrainingReport
 from offload.scheduler.phases import BACKWARD, DECODE, PREFILL, STANDALONE
@@ -113,7 +113,7 @@ class Report(Renamed):
         return as_text(self)
 
     def __repr__(self) -> str:
-        return f"<Report of {self.model} on {self.device}: print it>"
+        return f"<Report of {short_name(self.model)} on {self.device}: print it>"
 
     def _repr_html_(self) -> str:
         """Show the summary in a notebook, and the whole report where it is asked for."""

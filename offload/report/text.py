@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offload.report.comparison import Comparison
-from offload.report.facts import LEAST_JUDGED_BYTES, Peak, PhaseUse, TierUse, bytes_error, seconds_error
+from offload.report.facts import LEAST_JUDGED_BYTES, Peak, PhaseUse, TierUse, bytes_error, seconds_error, short_name
 from offload.report.kv import kv_sentences
 from offload.report.summary import time_by_cause
 from offload.storage.errors import duration, gib
@@ -70,7 +70,8 @@ def _headline(report: "Report") -> Text:
     )
     faults = f"; {report.major_faults:,} pages read back from disk" if report.major_faults >= _MANY_FAULTS else ""
     return Text(
-        f"{report.model} on {report.device}: {gib(report.weight_bytes)} of weights{loading}, exactness {report.exactness}\n"
+        f"{short_name(report.model)} on {report.device}: {gib(report.weight_bytes)} of weights{loading}, "
+        f"exactness {report.exactness}\n"
         f"blocks: {counts}{slots}; {gib(report.streamed_bytes_per_pass)} streamed a pass\n"
         f"process: {gib(report.process_bytes)} before the session, "
         f"{gib(report.peak_rss_bytes)} at its peak, mapped files included{faults}"
@@ -116,8 +117,8 @@ def _prediction(comparison: Comparison) -> Text:
     guess = "" if comparison.exact_work else " (the model's work was estimated from its sizes)"
     drifts = [f"{name} {share:+.0%}" for name, share in comparison.drift.items()]
     own = seconds_error(comparison.model_error, comparison.measured_seconds_per_token)
-    rest = f"; without it the error is {own}" if own else ""
-    drifted = f"\nsince the profile was made: {', '.join(drifts)}{rest}" if drifts else ""
+    rest = f"; with what they gave now the prediction is {own} off" if own else ""
+    drifted = f"\nspeed of links beside the profile's: {', '.join(drifts)}{rest}" if drifts else ""
     return Text(f"predicted: the first prefill {first}; a token {step}; bound by {comparison.bound}{guess}{drifted}")
 
 

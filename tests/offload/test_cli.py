@@ -175,7 +175,7 @@ def test_on_a_terminal_the_progress_bar_does_not_tear_the_text(plain):
         (["--prompts", "/no/such/file"], "cannot be read"),
         (["--prompt", "x", "--cpu-memory", "1KiB", "--device", "cpu"], "needs at least"),
         (["--prompt", "x", "--disk", "/no/such/folder", "--device", "cpu"], "does not exist"),
-        (["--prompt", "x", "--device", "cpu", "--gpu-memory", "1GiB"], "give cpu_memory only"),
+        (["--prompt", "x", "--device", "cpu", "--gpu-memory", "1GiB"], "give --cpu-memory only"),
     ],
 )
 def test_a_wrong_call_gets_one_plain_line(capsys, arguments, message):

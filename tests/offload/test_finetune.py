@@ -373,3 +373,14 @@ def test_ctrl_c_says_what_is_left(capsys, tmp_path, monkeypatch, every, said):
     status, _, err = run(capsys, *arguments, "--output", str(tmp_path / "out"), "--save-every", str(every))
     assert status == 130
     assert said in err
+
+
+def test_others_may_read_an_adapter_as_the_umask_says(capsys, tmp_path):
+    data = written(tmp_path, {"text": SENTENCE})
+    before = os.umask(0o027)
+    try:
+        assert run(capsys, "finetune", "demo", "--data", data, "--device", "cpu", "--output", str(tmp_path / "out"))[0] == 0
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir() if file.is_file()}
+    assert modes == dict.fromkeys(modes, 0o640)

@@ -39,7 +39,7 @@ def run(capsys, *arguments):
 def test_a_plan_tells_where_how_fast_and_what_would_help(capsys):
     status, out, _ = run(capsys, "plan", "demo", *SMALL, "--prompt-tokens", "64", "--new-tokens", "32")
     assert status == 0
-    for words in ("stay on the device", "stream from disk", "TTFT", "bound by", "what if", "GiB of CPU memory"):
+    for words in ("stay on the device", "stream from disk", "TTFT", "bound by", "what if", "MiB of CPU memory"):
         assert words in out
 
 

@@ -52,3 +52,17 @@ def test_errors_of_little_are_not_shown():
     assert seconds_error(0.5, 0.05, 1.0) == bytes_error(70 << 20, 5 << 20) == seconds_error(None, 1.0) == ""
     assert seconds_error(0.5, 0.5, 0.6) == "+50%"
     assert bytes_error(110 << 20, 100 << 20) == "+10%"
+
+
+def test_a_session_writes_its_report(tmp_path, capsys):
+    with offload("demo", device="cpu", cpu_memory="6MiB", max_tokens=32) as session, torch.no_grad():
+        session.model(torch.arange(8)[None])
+        for name in ("page.html", "one.json", "two.json"):
+            session.write_report(tmp_path / name)
+    assert "<title>demo on cpu" in (tmp_path / "page.html").read_text()
+    assert main(["report", str(tmp_path / "one.json"), str(tmp_path / "two.json")]) == 0
+    compared = capsys.readouterr().out
+    assert "identical" in compared
+    assert "6.0 MiB" in compared
+    assert main(["report", str(tmp_path / "page.html")]) == 1
+    assert "is a page; give the JSON" in capsys.readouterr().err
