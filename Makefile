@@ -10,9 +10,9 @@ demo: .venv/installed
 	$(BIN)/offload generate demo --prompt "And the king said" --max-new-tokens 60 --device cpu --cpu-memory 6MiB
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not every_case and not slow" --cover 1 --sample 2 --seed "$(SEED)"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not every_case and not slow" --cover 1 --sample 1 --seed "$(SEED)"
 
-# Every combination of parameters and what is slow, where `test` has two cases of each test: others with another SEED.
+# Every combination of parameters and what is slow, where `test` has a case of each test: others with another SEED.
 test-all: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 

@@ -187,7 +187,7 @@ def budget_bytes(folder: str) -> int:
         model,
         Budgets(1 << 40, None),
         workload,
-        loader.slot_bytes,
+        loader.size_of,
         count_activations(model, workload),
         Demand(ExpertGranularity.PER_EXPERT),
     )

@@ -115,7 +115,9 @@ def ours(request: argparse.Namespace) -> dict[str, Any]:
         seconds = token_seconds(session.model, request.tokens)
         report = session.report()
         blocks = session._parts.residency.placement.streamed.values()
-        reads = [(read.path, read.file_offset, read.nbytes) for block in blocks for read in block.source._read_plan.reads]
+        reads = [
+            (read.path, read.file_offset, read.nbytes) for block in blocks for read in block.source._load_plan.read_plan.reads
+        ]
         return {
             "token_seconds": seconds,
             "streamed_bytes": report.streamed_bytes_per_pass,

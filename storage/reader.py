@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from offload.storage.blocks import FileRange
+from offload.storage.codecs.weights import Source
 from offload.storage.errors import CorruptCheckpoint
 from offload.storage.io_engines.base import ReadEngine
-from offload.storage.read_plan import ReadPlan, plan_reads
+from offload.storage.load_plan import LoadPlan, plan_load
+from offload.storage.read_plan import ReadPlan
 from offload.storage.read_speed import ReadShape, read_speed, spans
 from offload.storage.transfer import Link, Part, Transfer
 
@@ -36,37 +38,39 @@ class DiskReader:
         self._verified: set[FileRange] = set()
         self._sample: str | None = None
 
-    def plan(self, ranges: Sequence[FileRange]) -> ReadPlan:
-        """Open the files of `ranges` and lay them out for `read`."""
-        for path in {item.path for item in ranges}:
+    def plan(self, sources: Sequence[Source]) -> LoadPlan:
+        """Open the files of `sources` and lay them out for `read`."""
+        load_plan = plan_load(sources, self.engine.unit_bytes)
+        for path in {item.path for item in load_plan.ranges}:
             self.engine.open(path)
             self._sample = self._sample or path
-        return plan_reads(ranges, self.engine.unit_bytes)
+        return load_plan
 
     def read(
         self,
-        ranges: Sequence[FileRange],
-        read_plan: ReadPlan,
+        load_plan: LoadPlan,
         memory: memoryview,
         then: Callable[[], None] | None = None,
         name: str = "",
         background: bool = False,
     ) -> Transfer:
-        """Start filling `memory`, which starts at a multiple of the engine's unit and holds `read_plan.slot_bytes`.
+        """Start filling `memory`, which starts at a multiple of the engine's unit and holds `load_plan.slot_bytes`.
 
         Args:
             then: runs in a link thread when the tensors are in place.
             name: of the block, for the trace.
             background: nobody needs it yet.
         """
+        read_plan, read_into = load_plan.read_plan, load_plan.read_into(memory)
 
         def finish() -> None:
-            self._settle(ranges, read_plan, memory)
+            self._settle(load_plan.ranges, read_plan, read_into)
+            load_plan.settle(memory)
             if then is not None:
                 then()
 
         submit = self.link.submit_in_background if background else self.link.submit
-        return submit(read_plan.payload_bytes, self._parts(read_plan, memory), finish, name)
+        return submit(read_plan.payload_bytes, self._parts(read_plan, read_into), finish, name)
 
     def read_rows(self, table: FileRange, rows: Sequence[int], row_bytes: int, target: torch.Tensor, name: str = "") -> None:
         """Read single rows of a table into `target` (contiguous, [len(rows), row_bytes] as bytes), and wait for them.

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from offload.storage.blocks import FileRange
 from offload.storage.devices.base import Device, Event
 from offload.storage.host_buffer import HostBuffer
+from offload.storage.load_plan import LoadPlan
 from offload.storage.queued_copy import QueuedCopy
-from offload.storage.read_plan import ReadPlan
 from offload.storage.reader import DiskReader
 from offload.storage.staging_ring import StagingRing
 from offload.storage.transfer import Transfer
@@ -23,14 +22,12 @@ class StagedTransfer(QueuedCopy):
         self,
         reader: "StagedReader",
         name: str,
-        ranges: Sequence[FileRange],
-        read_plan: ReadPlan,
+        load_plan: LoadPlan,
         target: torch.Tensor,
         after: Event | None,
     ) -> None:
         super().__init__(reader.device, reader.reader.link.name, name, after)
-        self.ranges = ranges
-        self.read_plan = read_plan
+        self.load_plan = load_plan
         self.target = target
 
 
@@ -53,11 +50,9 @@ class StagedReader:
         self._thread = threading.Thread(target=self._feed, name="offload-staging", daemon=True)
         self._thread.start()
 
-    def start(
-        self, name: str, ranges: Sequence[FileRange], read_plan: ReadPlan, target: torch.Tensor, after: Event | None
-    ) -> StagedTransfer:
+    def start(self, name: str, load_plan: LoadPlan, target: torch.Tensor, after: Event | None) -> StagedTransfer:
         """Queue a block; `target` is uint8 [at least the end of its last tensor] on the device."""
-        transfer = StagedTransfer(self, name, ranges, read_plan, target, after)
+        transfer = StagedTransfer(self, name, load_plan, target, after)
         self._requested.put(transfer)
         return transfer
 
@@ -70,7 +65,7 @@ class StagedReader:
             if transfer.cancelled:
                 transfer.issued.set()
                 continue
-            buffer = self._ring.wait_take(transfer.read_plan.slot_bytes)
+            buffer = self._ring.wait_take(transfer.load_plan.slot_bytes)
             last_copy = self._ring.after(buffer)
             if last_copy is not None:
                 # The device may still be copying out of this buffer.
@@ -84,8 +79,8 @@ class StagedReader:
                 copies = [(transfer.target, buffer.tensor[:size])]
                 transfer.copied = self.device.copy_in(copies, [transfer.after], transfer.name)
 
-        memory = buffer.memory[: transfer.read_plan.slot_bytes]
-        read = self.reader.read(transfer.ranges, transfer.read_plan, memory, copy, transfer.name)
+        memory = buffer.memory[: transfer.load_plan.slot_bytes]
+        read = self.reader.read(transfer.load_plan, memory, copy, transfer.name)
         read.when_over(lambda: self._read_over(transfer, buffer, read))
 
     def _read_over(self, transfer: StagedTransfer, buffer: HostBuffer, read: Transfer) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from offload.model.quantised.gguf_metadata import metadata_folder
 from offload.storage.errors import CheckpointError, ConfigError, foreign_file
 
 LEAST_SHARED_TOKENS = 64
@@ -105,4 +106,4 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:
     """
     what = f"{folder} holds no tokenizer that can be used: copy the model's tokenizer files there"
     with foreign_file(what, CheckpointError):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(metadata_folder(folder), trust_remote_code=trust_remote_code)

@@ -5,7 +5,7 @@ checkpoint_folder  found, or fetched from the hub
 loading            a checkpoint looked at, then loaded
 conversions        what transformers' converters produce
 expert_loading     experts out of checkpoints, one by one
-lazy_experts       placeholders until they are read
+placeholders       parameters until their values are read
 blocks             finds what is streamed as one
 experts            finds experts
 homes              where a parameter is when it is not on the device

@@ -223,12 +223,28 @@ def divisible_modules(unit: Unit) -> list[tuple[str, nn.Linear]]:
     ]
 
 
-def estimated_slot_bytes(unit: Unit) -> int:
-    """What a block takes in the slots, at most, while it is not known where its tensors lie in files.
+@dataclass(frozen=True, slots=True)
+class StoredSize:
+    """What a block takes.
+
+    Attributes:
+        slot_bytes: in the slots, while it comes.
+        stored_bytes: in files.
+        codec: what it is encoded with there; `none` for plain tensors.
+    """
+
+    slot_bytes: int
+    stored_bytes: int
+    codec: str = "none"
+
+
+def estimated_size(unit: Unit) -> StoredSize:
+    """What a block takes, at most, while it is not known where its tensors lie in files.
 
     Whole units are read around a tensor: at most one more at either end.
     """
-    return unit.block.packed_bytes + 2 * BLOCK_ALIGNMENT_BYTES * len(unit.parameters)
+    slot_bytes = unit.block.packed_bytes + 2 * BLOCK_ALIGNMENT_BYTES * len(unit.parameters)
+    return StoredSize(slot_bytes, unit.block.nbytes)
 
 
 def has_submodules(unit: Unit) -> bool:

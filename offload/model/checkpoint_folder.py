@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, read_config
+from offload.model.quantised.gguf import find_gguf
+from offload.model.quantised.gguf_metadata import SUFFIX
 from offload.storage.checkpoint import SINGLE_NAME, index_of, indexed_files, no_safetensors, of_variant
 from offload.storage.errors import CheckpointError, ConfigError, foreign_file
 
@@ -61,6 +63,8 @@ def find_model(name: str, options: LoadingOptions = AS_IT_IS) -> tuple[str, str 
 
 def _folder(name: str, options: LoadingOptions) -> str:
     """The folder; of the hub, with the small files in it."""
+    if (gguf := find_gguf(name)) is not None:
+        return gguf
     if os.path.isdir(name):
         if (revision := options.hub.get("revision")) is not None:
             raise ConfigError(f"revision {revision} was asked for, and {name} is a folder: only the hub has revisions")
@@ -74,6 +78,8 @@ def _folder(name: str, options: LoadingOptions) -> str:
 
 def _whole(name: str, folder: str, options: LoadingOptions) -> str:
     """The folder, with the weights of its model."""
+    if folder.endswith(SUFFIX):
+        return folder
     if not Path(folder, "config.json").exists():
         raise CheckpointError(_what_it_is(Path(folder), name))
     if not os.path.isdir(name):

@@ -13,7 +13,7 @@ import torch
 
 from offload.model.experts import ExpertPieces
 from offload.model.homes import FileMaps
-from offload.model.lazy_experts import placeholder
+from offload.model.placeholders import placeholder
 from offload.storage.block_file import BlockFileWriter
 from offload.storage.blocks import FileRange
 

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from offload.model.placeholders import is_placeholder
 from offload.storage.blocks import FileRange
 from offload.storage.errors import SessionError
 from offload.storage.host_buffer import HostBuffer
@@ -151,6 +152,11 @@ class ParameterHome:
         """The values that it has now are where they come from."""
         self.modified, self.version = False, self.parameter._version
 
+    def settle(self) -> None:
+        """Stay where the parameter's values are now, until the end and after it."""
+        self.tensor = self.original = self.parameter.data
+        self.accept_changes()
+
     def leave_shield(self) -> None:
         """Live in the memory that the device copies from: it is trained, and each write would take a page more otherwise."""
         behind = None if self.shield is None else self.shield.behind(self.tensor)
@@ -179,10 +185,16 @@ class ParameterHome:
         """Point the parameter to its home again; what was written to it in the slot is kept."""
         if self.parameter._version != self.version:
             self.version = self.parameter._version
-            with torch.no_grad():
-                self.device_part.copy_(self.parameter.data)
+            self.keep(self.parameter.data)
             self.modified = True
         self.parameter.data = self.tensor
+
+    def keep(self, values: torch.Tensor) -> None:
+        """Have these values of the device's part from now on."""
+        with torch.no_grad(), torch.inference_mode(False):
+            if is_placeholder(self.tensor):
+                self.tensor = torch.empty(self.tensor.shape, dtype=self.tensor.dtype)
+            self.device_part.copy_(values)
 
     def restore(self) -> None:
         """The session ends: the parameter is as it was, with the values that it has now."""
@@ -196,6 +208,8 @@ class ParameterHome:
     def _restored(self, current: torch.Tensor) -> torch.Tensor:
         if self.original is None:
             return current.to("cpu", copy=True)
+        if is_placeholder(self.original):
+            return current.to("cpu", copy=True) if self.was_changed else self.original
         if current is not self.original and current.data_ptr() != self.original.data_ptr():
             if self.modified or self.parameter._version != self.version:
                 self.original.copy_(current)

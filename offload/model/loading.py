@@ -14,17 +14,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from offload.config import Progress
-from offload.model.blocks import Unit, estimated_slot_bytes, tensor_spec
+from offload.model.blocks import StoredSize, Unit, estimated_size, tensor_spec
 from offload.model.checkpoint_folder import DEMO, fetch_headers, find_folder
 from offload.model.conversions import Conversions
 from offload.model.expert_loading import SingleExperts
 from offload.model.experts import ExpertPieces
 from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, read_config
+from offload.model.quantised.gguf import GgufFile
+from offload.model.quantised.gguf_metadata import SUFFIX, metadata_folder
+from offload.model.quantised.weights import ModelState, StoredWeights, size_of_sources
 from offload.storage.block_file import BlockFile, key_of
-from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, FileRange
-from offload.storage.checkpoint import cache_first_pages, dtypes_of, identity, read_checkpoint, weight_files
+from offload.storage.checkpoint import cache_first_pages, dtypes_of, identity, read_checkpoint
+from offload.storage.codecs.weights import Source
 from offload.storage.errors import CheckpointError, ConfigError, CorruptCheckpoint, UnsupportedCheckpoint, foreign_file
-from offload.storage.read_plan import plan_reads
 
 _LAYER_COUNTS = {
     "num_hidden_layers",
@@ -51,7 +53,8 @@ class LoadedModel:
     """A model from a checkpoint, and the files that its parameters are views of.
 
     Attributes:
-        places: where tensors lie that were converted, by parameter name; all others lie in the checkpoint's own files.
+        places: where tensors lie that were converted, by parameter name, or what they are decoded from; all others lie in the
+            checkpoint's own files.
         experts: where the experts of parameters lie that no file holds as they are, by parameter name; the parameters are
             stand-ins then.
         fallbacks: a sentence for each thing that was slower than it could be.
@@ -59,7 +62,7 @@ class LoadedModel:
     """
 
     model: nn.Module
-    places: dict[str, FileRange]
+    places: dict[str, Source]
     experts: dict[str, ExpertPieces] = field(default_factory=dict)
     files: list[BlockFile] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
@@ -101,18 +104,32 @@ class CheckpointLoader:
 
     def __init__(self, folder: str, options: LoadingOptions = AS_IT_IS, headers: Mapping[str, str] | None = None) -> None:
         self.folder = folder
-        self.stored = read_checkpoint(folder, options.variant) if headers is None else {}
+        self._gguf = GgufFile(folder) if folder.endswith(SUFFIX) else None
+        read = headers is None and self._gguf is None
+        self.stored = read_checkpoint(folder, options.variant) if read else {}
         self._dtypes = [item.spec.dtype for item in self.stored.values()] if headers is None else dtypes_of(headers)
         self._options = options
-        self.config = read_config(folder, options)
+        self.config = read_config(metadata_folder(folder), options)
         quantization = getattr(self.config, "quantization_config", None)
         self._method = None if quantization is None else _method_of(quantization)
         self.dtype = self._resolve_dtype(options.dtype)
+        self._weights: StoredWeights | None = None
 
     @property
     def sources(self) -> frozenset[str]:
         """The files that the weights are in."""
+        if self._gguf is not None:
+            return frozenset({self._gguf.path})
         return frozenset(item.range.path for item in self.stored.values())
+
+    @property
+    def weights(self) -> StoredWeights | None:
+        """What a quantised checkpoint holds, by the model's names; None of a plain one."""
+        if self._gguf is not None and self._weights is None:
+            outline = self.outline()
+            assert outline is not None
+            self._weights = self._gguf.weights(outline, self.dtype)
+        return self._weights
 
     def outline(self) -> nn.Module | None:
         """The model without values, on torch's meta device: for planning; None for a quantised one, known late."""
@@ -143,17 +160,19 @@ class CheckpointLoader:
                     "the config.json that belongs to it"
                 )
 
-    def slot_bytes(self, unit: Unit) -> int:
-        """What a block of the outline will take in the slots: exact where the files hold its tensors as they are."""
-        stored = [self.stored.get(tensor.name) for tensor in unit.block.tensors]
-        same = [
-            item.range
-            for item, tensor in zip(stored, unit.block.tensors, strict=True)
-            if item is not None and item.spec.dtype == tensor.dtype and item.spec.shape == tensor.shape
-        ]
-        if len(same) < len(stored):
-            return estimated_slot_bytes(unit)
-        return plan_reads(same, BLOCK_ALIGNMENT_BYTES).slot_bytes
+    def size_of(self, unit: Unit) -> StoredSize:
+        """What a block of the outline will take: exact where the files hold its tensors as they are, or encoded."""
+        tensors = unit.block.tensors
+        if self.weights is not None:
+            sources = [self.weights.source_of(tensor.name) for tensor in tensors]
+        else:
+            stored = [self.stored.get(tensor.name) for tensor in tensors]
+            sources = [
+                item.range if item is not None and (item.spec.dtype, item.spec.shape) == (tensor.dtype, tensor.shape) else None
+                for item, tensor in zip(stored, tensors, strict=True)
+            ]
+        found = [source for source in sources if source is not None]
+        return size_of_sources(found) if len(found) == len(tensors) else estimated_size(unit)
 
     def load(
         self, disk_dir: str | None, progress: Progress, experts: Mapping[str, tuple[int, ...]] | None = None
@@ -165,6 +184,8 @@ class CheckpointLoader:
             experts: shapes of the parameters whose experts will be brought one by one, by name: stand-ins will do for them.
             progress: told of the conversion, which is all that takes long here.
         """
+        if self.weights is not None:
+            return self._load_encoded(self.weights)
         total_bytes = sum(item.spec.nbytes for item in self.stored.values())
         singles = SingleExperts(dict(experts or {}))
         conversions = Conversions(self.key, disk_dir, lambda done: progress("converting", done, total_bytes), singles)
@@ -181,7 +202,7 @@ class CheckpointLoader:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in file.tensors:
                 parameter.data = file.view(name)
-        places = {name: stored.range for name, stored in file.tensors.items()}
+        places: dict[str, Source] = {name: stored.range for name, stored in file.tensors.items()}
         loaded = LoadedModel(model, places, singles.pieces, [file], said)
         if disk_dir is None:
             loaded.fallbacks.append(
@@ -189,6 +210,18 @@ class CheckpointLoader:
                 "folder was named to keep them (--disk, disk_dir=)"
             )
         return loaded
+
+    def _load_encoded(self, weights: StoredWeights) -> LoadedModel:
+        """The model with stand-ins for what has to be decoded, and views of files for the rest."""
+        cache_first_pages(item.range for item in weights.plain.values())
+        state = ModelState(weights)
+        asked, kind = self._options, self._class()
+        options = {"config": self.config, "dtype": self.dtype, "state_dict": state.tensors, **asked.model}
+        with _loading, _threads_off(), _bar_off(), foreign_file(f"{self.folder} cannot be loaded", CheckpointError):
+            model, found = kind.from_pretrained(None, **options, output_loading_info=True, ignore_mismatched_sizes=True)
+        self._check_whole(found)
+        model.eval()
+        return LoadedModel(model, dict(state.found_in(model)), fallbacks=[])
 
     def _check_whole(self, found: dict[str, Any]) -> None:
         """transformers makes up what a checkpoint lacks, at random: no such model is run."""
@@ -231,6 +264,8 @@ class CheckpointLoader:
         remote = getattr(self.config, "auto_map", None) and self._options.trust_remote_code
         if isinstance(known, type) and issubclass(known, PreTrainedModel) and not remote:
             return known
+        if self._gguf is not None and type(self.config) in AutoModelForCausalLM._model_mapping:
+            return AutoModelForCausalLM._model_mapping[type(self.config)]
         return AutoModelForCausalLM
 
     def _resolve_dtype(self, dtype: Any) -> torch.dtype:
@@ -247,6 +282,8 @@ class CheckpointLoader:
             raise ConfigError(f"dtype={dtype!r} is not one dtype for all weights; give auto, bfloat16, float16 or float32")
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
+        if self._gguf is not None:
+            return torch.bfloat16
         kinds = [getattr(torch, name) for name in self._dtypes]
         return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
@@ -254,7 +291,7 @@ class CheckpointLoader:
     def key(self) -> str:
         """Stands for the checkpoint's files, and how the model is made of them."""
         facts = {
-            "files": [identity(path) for path in weight_files(self.folder, self._options.variant)],
+            "files": [identity(path) for path in sorted(self.sources)],
             "key_mapping": self._options.model.get("key_mapping"),
             "class": self._class().__name__,
             "config": self.config.to_json_string(use_diff=False),

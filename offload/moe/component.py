@@ -7,7 +7,7 @@ from torch import nn
 
 from offload.config import IDENTICAL, ROUNDING
 from offload.model.experts import ExpertPieces, ExpertsUnit
-from offload.model.lazy_experts import ExpertPlaceholders, paths_of
+from offload.model.placeholders import ExpertValues, Placeholders
 from offload.moe.options import AUTO, CPU, LOAD, OFF, ON, ExpertOptions
 from offload.moe.placement import EXPERTS, ExpertPlacement
 from offload.moe.router_prediction import NextRouter, find_router
@@ -26,7 +26,6 @@ from offload.scheduler.expert_policies import ADMISSION, LFU, make_policy
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.model_spec import ExpertsSpec
 from offload.scheduler.plan import Plan
-from offload.storage.checkpoint import identity
 from offload.storage.errors import ConfigError
 
 
@@ -116,12 +115,13 @@ class ExpertComponent(Component):
             self._predictor = NextRouter(routers, self._machine.notes.warn)
         stack.callback(self._tiers.close)
         self._sources = self._tiers.apply(self._live.plan)
-        identities = {path: identity(path) for path in paths_of(self._pieces.values())}
         for unit in self.units:
             prefix = f"{unit.key}." if unit.key else ""
-            pieces = {name.removeprefix(prefix): self._pieces[name] for name in unit.parameters if name in self._pieces}
-            if pieces:
-                stack.callback(ExpertPlaceholders(unit.module, pieces, identities, self._accept).keep)
+            values = {
+                name.removeprefix(prefix): ExpertValues(self._pieces[name]) for name in unit.parameters if name in self._pieces
+            }
+            if values:
+                stack.callback(Placeholders(unit.module, values, self._accept).keep)
 
     def take_slots(self, plan: Plan) -> None:
         self._machine.ledger.charge(EXPERTS, plan.expert_bytes)
@@ -189,5 +189,4 @@ class ExpertComponent(Component):
         """Make the values of a placeholder that was filled its home, until the end and after it."""
         home = self._live.placement.home_of(parameter)
         if home is not None:
-            home.tensor = home.original = parameter.data
-            home.accept_changes()
+            home.settle()

@@ -7,6 +7,7 @@ from offload.moe.slots import ExpertSource, FileExperts, HostExperts
 from offload.runtime.machine import Machine
 from offload.runtime.placement import Placement
 from offload.scheduler.plan import Plan
+from offload.storage.blocks import FileRange
 from offload.storage.staging import StagedReader
 
 EXPERTS = "experts"
@@ -75,7 +76,7 @@ class ExpertPlacement:
                 found.append(self._pieces[name])
             else:
                 stored = self._placement.source_of(name, value)
-                assert stored is not None
+                assert isinstance(stored, FileRange)
                 found.append(sliced(stored, unit.count))
         return found
 
@@ -85,9 +86,9 @@ class ExpertPlacement:
         buffer = self._memory.allocate(count * stride_bytes, EXPERTS)
         self._memory.keep(buffer)
         for expert in range(count):
-            ranges, read_plan = files.read_plan(expert, range(len(unit.layout.tensors)))
-            memory = buffer.memory[expert * stride_bytes : expert * stride_bytes + read_plan.slot_bytes]
-            self._reader.read(ranges, read_plan, memory).wait()
+            load_plan = files.load_plan(expert, range(len(unit.layout.tensors)))
+            memory = buffer.memory[expert * stride_bytes : expert * stride_bytes + load_plan.slot_bytes]
+            self._reader.read(load_plan, memory).wait()
         return HostExperts(unit, buffer, count, stride_bytes, self._memory, files)
 
 

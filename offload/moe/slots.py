@@ -7,14 +7,15 @@ import torch
 
 from offload.model.experts import ExpertLayout, ExpertPieces, ExpertsUnit
 from offload.model.homes import ParameterHome
-from offload.model.lazy_experts import paths_of
+from offload.model.placeholders import paths_of
 from offload.runtime.block_sources import DirectSource, SlotRegion, StagedSource
 from offload.runtime.page_locked import PageLockedMemory
 from offload.storage.arrival import Arrival, CopyArrival, Waits
 from offload.storage.blocks import FileRange
 from offload.storage.devices.base import Device, Event
 from offload.storage.host_buffer import HostBuffer
-from offload.storage.read_plan import ReadPlan, plan_reads_at
+from offload.storage.load_plan import LoadPlan
+from offload.storage.read_plan import plan_reads_at
 from offload.storage.reader import DiskReader
 from offload.storage.staging import StagedReader
 
@@ -55,12 +56,12 @@ class FileExperts:
 
     def start(self, expert: int, tensors: Sequence[int], region: SlotRegion, after: Event | None) -> Arrival:
         key = f"{self._unit.key}.{expert}"
-        ranges, read_plan = self.read_plan(expert, tensors)
+        load_plan = self.load_plan(expert, tensors)
         if self._staged is None:
-            return DirectSource(key, self._reader, ranges, read_plan).start(region, after)
-        return StagedSource(key, self._staged, ranges, read_plan).start(region, after)
+            return DirectSource(key, self._reader, load_plan).start(region, after)
+        return StagedSource(key, self._staged, load_plan).start(region, after)
 
-    def read_plan(self, expert: int, tensors: Sequence[int]) -> tuple[list[FileRange], ReadPlan]:
+    def load_plan(self, expert: int, tensors: Sequence[int]) -> LoadPlan:
         """The expert's pieces, and the recipe that brings them to their places."""
         ranges: list[FileRange] = []
         targets: list[int] = []
@@ -70,7 +71,7 @@ class FileExperts:
                 ranges.append(piece)
                 targets.append(end)
                 end += piece.nbytes
-        return ranges, plan_reads_at(ranges, targets, self._reader.engine.unit_bytes)
+        return LoadPlan.plain(ranges, plan_reads_at(ranges, targets, self._reader.engine.unit_bytes))
 
 
 class HostExperts:

@@ -9,7 +9,7 @@ import torch
 
 from offload.model.experts import ExpertsUnit
 from offload.model.homes import ParameterHome
-from offload.model.lazy_experts import was_written_to
+from offload.model.placeholders import was_written_to
 from offload.moe.forward import ExpertForward
 from offload.moe.router_prediction import Accuracy, RouterPrediction, RouterPredictor
 from offload.moe.slot_tensor import SlottedModule, SlotTensor

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from offload.model.blocks import Structure, Unit, divisible_modules
+from offload.model.blocks import StoredSize, Structure, Unit, divisible_modules
 from offload.model.experts import ExpertsUnit, expert_slot_bytes
 from offload.model.text_generation import can_generate
 from offload.planning.dry_run import DryRun
@@ -57,14 +57,14 @@ _LOGITS_BYTES_EACH = 16
 def model_spec(
     model: nn.Module,
     structure: Structure,
-    slot_bytes: Callable[[Unit], int],
+    size_of: Callable[[Unit], StoredSize],
     activations: ActivationSizes | None = None,
     experts: Sequence[ExpertsUnit] = (),
 ) -> ModelSpec:
     """Describe `model` to the planner.
 
     Args:
-        slot_bytes: what a unit's block takes in the slots.
+        size_of: what a unit's block takes, in files and in the slots.
         temporaries: as counted; None to estimate them from the config.
         experts: those that are brought one by one.
     """
@@ -73,7 +73,7 @@ def model_spec(
     kv = kv_sizes(config, element_bytes) if can_generate(model) else KvSizes()
     owned = {unit.key for unit in structure.units if unit.parameters}
     return ModelSpec(
-        blocks=tuple(_placed(unit, slot_bytes) for unit in structure.units if unit.parameters),
+        blocks=tuple(_placed(unit, size_of) for unit in structure.units if unit.parameters),
         co_resident_blocks=tuple(
             tuple(key for key in unit.uses if key in owned) for unit in structure.units if not unit.fetches_rows
         ),
@@ -234,11 +234,11 @@ def _divisible(unit: Unit) -> tuple[DivisibleWeight, ...]:
     return tuple(DivisibleWeight(len(weight), weight[0].nbytes, weight.element_size()) for weight in weights)
 
 
-def _placed(unit: Unit, slot_bytes: Callable[[Unit], int]) -> PlacedBlock:
-    block, in_slot = unit.block, slot_bytes(unit)
+def _placed(unit: Unit, size_of: Callable[[Unit], StoredSize]) -> PlacedBlock:
+    size = size_of(unit)
     # Read in whole units, a resident block takes what a slot takes, in whole pages.
-    resident_bytes = align_up(max(block.packed_bytes, in_slot), BLOCK_ALIGNMENT_BYTES)
-    return PlacedBlock(unit.key, unit.role, resident_bytes, in_slot, block.nbytes, _divisible(unit))
+    resident_bytes = align_up(max(unit.block.packed_bytes, size.slot_bytes), BLOCK_ALIGNMENT_BYTES)
+    return PlacedBlock(unit.key, unit.role, resident_bytes, size.slot_bytes, size.stored_bytes, _divisible(unit), size.codec)
 
 
 def _activation_bytes(config: Any, element_bytes: int) -> int:

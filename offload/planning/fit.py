@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import nn
 
 from offload.budgets import Budgets
-from offload.model.blocks import Structure, TakenApart, Unit, find_structure, has_submodules
+from offload.model.blocks import StoredSize, Structure, TakenApart, Unit, find_structure, has_submodules
 from offload.model.experts import ExpertsUnit, find_experts, undecorated_experts
 from offload.planning.describe import model_spec
 from offload.planning.dry_run import DryRun
@@ -82,7 +82,7 @@ def fit(
     model: nn.Module,
     budgets: Budgets,
     workload: Workload,
-    slot_bytes: Callable[[Unit], int],
+    size_of: Callable[[Unit], StoredSize],
     activations: ActivationSizes | None,
     demand: Demand,
 ) -> FittedPlan:
@@ -91,7 +91,7 @@ def fit(
     Where nothing fits even so, the passes are split, which is of level *rounding*, and said.
 
     Args:
-        slot_bytes: what a unit's block takes in the slots.
+        size_of: what a unit's block takes, in files and in the slots.
         activations: of a pass, as counted; None to estimate them.
 
     Raises:
@@ -103,10 +103,10 @@ def fit(
     units = tuple(find_experts(model)) if experts is not ExpertGranularity.PER_LAYER else ()
     whole: FittedPlan | list[BudgetTooSmall] = []
     if units and experts is ExpertGranularity.AUTO:
-        whole = _fitting(model, budgets, [workload], slot_bytes, activations, demand, ())
+        whole = _fitting(model, budgets, [workload], size_of, activations, demand, ())
         if isinstance(whole, FittedPlan) and not whole.plan.weights.streamed:
             return whole
-    found = _fitting(model, budgets, [workload], slot_bytes, activations, demand, units)
+    found = _fitting(model, budgets, [workload], size_of, activations, demand, units)
     if isinstance(found, FittedPlan):
         notes = (*found.fallbacks, *_other_experts(model, found, experts))
         return replace(found, fallbacks=notes, paged=_smaller(paged, found.plan) if demand.kv.required else ())
@@ -126,7 +126,7 @@ def fit(
     steps += [lambda: _with_state_offload(exact[-1:]), lambda: _with_state_offload(rest[-1:])]
     for step in steps:
         ways = step()
-        split = _fitting(model, budgets, ways, slot_bytes, activations, demand, units) if ways else []
+        split = _fitting(model, budgets, ways, size_of, activations, demand, units) if ways else []
         if isinstance(split, FittedPlan):
             notes = (*_forced(split.plan), *_other_experts(model, split, experts))
             others = [way.paged for way in ways if way.paged is not None]
@@ -165,7 +165,7 @@ def _fitting(
     model: nn.Module,
     budgets: Budgets,
     workloads: Sequence[Workload],
-    slot_bytes: Callable[[Unit], int],
+    size_of: Callable[[Unit], StoredSize],
     activations: ActivationSizes | None,
     demand: Demand,
     experts: tuple[ExpertsUnit, ...],
@@ -177,7 +177,7 @@ def _fitting(
     while True:
         by_submodule, strays = _in_one_piece(model, keys, single)
         structure = find_structure(model, by_submodule, single, [*demand.held, *strays])
-        described = model_spec(model, structure, slot_bytes, activations, experts)
+        described = model_spec(model, structure, size_of, activations, experts)
         spec = replace(described, workspace_bytes=budgets.workspace_bytes)
         memory = None if demand.memory is None else demand.memory(structure)
         left = budgets if memory is None else memory.left_of(budgets)

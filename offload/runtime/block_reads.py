@@ -7,12 +7,12 @@ from torch import nn
 from offload.model.homes import ParameterHome
 from offload.runtime.block_sources import packed_offsets
 from offload.runtime.page_locked import PageLockedMemory
-from offload.storage.blocks import FileRange
+from offload.storage.codecs.weights import Source
 from offload.storage.digest import digest
 from offload.storage.errors import OffloadError
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.ledger import MemoryLedger
-from offload.storage.read_plan import ReadPlan
+from offload.storage.load_plan import LoadPlan
 from offload.storage.reader import DiskReader
 from offload.storage.transfer import Transfer
 
@@ -21,7 +21,7 @@ class BlockRead:
     """One block: where its bytes will be, and what brings them.
 
     Args:
-        ranges: of the files that its tensors come from; empty where they come from memory.
+        sources: what its tensors are made of; empty where they come from memory.
         offsets: of its tensors, in the buffer.
         start: begins to bring them, and calls what it is given when they are there; None where they are.
         digested: what the bytes of each tensor were when they came is in `digests`, from the moment on that they are there.
@@ -31,13 +31,13 @@ class BlockRead:
         self,
         buffer: HostBuffer,
         offsets: Sequence[int],
-        ranges: Sequence[FileRange] = (),
+        sources: Sequence[Source] = (),
         start: Callable[[Callable[[], None]], Transfer] | None = None,
         digested: bool = False,
     ) -> None:
         self.buffer = buffer
         self.offsets = list(offsets)
-        self.ranges = list(ranges)
+        self.sources = list(sources)
         self.digests: list[bytes] = []
         self._digested = digested
         self._start = start
@@ -46,7 +46,7 @@ class BlockRead:
     def _arrived(self) -> None:
         """In a thread that reads, before anybody else sees the bytes."""
         if self._digested:
-            places = zip(self.offsets, self.ranges, strict=True)
+            places = zip(self.offsets, self.sources, strict=True)
             self.digests = [digest(self.buffer.tensor[offset : offset + item.nbytes]) for offset, item in places]
 
     def wait(self) -> "BlockRead":
@@ -86,7 +86,7 @@ class BlockReads:
     """
 
     def __init__(
-        self, reader: DiskReader, memory: PageLockedMemory, source_of: Callable[[str, nn.Parameter], FileRange | None]
+        self, reader: DiskReader, memory: PageLockedMemory, source_of: Callable[[str, nn.Parameter], Source | None]
     ) -> None:
         self._reader, self._memory, self._source_of = reader, memory, source_of
 
@@ -103,7 +103,7 @@ class BlockReads:
         """The same for one that is not needed yet, with digests where it comes from disk."""
         return self._of(homes, ledger, category, background=True)
 
-    def start_early(self, blocks: Iterable[Sequence[FileRange]], ledger: MemoryLedger, category: str) -> list[BlockRead]:
+    def start_early(self, blocks: Iterable[Sequence[Source]], ledger: MemoryLedger, category: str) -> list[BlockRead]:
         """The same for blocks of which nothing is known but what they will be made of.
 
         All memory is mapped before anything is read: to map more waits for the page faults of threads that read.
@@ -114,11 +114,11 @@ class BlockReads:
         buffers: list[HostBuffer] = []
         reads: list[BlockRead] = []
         try:
-            planned = [(ranges, self._reader.plan(ranges)) for ranges in blocks]
-            for _, read_plan in planned:
-                buffers.append(self._mapped(read_plan, ledger, category))
-            for (ranges, read_plan), buffer in zip(planned, buffers, strict=True):
-                reads.append(self._begun(ranges, read_plan, buffer, background=True))
+            load_plans = [self._reader.plan(sources) for sources in blocks]
+            for load_plan in load_plans:
+                buffers.append(self._mapped(load_plan, ledger, category))
+            for load_plan, buffer in zip(load_plans, buffers, strict=True):
+                reads.append(self._begun(load_plan, buffer, background=True))
         except OffloadError:
             for read in reads:
                 read.cancel()
@@ -135,9 +135,9 @@ class BlockReads:
         shielded: bool = False,
         background: bool = False,
     ) -> BlockRead:
-        ranges = [None if home.modified else self._source_of(home.name, home.parameter) for home in homes]
-        on_disk = [item for item in ranges if item is not None]
-        if len(on_disk) == len(ranges):
+        sources = [None if home.modified else self._source_of(home.name, home.parameter) for home in homes]
+        on_disk = [item for item in sources if item is not None]
+        if len(on_disk) == len(sources):
             return self._from_disk(on_disk, ledger, category, shielded, background)
         offsets, nbytes = packed_offsets(homes)
         buffer = self._memory.allocate(nbytes, category, ledger, shielded)
@@ -152,23 +152,23 @@ class BlockReads:
 
     def _from_disk(
         self,
-        ranges: Sequence[FileRange],
+        sources: Sequence[Source],
         ledger: MemoryLedger,
         category: str,
         shielded: bool = False,
         background: bool = False,
     ) -> BlockRead:
-        read_plan = self._reader.plan(ranges)
-        return self._begun(ranges, read_plan, self._mapped(read_plan, ledger, category, shielded), background)
+        load_plan = self._reader.plan(sources)
+        return self._begun(load_plan, self._mapped(load_plan, ledger, category, shielded), background)
 
-    def _mapped(self, read_plan: ReadPlan, ledger: MemoryLedger, category: str, shielded: bool = False) -> HostBuffer:
+    def _mapped(self, load_plan: LoadPlan, ledger: MemoryLedger, category: str, shielded: bool = False) -> HostBuffer:
         """Memory whose pages are made by the threads that read into it, while others read."""
-        return self._memory.allocate(read_plan.slot_bytes, category, ledger, shielded, prefault=False)
+        return self._memory.allocate(load_plan.slot_bytes, category, ledger, shielded, prefault=False)
 
-    def _begun(self, ranges: Sequence[FileRange], read_plan: ReadPlan, buffer: HostBuffer, background: bool) -> BlockRead:
-        memory = buffer.memory[: read_plan.slot_bytes]
+    def _begun(self, load_plan: LoadPlan, buffer: HostBuffer, background: bool) -> BlockRead:
+        memory = buffer.memory[: load_plan.slot_bytes]
 
         def start(then: Callable[[], None]) -> Transfer:
-            return self._reader.read(ranges, read_plan, memory, then, background=background)
+            return self._reader.read(load_plan, memory, then, background=background)
 
-        return BlockRead(buffer, read_plan.offsets, ranges, start, digested=background)
+        return BlockRead(buffer, load_plan.offsets, load_plan.sources, start, digested=background)

@@ -9,10 +9,10 @@ import torch
 from offload.model.homes import ParameterHome
 from offload.runtime.page_locked import PageLockedMemory
 from offload.storage.arrival import Arrival
-from offload.storage.blocks import BlockKey, FileRange, align_up
+from offload.storage.blocks import BlockKey, align_up
 from offload.storage.devices.base import Event
 from offload.storage.host_buffer import HostBuffer
-from offload.storage.read_plan import ReadPlan
+from offload.storage.load_plan import LoadPlan
 from offload.storage.reader import DiskReader
 from offload.storage.staging import StagedReader
 
@@ -58,16 +58,15 @@ class BlockSource(Protocol):
 class DirectSource:
     """Disk straight into the slot, on a device whose memory is the host's."""
 
-    def __init__(self, key: BlockKey, reader: DiskReader, ranges: Sequence[FileRange], read_plan: ReadPlan) -> None:
-        self._key, self._reader, self._ranges, self._read_plan = key, reader, ranges, read_plan
-        self.offsets = read_plan.offsets
-        self.payload_bytes = read_plan.payload_bytes
-        self.slot_bytes = read_plan.slot_bytes
+    def __init__(self, key: BlockKey, reader: DiskReader, load_plan: LoadPlan) -> None:
+        self._key, self._reader, self._load_plan = key, reader, load_plan
+        self.offsets = load_plan.offsets
+        self.payload_bytes = load_plan.payload_bytes
+        self.slot_bytes = load_plan.slot_bytes
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         assert region.memory is not None
-        memory = region.memory[: self._read_plan.slot_bytes]
-        return self._reader.read(self._ranges, self._read_plan, memory, name=self._key)
+        return self._reader.read(self._load_plan, region.memory[: self.slot_bytes], name=self._key)
 
     def brings(self, home: ParameterHome) -> bool:
         return False
@@ -76,14 +75,14 @@ class DirectSource:
 class StagedSource:
     """Disk to a staging buffer to the device."""
 
-    def __init__(self, key: BlockKey, reader: StagedReader, ranges: Sequence[FileRange], read_plan: ReadPlan) -> None:
-        self._key, self._reader, self._ranges, self._read_plan = key, reader, ranges, read_plan
-        self.offsets = read_plan.offsets
-        self.payload_bytes = read_plan.payload_bytes
-        self.slot_bytes = max(at + item.nbytes for at, item in zip(read_plan.offsets, ranges, strict=True))
+    def __init__(self, key: BlockKey, reader: StagedReader, load_plan: LoadPlan) -> None:
+        self._key, self._reader, self._load_plan = key, reader, load_plan
+        self.offsets = load_plan.offsets
+        self.payload_bytes = load_plan.payload_bytes
+        self.slot_bytes = load_plan.tensor_bytes
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
-        return self._reader.start(self._key, self._ranges, self._read_plan, region.tensor[: self.slot_bytes], after)
+        return self._reader.start(self._key, self._load_plan, region.tensor[: self.slot_bytes], after)
 
     def brings(self, home: ParameterHome) -> bool:
         return False

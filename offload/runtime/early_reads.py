@@ -14,6 +14,7 @@ from offload.cache_folder import cache_folder
 from offload.runtime.block_reads import BlockRead, BlockReads
 from offload.runtime.machine import Machine
 from offload.storage.blocks import FileRange
+from offload.storage.codecs.weights import Source
 from offload.storage.errors import OffloadError
 from offload.storage.ledger import MemoryLedger
 from offload.storage.whole_file import keep_text
@@ -35,7 +36,7 @@ class EarlyReads:
     def __init__(self, request: Sequence[Any]) -> None:
         facts = json.dumps([str(item) for item in request])
         self._path = cache_folder() / _FOLDER / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.json"
-        self._reads: dict[tuple[FileRange, ...], BlockRead] = {}
+        self._reads: dict[tuple[Source, ...], BlockRead] = {}
         self._ledger: MemoryLedger | None = None
 
     def begin(self, machine: Machine, budget_bytes: int) -> None:
@@ -52,7 +53,7 @@ class EarlyReads:
         reads = BlockReads(machine.host.reader, machine.host.memory, lambda name, parameter: None)
         try:
             begun = reads.start_early(blocks, machine.ledger, RESIDENT)
-            self._reads = {tuple(read.ranges): read for read in begun}
+            self._reads = {tuple(read.sources): read for read in begun}
         except OffloadError:
             return
 
@@ -61,18 +62,18 @@ class EarlyReads:
         """Memory that holds what has come so far."""
         return sum(read.buffer.resident_bytes for read in self._reads.values())
 
-    def take(self, ranges: Sequence[FileRange | None]) -> BlockRead | None:
-        """The read of a block that is made of these ranges; None if it was not begun."""
-        return self._reads.pop(tuple(ranges), None)  # type: ignore[arg-type]
+    def take(self, sources: Sequence[Source | None]) -> BlockRead | None:
+        """The read of a block that is made of these; None if it was not begun."""
+        return self._reads.pop(tuple(sources), None)  # type: ignore[arg-type]
 
-    def drop(self, but: Container[tuple[FileRange | None, ...]] = ()) -> None:
+    def drop(self, but: Container[tuple[Source | None, ...]] = ()) -> None:
         """Give back what nobody took; before a plan is placed, which may be another one than last time.
 
         Args:
-            but: the ranges of blocks that will be asked for.
+            but: the sources of blocks that will be asked for.
         """
-        for ranges in [ranges for ranges in self._reads if ranges not in but]:
-            read = self._reads.pop(ranges)
+        for sources in [sources for sources in self._reads if sources not in but]:
+            read = self._reads.pop(sources)
             read.cancel()
             assert self._ledger is not None
             self._ledger.release(RESIDENT, read.buffer.nbytes)

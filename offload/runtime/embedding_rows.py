@@ -1,7 +1,8 @@
 """Embeddings that are looked up in rows: the table itself is never loaded."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from offload.model.homes import ParameterHome
 from offload.runtime.row_upload import RowUpload
-from offload.storage.blocks import BlockKey, FileRange
+from offload.storage.blocks import BlockKey
+from offload.storage.codecs.weights import EncodedTensor, Source, parts_of
 from offload.storage.errors import StaleSlot
 from offload.storage.reader import DiskReader
 
@@ -24,7 +26,7 @@ class EmbeddingTable:
     """
 
     def __init__(
-        self, key: BlockKey, home: ParameterHome, reader: DiskReader, source: FileRange | None, upload: RowUpload
+        self, key: BlockKey, home: ParameterHome, reader: DiskReader, source: Source | None, upload: RowUpload
     ) -> None:
         self.key = key
         self.homes = [home]
@@ -49,7 +51,9 @@ class EmbeddingTable:
         table, fetched = home.tensor, wanted
         if self._source is not None and not home.modified:
             unique, fetched = torch.unique(wanted, return_inverse=True)
-            table = self._read(self._source, unique, home.tensor)
+            begun = time.perf_counter()
+            table = self._read(self._source, unique.tolist(), home.tensor.shape[1:])
+            self.waited_seconds += time.perf_counter() - begun
 
         def fill(rows: torch.Tensor) -> None:
             with torch.no_grad():
@@ -65,17 +69,24 @@ class EmbeddingTable:
         self.was_read_whole = True
         if self._source is None or home.modified:
             return home.tensor.to(device)
-        table = torch.empty(home.tensor.shape, dtype=home.tensor.dtype)
-        self._reader.read_rows(self._source, [0], table.nbytes, table)
-        return table.to(device)
+        return self._read(self._source, [0], home.tensor.shape).to(device)
 
-    def _read(self, source: FileRange, unique: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        rows = torch.empty((len(unique), table.shape[1]), dtype=table.dtype)
-        width = table.shape[1] * table.element_size()
-        begun = time.perf_counter()
-        self._reader.read_rows(source, unique.tolist(), width, rows, self.key)
-        self.waited_seconds += time.perf_counter() - begun
-        return rows
+    def _read(self, source: Source, pieces: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+        """Pieces of the table, each of the given shape, one after another.
+
+        Args:
+            pieces: the number of each.
+        """
+        (stored,), numbers = parts_of(source), prod(shape)
+        width = stored.nbytes // (self.homes[0].tensor.numel() // numbers)
+        dtype = self.homes[0].tensor.dtype
+        read = torch.empty((len(pieces), width), dtype=torch.uint8)
+        self._reader.read_rows(stored, pieces, width, read, self.key)
+        if not isinstance(source, EncodedTensor):
+            return read.view(dtype).view(-1, shape[-1])
+        values = torch.empty((len(pieces) * numbers // shape[-1], shape[-1]), dtype=dtype)
+        source.codec.decode([read.view(-1)], values)
+        return values
 
 
 class RowwiseEmbedding(TorchFunctionMode):

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from offload.model.homes import ParameterHome
 from offload.storage.digest import digest
 
@@ -38,8 +36,7 @@ class FileCopies:
             del self._known[id(item.home)]
             if _differs(item):
                 item.home.modified = True
-                with torch.no_grad():
-                    item.home.tensor.copy_(item.home.parameter.data)
+                item.home.keep(item.home.parameter.data)
 
     def edited(self) -> str | None:
         """The name of a weight that was written to; None if none was. All of them are read."""

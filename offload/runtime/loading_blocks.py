@@ -26,8 +26,12 @@ class LoadingBlocks:
     @property
     def ranges(self) -> list[list[FileRange]]:
         """Where those lie that come from files as they are, block by block."""
-        found = [block.ranges for block in self._awaited.values()]
-        return [ranges for ranges in found if ranges and all(item.crc32 is None for item in ranges)]
+        found = []
+        for block in self._awaited.values():
+            ranges = [item for item in block.sources if isinstance(item, FileRange) and item.crc32 is None]
+            if ranges and len(ranges) == len(block.sources):
+                found.append(ranges)
+        return found
 
     def add(self, block: ResidentBlock) -> None:
         """A block is on its way."""

@@ -9,8 +9,9 @@ import psutil
 import torch
 from torch import nn
 
-from offload.model.blocks import HasParameters, Structure, Unit, divisible_modules, estimated_slot_bytes
+from offload.model.blocks import HasParameters, StoredSize, Structure, Unit, divisible_modules, estimated_size
 from offload.model.homes import FileMaps, ParameterHome
+from offload.model.quantised.weights import size_of_sources
 from offload.runtime.block_reads import BlockReads
 from offload.runtime.block_sources import (
     BlockSource,
@@ -32,6 +33,7 @@ from offload.runtime.weights import ResidentBlock, StreamedBlock
 from offload.scheduler.plan import Plan
 from offload.storage.block_file import BlockFile, spill_folder
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, align_up
+from offload.storage.codecs.weights import Source
 from offload.storage.digest import digest
 from offload.storage.errors import gib
 from offload.storage.host_buffer import HostBuffer
@@ -45,7 +47,7 @@ class Placement:
         known: where tensors lie that no file mapping tells of, by name.
     """
 
-    def __init__(self, machine: Machine, known: Mapping[str, FileRange]) -> None:
+    def __init__(self, machine: Machine, known: Mapping[str, Source]) -> None:
         self.on_resident: Callable[[Sequence[ParameterHome], Sequence[bytes]], None] = lambda homes, digests: None
         self.early: EarlyReads | None = None
         """Reads that were begun before it was known what is resident."""
@@ -65,7 +67,7 @@ class Placement:
         self._device_ledger = machine.ledger
         self.host_ledger = machine.host.ledger
         self._disk_ledger = machine.host.disk_ledger
-        self._known = dict(known)
+        self._known: dict[str, Source] = dict(known)
         self._disk_dir, self._progress = machine.host.disk_dir, machine.host.progress
         self._maps = FileMaps()
         self._spills: list[BlockFile] = []
@@ -81,21 +83,17 @@ class Placement:
         """All that the session knows of."""
         return self._homes.values()
 
-    def source_of(self, name: str, parameter: nn.Parameter) -> FileRange | None:
-        """The file that holds the parameter's present values; None if only memory does."""
-        if name not in self._known:
-            found = self._maps.locate(parameter.data)
-            if found is None:
-                return None
+    def source_of(self, name: str, parameter: nn.Parameter) -> Source | None:
+        """What in a file holds the parameter's present values; None if only memory does."""
+        if name not in self._known and (found := self._maps.locate(parameter.data)) is not None:
             self._known[name] = found
-        return self._known[name]
+        return self._known.get(name)
 
-    def slot_bytes(self, unit: Unit) -> int:
-        """What the unit's block will take in the slots."""
-        ranges = [item for item in self._ranges_of(unit) if item is not None]
-        if len(ranges) == len(unit.parameters):
-            return self._reader.plan(ranges).slot_bytes
-        return estimated_slot_bytes(unit)
+    def size_of(self, unit: Unit) -> StoredSize:
+        """What the unit's block will take."""
+        found = [item for item in self._sources_of(unit) if item is not None]
+        whole = len(found) == len(unit.parameters)
+        return size_of_sources(found, self._reader.engine.unit_bytes) if whole else estimated_size(unit)
 
     def apply(self, structure: Structure, plan: Plan) -> None:
         """Place every parameter. What leaves memory goes first, so that there is room for what comes.
@@ -106,7 +104,7 @@ class Placement:
         self._maps = FileMaps()
         units = {unit.key: unit for unit in structure.units if unit.parameters}
         if self.early is not None:
-            self.early.drop(but={self._ranges_of(units[key]) for key in plan.weights.resident})
+            self.early.drop(but={self._sources_of(units[key]) for key in plan.weights.resident})
         for name, parameter in structure.always_resident.items():
             self._hold_outside(name, parameter)
         in_host = {*plan.weights.in_host_memory, *plan.weights.tables_in_host_memory}
@@ -160,7 +158,7 @@ class Placement:
         """Where the parameter lives; None if the session does not know it."""
         return next((home for home in self._homes.values() if home.parameter is parameter), None)
 
-    def range_of(self, home: ParameterHome) -> FileRange | None:
+    def range_of(self, home: ParameterHome) -> Source | None:
         """Where a file holds the values that the parameter has now; None if only memory does."""
         return None if home.modified else self.source_of(home.name, home.parameter)
 
@@ -193,8 +191,9 @@ class Placement:
         self._tables_in_memory.discard(unit.key)
         for home in homes:
             if home.name in places:
-                self._known[home.name], view = places[home.name]
-                self._reader.engine.open(self._known[home.name].path, own=True)
+                place, view = places[home.name]
+                self._known[home.name] = place
+                self._reader.engine.open(place.path, own=True)
                 if unit.key not in self.resident:
                     home.tensor = home.parameter.data = view
                     home.original, home.modified, home.version = None, False, home.parameter._version
@@ -293,14 +292,14 @@ class Placement:
             if not self.loading:
                 self._progress("loading", done, sum(unit.block.nbytes for unit in units))
 
-    def _ranges_of(self, unit: Unit) -> tuple[FileRange | None, ...]:
+    def _sources_of(self, unit: Unit) -> tuple[Source | None, ...]:
         return tuple(self.source_of(name, parameter) for name, parameter in unit.parameters.items())
 
     def _in_host_memory(self, unit: Unit, homes: Sequence[ParameterHome]) -> ResidentBlock:
         if all(self.source_of(home.name, home.parameter) is None and home.is_aligned for home in homes):
             self._device_ledger.charge(RESIDENT, sum(home.tensor.nbytes for home in homes))
             return ResidentBlock(unit.key, homes)
-        read = None if self.early is None else self.early.take(self._ranges_of(unit))
+        read = None if self.early is None else self.early.take(self._sources_of(unit))
         read = read or self._reads.start_in_background(homes, self._device_ledger, RESIDENT)
         block = ResidentBlock(unit.key, homes, read.buffer, read.offsets, read)
         self.loading.add(block)
@@ -364,11 +363,10 @@ class Placement:
         return buffer, offsets
 
     def _disk_source(self, unit: Unit) -> BlockSource:
-        ranges = [self._known[name] for name in unit.parameters]
-        read_plan = self._reader.plan(ranges)
+        load_plan = self._reader.plan([self._known[name] for name in unit.parameters])
         if self._staged is None:
-            return DirectSource(unit.key, self._reader, ranges, read_plan)
-        return StagedSource(unit.key, self._staged, ranges, read_plan)
+            return DirectSource(unit.key, self._reader, load_plan)
+        return StagedSource(unit.key, self._staged, load_plan)
 
     def _table(self, unit: Unit) -> EmbeddingTable:
         (home,) = self.homes_of(unit)

@@ -7,7 +7,8 @@ import torch
 from offload.model.homes import ParameterHome
 from offload.runtime.block_reads import BlockRead
 from offload.runtime.block_sources import BlockSource, views_of
-from offload.storage.blocks import BlockKey, FileRange
+from offload.storage.blocks import BlockKey
+from offload.storage.codecs.weights import Source
 from offload.storage.devices.base import DeviceBuffer
 
 
@@ -83,9 +84,9 @@ class ResidentBlock:
             self._bind()
 
     @property
-    def ranges(self) -> list[FileRange]:
-        """The ranges of files that it is made of; empty once it is there, or where it comes from elsewhere."""
-        return [] if self._read is None else self._read.ranges
+    def sources(self) -> list[Source]:
+        """What of files it is made of; empty once it is there, or where it comes from elsewhere."""
+        return [] if self._read is None else self._read.sources
 
     def arrive(self) -> None:
         """Wait for the bytes; the parameters lie in them from then on. What was written to them meanwhile is kept.

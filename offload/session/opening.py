@@ -13,6 +13,7 @@ from offload.model.caches import keeps_cache
 from offload.model.checkpoint_folder import find_model
 from offload.model.experts import find_experts
 from offload.model.loading import CheckpointLoader, LoadedModel
+from offload.model.placeholders import EncodedValues, Placeholders, Values
 from offload.planning.fit import ExpertGranularity, FittedPlan
 from offload.runtime.call import Call, CallKind
 from offload.runtime.compiled_code import whole_model
@@ -47,6 +48,7 @@ from offload.session.request import Request
 from offload.session.residency import Residency
 from offload.session.session_machine import session_machine
 from offload.storage.block_file import make_folder
+from offload.storage.codecs.weights import EncodedTensor
 from offload.storage.errors import ConfigError
 
 
@@ -101,6 +103,10 @@ class Opening:
 
     def _open(self, loader: CheckpointLoader | None) -> Opened:
         request, stack, budgets, hardware = self.request, self.stack, self.budgets, self.hardware
+        if loader is not None and loader.weights is not None and request.training is not None and request.training.full:
+            raise ConfigError(
+                f"the weights of {loader.folder} are quantised: adapters can be trained on them (LoRA), they cannot"
+            )
         loaded, workload = self._load(loader)
         model = loaded.model
         machine = self.machine or self._machine(loader)
@@ -113,7 +119,7 @@ class Opening:
 
         def attempt(workload: Workload) -> tuple[Plan, tuple[PlanInput, ActivationSizes | None, Prepared]]:
             given, activations = self._given(workload), activations_of(model, workload)
-            prepared = prepare(model, given, placement.slot_bytes, activations, granularity, loaded.outline)
+            prepared = prepare(model, given, placement.size_of, activations, granularity, loaded.outline)
             return prepared.plan, (given, activations, prepared)
 
         choices = workloads(workload, request.max_tokens is None)
@@ -133,6 +139,7 @@ class Opening:
         key = None if loader is None or request.kv.prefix_dir is None else loader.key
         components = components_of(request, prepared, machine, executor, residency, loaded.experts, key)
         residency.open(components, stack, self.early)
+        _stand_in(model, loaded, placement, stack)
         root = _attach(stack, model, machine, residency, kernels)
         name = request.target if isinstance(request.target, str) else type(model).__name__
         subject = Subject.of(model, name, self.before_bytes, self.held_bytes)
@@ -187,7 +194,7 @@ class Opening:
             # What cannot fit is refused before anything is loaded.
             def attempt(workload: Workload) -> tuple[Plan, FittedPlan]:
                 given, activations = self._given(workload), activations_of(outline, workload)
-                fitted, _ = fit_input(outline, given, loader.slot_bytes, activations, given.granularity)
+                fitted, _ = fit_input(outline, given, loader.size_of, activations, given.granularity)
                 return fitted.plan, fitted
 
             asked = workload_of(outline, request.batch_size, request.max_tokens)
@@ -235,3 +242,20 @@ def _attach(
             stack.callback(ForwardWrap(module, kernels.few_sizes).undo)
     residency.wrap(stack)
     return root
+
+
+def _stand_in(model: nn.Module, loaded: LoadedModel, placement: Placement, stack: ExitStack) -> None:
+    """Have parameters that are decoded for each use ready for who asks for all their values."""
+
+    def settle(parameter: nn.Parameter) -> None:
+        home = placement.home_of(parameter)
+        if home is not None:
+            home.settle()
+
+    values: dict[str, dict[str, Values]] = {}
+    for name, source in loaded.places.items():
+        if isinstance(source, EncodedTensor):
+            path, _, own = name.rpartition(".")
+            values.setdefault(path, {})[own] = EncodedValues(source)
+    for path, encoded in values.items():
+        stack.callback(Placeholders(model.get_submodule(path), encoded, settle).keep)

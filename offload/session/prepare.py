@@ -11,7 +11,7 @@ from offload.budgets import Budgets
 from offload.config import ROUNDING
 from offload.kv.demand import kv_demand, kv_notes
 from offload.kv.options import KvOptions
-from offload.model.blocks import Unit
+from offload.model.blocks import StoredSize, Unit
 from offload.moe.options import IN_LAYERS, ExpertOptions
 from offload.planning.describe import count_activations, longest_sequence, takes_tokens
 from offload.planning.fit import Demand, ExpertGranularity, FittedPlan, fit
@@ -141,7 +141,7 @@ def activations_of(model: nn.Module, workload: Workload) -> ActivationSizes | No
 def fit_input(
     model: nn.Module,
     given: PlanInput,
-    slot_bytes: Callable[[Unit], int],
+    size_of: Callable[[Unit], StoredSize],
     activations: ActivationSizes | None,
     granularity: ExpertGranularity,
 ) -> tuple[FittedPlan, TrainingMemory | None]:
@@ -153,16 +153,16 @@ def fit_input(
     """
     workload = given.workload
     if given.training is not None:
-        return fit_training(model, given.training, given.budgets, workload, slot_bytes, activations)
+        return fit_training(model, given.training, given.budgets, workload, size_of, activations)
     kv = kv_demand(model, workload, given.kv, given.exactness)
-    fitted = fit(model, given.budgets, workload, slot_bytes, activations, Demand(granularity, kv))
+    fitted = fit(model, given.budgets, workload, size_of, activations, Demand(granularity, kv))
     return fitted, None
 
 
 def prepare(
     model: nn.Module,
     given: PlanInput,
-    slot_bytes: Callable[[Unit], int],
+    size_of: Callable[[Unit], StoredSize],
     activations: ActivationSizes | None,
     granularity: ExpertGranularity | None = None,
     outline: nn.Module | None = None,
@@ -171,7 +171,7 @@ def prepare(
     """Make the plan to run by.
 
     Args:
-        slot_bytes: what a unit's block takes in the slots.
+        size_of: what a unit's block takes, in files and in the slots.
         activations: as `activations_of` gives them.
         granularity: of experts; None for what was asked.
         outline: the model without values, if there is one: it is copied otherwise.
@@ -181,7 +181,7 @@ def prepare(
         BudgetTooSmall: if none fits; its `least_bytes` would do.
         PlanError, ConfigError: if the plan that was given, or what else was asked for, cannot be.
     """
-    fitted, memory = fit_input(model, given, slot_bytes, activations, granularity or given.granularity)
+    fitted, memory = fit_input(model, given, size_of, activations, granularity or given.granularity)
     predictor = _predictor(model, fitted, given.hardware, outline)
     plan, prediction = fitted.plan, None
     # What had to be split is; where rounding is allowed, all ways are weighed.

@@ -123,7 +123,7 @@ class Planner:
         workload = Workload(asked.batch_size, asked.prompt_tokens + asked.new_tokens, asked.prompt_tokens)
         given = PlanInput(budgets, workload, asked.new_tokens, asked.exactness, asked.experts, asked.kv, hardware=self.hardware)
         activations = count_activations(self._model, workload)
-        prepared = prepare(self._model, given, self._loader.slot_bytes, activations, always_search=True)
+        prepared = prepare(self._model, given, self._loader.size_of, activations, always_search=True)
         fitted, plan, predictor, prediction = prepared.fitted, prepared.plan, prepared.predictor, prepared.prediction
         assert predictor is not None
         assert prediction is not None

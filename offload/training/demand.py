@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from offload.budgets import Budgets
-from offload.model.blocks import Structure, Unit, estimated_slot_bytes, find_structure
+from offload.model.blocks import StoredSize, Structure, Unit, estimated_size, find_structure
 from offload.planning.describe import model_spec
 from offload.planning.fit import Demand, FittedPlan, fit
 from offload.scheduler.model_spec import ActivationSizes, Workload
@@ -22,7 +22,7 @@ def fit_training(
     training: Training,
     budgets: Budgets,
     workload: Workload,
-    slot_bytes: Callable[[Unit], int],
+    size_of: Callable[[Unit], StoredSize],
     activations: ActivationSizes | None,
 ) -> tuple[FittedPlan, TrainingMemory]:
     """Plan the model beside what training holds.
@@ -37,13 +37,13 @@ def fit_training(
     def memory_of(structure: Structure) -> TrainingMemory:
         return training_memory(model, training, tokens, token_bytes, structure, discrete)
 
-    def trained_slot_bytes(unit: Unit) -> int:
+    def trained_size(unit: Unit) -> StoredSize:
         """What a unit takes in the slots, from a file of states too."""
         goes_to_file = training.state_tier == NVME and any(id(value) in trained_ids for value in unit.parameters.values())
-        return max(slot_bytes(unit), estimated_slot_bytes(unit)) if goes_to_file else slot_bytes(unit)
+        return max(size_of(unit), estimated_size(unit), key=lambda size: size.slot_bytes) if goes_to_file else size_of(unit)
 
     def fitted_to(budgets: Budgets) -> FittedPlan:
-        return fit(model, budgets, workload, trained_slot_bytes, activations, demand)
+        return fit(model, budgets, workload, trained_size, activations, demand)
 
     demand = Demand(
         allow_splits=False,
@@ -54,7 +54,7 @@ def fit_training(
     )
     if training.full and training.state_tier == CPU and not discrete:
         structure = find_structure(model)
-        described = model_spec(model, structure, slot_bytes, activations)
+        described = model_spec(model, structure, size_of, activations)
         check_whole(replace(described, workspace_bytes=budgets.workspace_bytes), budgets, workload, memory_of(structure))
     if training.state_tier == CPU and discrete and trained_ids:
         on_device = fitted_to(replace(budgets, host_bytes=_WITHOUT_LIMIT))

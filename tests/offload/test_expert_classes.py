@@ -7,7 +7,7 @@ import torch
 
 from offload import offload
 from offload.budgets import Budgets
-from offload.model.blocks import estimated_slot_bytes
+from offload.model.blocks import estimated_size
 from offload.model.experts import find_experts
 from offload.planning.describe import count_activations, takes_tokens
 from offload.planning.fit import Demand, ExpertGranularity, fit
@@ -25,7 +25,7 @@ def plan_for(model, slots):
     workload = Workload(BATCH, TOKENS, TOKENS)
     temporaries = count_activations(model, workload) if takes_tokens(model) else None
     budgets = Budgets(1 << 34, None)
-    plan = fit(model, budgets, workload, estimated_slot_bytes, temporaries, Demand(ExpertGranularity.PER_EXPERT)).plan
+    plan = fit(model, budgets, workload, estimated_size, temporaries, Demand(ExpertGranularity.PER_EXPERT)).plan
     return edited(plan, "experts", slots=min(slots, plan.experts.slots))
 
 

@@ -354,9 +354,9 @@ def test_commands(tmp_path, capsys):
     content = json.loads(capsys.readouterr().out)
     assert [item["policy"] for item in content["policies"]] == ["lru", "lfu", "admission", "belady"]
     assert all(item["all"]["choices"] == 36 for item in content["policies"])
-    assert main(["experts", "replay", str(trace), "--budget", "3000"]) == 0
+    assert main(["experts", "replay", str(trace), "--budget", "3000B"]) == 0
     assert "belady" in capsys.readouterr().out
-    assert main(["experts", "replay", str(trace), "--budget", "999"]) == 1
+    assert main(["experts", "replay", str(trace), "--budget", "999B"]) == 1
     assert "smaller than one expert" in capsys.readouterr().err
-    assert main(["experts", "replay", str(trace), "--budget", "3000", "--policy", "best"]) == 1
-    assert main(["experts", "replay", str(tmp_path / "none.csv"), "--budget", "3000"]) == 1
+    assert main(["experts", "replay", str(trace), "--budget", "3000B", "--policy", "best"]) == 1
+    assert main(["experts", "replay", str(tmp_path / "none.csv"), "--budget", "3000B"]) == 1

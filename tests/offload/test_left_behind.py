@@ -134,7 +134,7 @@ def test_fine_tuning_finishes_its_step_at_sigterm(tmp_path, monkeypatch, capsys)
         patched.setattr(loop, "_step", step)
         assert main(command) == SIGTERM_STATUS
     assert steps == [1, 2, 3]
-    assert "stopped after step 3 of 16, which is in a checkpoint; --resume goes on" in capsys.readouterr().err
+    assert "stopped after step 3 of 16; --resume goes on from the checkpoint of step 3" in capsys.readouterr().err
     assert [item.name for item in output.iterdir()] == ["checkpoint"]
     assert main([*command, "--resume"]) == 0
     assert (output / "adapter_model.safetensors").exists()

@@ -42,10 +42,10 @@ def test_views_and_streams_give_what_was_written(tmp_path):
     engine, link = PosixEngine(), Link("disk", 2)
     reader = DiskReader(engine, link)
     ranges = [file.tensors[name].range for name in ("a", "b")]
-    read_plan = reader.plan(ranges)
-    buffer = CpuDevice().allocate(read_plan.slot_bytes)
-    reader.read(ranges, read_plan, buffer.memory).wait()
-    start = read_plan.offsets[1]
+    load_plan = reader.plan(ranges)
+    buffer = CpuDevice().allocate(load_plan.slot_bytes)
+    reader.read(load_plan, buffer.memory).wait()
+    start = load_plan.offsets[1]
     assert torch.equal(buffer.tensor[start : start + 6].view(torch.bfloat16), TENSORS["b"])
     link.close()
     engine.close()
@@ -66,9 +66,9 @@ def test_a_flipped_bit_is_found_at_the_first_read(tmp_path):
     engine, link = PosixEngine(), Link("disk", 2)
     reader = DiskReader(engine, link)
     ranges = [file.tensors["a"].range]
-    read_plan = reader.plan(ranges)
+    load_plan = reader.plan(ranges)
     with pytest.raises(CorruptCheckpoint, match="checksum"):
-        reader.read(ranges, read_plan, CpuDevice().allocate(read_plan.slot_bytes).memory).wait()
+        reader.read(load_plan, CpuDevice().allocate(load_plan.slot_bytes).memory).wait()
     link.close()
     engine.close()
 

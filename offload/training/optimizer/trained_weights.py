@@ -80,17 +80,17 @@ class TrainedWeights:
         for piece, target in zip(group.pieces, targets, strict=True):
             home = self.homes[piece.parameter.name]
             source = self._placement.range_of(home) if self._in_file(group.block) else None
-            if source is None:
+            if not isinstance(source, FileRange):
                 target.copy_(home.parameter.data.view(-1)[piece.start : piece.stop])
             else:
                 target.copy_(self._from_file(source, home.parameter.dtype, piece.start, piece.stop))
 
     def _from_file(self, source: FileRange, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
         part = FileRange(source.path, source.offset + start * dtype.itemsize, (stop - start) * dtype.itemsize)
-        read_plan = self._reader.plan([part])
-        buffer = HostBuffer(read_plan.slot_bytes)
-        self._reader.read([part], read_plan, buffer.memory[: read_plan.slot_bytes]).wait()
-        return buffer.tensor[read_plan.offsets[0] : read_plan.offsets[0] + part.nbytes].view(dtype)
+        load_plan = self._reader.plan([part])
+        buffer = HostBuffer(load_plan.slot_bytes)
+        self._reader.read(load_plan, buffer.memory[: load_plan.slot_bytes]).wait()
+        return buffer.tensor[load_plan.offsets[0] : load_plan.offsets[0] + part.nbytes].view(dtype)
 
     def changed(self, group: SubGroup) -> bool:
         return any(piece.parameter.name in self._changed for piece in group.pieces)

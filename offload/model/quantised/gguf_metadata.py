@@ -1,0 +1,76 @@
+"""What a GGUF file says beside its weights, as a folder that transformers reads: config, tokenizer, chat template.
+
+transformers' tables make them of the file once, which takes seconds; they are kept by the file's identity.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Any
+
+import transformers
+
+from offload.cache_folder import cache_folder
+from offload.storage.block_file import key_of
+from offload.storage.checkpoint import identity
+from offload.storage.errors import CheckpointError, UnsupportedCheckpoint, foreign_file
+
+SUFFIX = ".gguf"
+_FOLDER = "gguf"
+
+
+def metadata_folder(place: str) -> str:
+    """The folder with a checkpoint's config and tokenizer: its own, or the one that is made of a GGUF file.
+
+    Raises:
+        UnsupportedCheckpoint: if the package `gguf` is not there, or transformers does not know the architecture.
+        CheckpointError: if they cannot be made of it.
+    """
+    if not place.endswith(SUFFIX):
+        return place
+    key = key_of({"file": identity(place), "transformers": transformers.__version__})
+    folder = cache_folder() / _FOLDER / key
+    if not folder.is_dir():
+        partial = folder.with_name(f"{key}.{secrets.token_hex(4)}")
+        partial.mkdir(parents=True)
+        try:
+            _write(place, str(partial))
+            # Another process may have been there first.
+            with suppress(OSError):
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return str(folder)
+
+
+def _write(place: str, folder: str) -> None:
+    inside, name = os.path.dirname(place) or ".", os.path.basename(place)
+    with (
+        _one_reader(place),
+        foreign_file(f"{place}: transformers makes no config and tokenizer of it", CheckpointError),
+    ):
+        config = transformers.AutoConfig.from_pretrained(inside, gguf_file=name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(inside, gguf_file=name)
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _one_reader(place: str) -> Iterator[None]:
+    """The file is read once, though config and tokenizer each ask for it: half of the time."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UnsupportedCheckpoint(
+            f'{place} is a GGUF file, whose config and tokenizer the package gguf reads: pip install "offload[gguf]"'
+        ) from error
+    module: Any = gguf
+    reader = module.GGUFReader
+    module.GGUFReader = lru_cache(maxsize=1)(reader)
+    try:
+        yield
+    finally:
+        module.GGUFReader = reader

@@ -1,0 +1,161 @@
+"""GGUF files, streamed as they are: equal to the model that transformers decodes from them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload import Training, offload
+from offload.cli.main import main
+from offload.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
+from offload.model.placeholders import is_placeholder
+from tests.poison import poison_homes
+
+gguf = pytest.importorskip("gguf")
+from tests.gguf_files import plainly_read, write_gguf  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+MIXED = ["Q4_K", "Q8_0", "Q6_K", "Q4_0", "IQ4_XS", "F16", "Q5_1", "BF16", "Q2_K", "Q3_K", "MXFP4", "Q5_K", "Q4_1"]
+TOKENS = torch.arange(3, 19).view(2, 8)
+ARCHITECTURES = ["llama", "qwen3", "gemma2"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OFFLOAD_PROFILES", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("budget", ["3MiB", "64MiB"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equal_to_transformers_reading(architecture, tied, dtype, budget, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", architecture, MIXED, tied)
+    plain = plainly_read(path, architecture, dtype, tied)
+    options = {"dtype": dtype, "batch_size": 2, "max_tokens": 16}
+    with torch.no_grad():
+        wanted = plain(TOKENS).logits
+        wanted_text = plain.generate(TOKENS, max_new_tokens=6, do_sample=False)
+        with offload(path, device="cpu", cpu_memory=budget, **options) as session:
+            poison_homes(session)
+            assert torch.equal(session.model(TOKENS).logits, wanted)
+            assert torch.equal(session.model.generate(TOKENS, max_new_tokens=6, do_sample=False), wanted_text)
+            assert bool(session.plan.weights.streamed) == (budget == "3MiB")
+            assert session.report().exactness == "identical"
+
+
+def test_what_travels_is_the_small_form(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", "llama", ["Q4_0"])
+    with torch.no_grad(), offload(path, device="cpu", cpu_memory="3MiB", max_tokens=16, batch_size=2) as session:
+        session.model(TOKENS)
+        before = session.machine.host.reader.link.bytes_moved
+        session.model(TOKENS)
+        moved = session.machine.host.reader.link.bytes_moved - before
+        streamed = [value for key in session.plan.weights.streamed for value in session.model.get_submodule(key).parameters()]
+    small = sum(value.numel() * 18 // 32 if value.dim() > 1 else value.numel() * 4 for value in streamed)
+    assert small <= moved <= 1.02 * small + TOKENS.numel() * 256
+
+
+def test_whoever_asks_for_the_values_gets_them(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", "llama", MIXED)
+    wanted = plainly_read(path, "llama", torch.bfloat16).state_dict()
+    with torch.no_grad():
+        with offload(path, device="cpu", cpu_memory="4MiB", max_tokens=16) as session:
+            first = session.model(TOKENS[:1]).logits
+            inside = {name: value.clone() for name, value in session.model.state_dict().items()}
+            assert torch.equal(session.model(TOKENS[:1]).logits, first)
+        model = session.model
+        assert torch.equal(model(TOKENS[:1]).logits, first)
+    for name, value in wanted.items():
+        assert torch.equal(inside[name], value), name
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_left_alone_it_holds_no_memory_afterwards(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", "llama", ["Q4_0"])
+    with torch.no_grad(), offload(path, device="cpu", cpu_memory="64MiB", max_tokens=16) as session:
+        session.model(TOKENS[:1])
+    assert all(is_placeholder(value.data) for value in session.model.parameters())
+
+
+@pytest.mark.parametrize("budget", ["4MiB", "64MiB"])
+def test_an_edit_counts_and_stays(tmp_path, budget):
+    path = write_gguf(tmp_path / "model.gguf", "llama", ["Q4_0"])
+    plain = plainly_read(path, "llama", torch.bfloat16)
+    with torch.no_grad():
+        with offload(path, device="cpu", cpu_memory=budget, max_tokens=16) as session:
+            session.model(TOKENS[:1])
+            for model in (session.model, plain):
+                model.model.norm.weight.mul_(1.5)
+            if budget == "64MiB":
+                for model in (session.model, plain):
+                    model.model.layers[1].mlp.up_proj.weight.mul_(0.5)
+            wanted = plain(TOKENS[:1]).logits
+            assert torch.equal(session.model(TOKENS[:1]).logits, wanted)
+        assert torch.equal(session.model(TOKENS[:1]).logits, wanted)
+
+
+def test_adapters_are_trained_on_it_and_its_weights_are_not(tmp_path):
+    pytest.importorskip("peft")
+    path = write_gguf(tmp_path / "model.gguf", "llama", ["Q4_0", "Q8_0"])
+    losses = {}
+    for way in ("streamed", "plain"):
+        torch.manual_seed(0)
+        if way == "plain":
+            losses[way] = _trained(plainly_read(path, "llama", torch.float32))
+            continue
+        options = {"device": "cpu", "cpu_memory": "10MiB", "max_tokens": 16, "batch_size": 2, "dtype": torch.float32}
+        with offload(path, training=Training(), **options) as session:
+            losses[way] = _trained(session.model)
+            assert session.plan.weights.streamed
+    assert losses["streamed"] == losses["plain"]
+    with pytest.raises(ConfigError, match="adapters"), offload(path, device="cpu", training=Training(full=True)):
+        pass
+
+
+def _trained(model):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([value for value in adapted.parameters() if value.requires_grad], lr=1e-2)
+    found = []
+    for _ in range(4):
+        loss = adapted(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_the_command_takes_the_file_or_its_folder(tmp_path, capsys):
+    path = write_gguf(tmp_path / "model.gguf", "llama", ["Q8_0"])
+    told = []
+    for place in (path, str(tmp_path)):
+        assert main(["generate", place, "--prompt", "And the king", "--max-new-tokens", "4", "--device", "cpu", "--quiet"]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+    assert main(["plan", path, "--cpu-memory", "4MiB"]) == 0
+    Path(tmp_path, "other.gguf").write_bytes(b"GGUF")
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 1
+    assert "2 GGUF files" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+    path = Path(write_gguf(tmp_path / "model.gguf", "llama", ["Q8_0"]))
+    content = path.read_bytes()
+    short = tmp_path / "short.gguf"
+    for size in (3, 100, 5000, len(content) - 4096):
+        short.write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match="short"), offload(str(short), device="cpu"):
+            pass
+    other = tmp_path / "other.gguf"
+    other.write_bytes(content.replace(b"general.architecture", b"general.architecturf", 1))
+    with pytest.raises(CheckpointError), offload(str(other), device="cpu"):
+        pass
+    with monkeypatch.context() as patched:
+        patched.setattr("offload.storage.gguf_header.GGML_TYPES", {0: ("F32", 1, 4)})
+        with pytest.raises(UnsupportedCheckpoint, match="stored as type 8"), offload(str(path), device="cpu"):
+            pass
