@@ -1,6 +1,7 @@
 """From a checkpoint folder or a hub id to a model whose parameters are views of files: loaded without being read."""
 
 import contextlib
+import copy
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from offload.model.conversions import Conversions
 from offload.model.expert_loading import SingleExperts
 from offload.model.experts import ExpertPieces
 from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, read_config
+from offload.model.quantised.fp8 import METHOD, fp8_weights
 from offload.model.quantised.gguf import GgufFile
 from offload.model.quantised.gguf_metadata import SUFFIX, metadata_folder
 from offload.model.quantised.weights import ModelState, StoredWeights, size_of_sources
@@ -113,7 +115,7 @@ class CheckpointLoader:
         quantization = getattr(self.config, "quantization_config", None)
         self._method = None if quantization is None else _method_of(quantization)
         self.dtype = self._resolve_dtype(options.dtype)
-        self._weights: StoredWeights | None = None
+        self._weights = self._fp8_weights() if self._method == METHOD and self.stored else None
 
     @property
     def sources(self) -> frozenset[str]:
@@ -130,6 +132,19 @@ class CheckpointLoader:
             assert outline is not None
             self._weights = self._gguf.weights(outline, self.dtype)
         return self._weights
+
+    def _fp8_weights(self) -> StoredWeights | None:
+        """What the files hold, if the model has each tensor as it is; None where transformers converts them on the way."""
+        weights = fp8_weights(self.stored, str(self.dtype).removeprefix("torch."))
+        quantised, method = self.config, self._method
+        self.config, self._method = copy.deepcopy(quantised), None
+        del self.config.quantization_config
+        outline = self.outline()
+        assert outline is not None
+        if weights.encoded.keys() <= outline.state_dict().keys():
+            return weights
+        self.config, self._method = quantised, method
+        return None
 
     def outline(self) -> nn.Module | None:
         """The model without values, on torch's meta device: for planning; None for a quantised one, known late."""

@@ -1,13 +1,11 @@
 """Models that do something out of the ordinary with their weights or their cache."""
 
 import copy
-import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2Model
+from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from offload import BudgetTooSmall, StaleSlot, offload
 from tests.architectures import BY_NAME, SPECIAL, VOCAB, make, oracle_of, text_inputs
@@ -32,29 +30,6 @@ def test_identical(architecture, tmp_path):
         sliced = [sentence for sentence in session.report().fallbacks if "only indexed by rows" in sentence]
         assert bool(sliced) == (architecture.name == "whisper")
         assert session.report().decode.passes > 0
-
-
-def test_a_quantised_checkpoint_that_transformers_gives_back_as_plain_tensors(tmp_path):
-    """fp8 blocks with scales, which transformers multiplies out while loading: a conversion like any other."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    stored, quantised = load_file(tmp_path / "model.safetensors"), {}
-    for name, value in stored.items():
-        quantised[name] = value
-        if "proj" in name:
-            quantised[name] = (value * 100).to(torch.float8_e4m3fn)
-            quantised[name.replace("weight", "weight_scale_inv")] = torch.full([size // 128 for size in value.shape], 0.01)
-    save_file(quantised, tmp_path / "model.safetensors", {"format": "pt"})
-    raw = json.loads((tmp_path / "config.json").read_text())
-    method = {"quant_method": "fp8", "weight_block_size": [128, 128], "dequantize": True, "activation_scheme": "dynamic"}
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": method}))
-    plain = oracle_of(LlamaForCausalLM.from_pretrained(tmp_path))
-    with offload(tmp_path, device="cpu", cpu_memory="900KB", batch_size=2, max_tokens=16) as session:
-        assert poison_homes(session)
-        ids = text_inputs()["input_ids"]
-        assert torch.equal(session.model(ids).logits, plain(ids).logits)
-        assert any("stored otherwise" in sentence for sentence in session.report().fallbacks)
 
 
 @pytest.mark.slow

@@ -1,0 +1,46 @@
+"""8-bit floats with scales beside them: one for all, one a row, or one for each tile of a grid."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+_PIECE = 1 << 20
+"""Numbers that are decoded at once: in fp32 they take four bytes each."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledFloats:
+    """Two parts: the floats, and their scales.
+
+    Attributes:
+        floats, scales: their dtypes, torch's names; scales of uint8 are exponents (E8M0): 2 ** (byte - 127).
+        grid: scales along the rows and along the columns; each is that of a tile of equal size.
+    """
+
+    floats: str
+    scales: str
+    grid: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        return "fp8"
+
+    def decode(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        stored = parts[0].view(getattr(torch, self.floats)).view(out.shape)
+        scales = self._scales(parts[1])
+        tile_rows, tile_columns = out.shape[0] // self.grid[0], out.shape[1] // self.grid[1]
+        step = max(1, _PIECE // (tile_rows * out.shape[1]))
+        for begin in range(0, self.grid[0], step):
+            count = min(step, self.grid[0] - begin)
+            rows = slice(begin * tile_rows, (begin + count) * tile_rows)
+            tiles = stored[rows].float().view(count, tile_rows, self.grid[1], tile_columns)
+            tiles.mul_(scales[begin : begin + count, None, :, None])
+            out[rows].copy_(tiles.view(count * tile_rows, -1))
+
+    def rows_together(self, shape: Sequence[int]) -> int:
+        return shape[0]
+
+    def _scales(self, part: torch.Tensor) -> torch.Tensor:
+        scales = part.view(getattr(torch, self.scales)).view(self.grid)
+        return (scales.float() - 127.0).exp2() if self.scales == "uint8" else scales.float()
