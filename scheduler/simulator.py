@@ -45,6 +45,7 @@ class Simulation:
         self._layers = frozenset(block.key for block in model.layers)
         parts = plan.parts_of(model)
         self._bytes = {key: block.stored_bytes for key, block in parts.items()}
+        self._decode_seconds = {key: block.decode_seconds for key, block in parts.items()}
         self._streamed = frozenset(plan.weights.streamed)
         self._in_host = frozenset(plan.weights.in_host_memory)
         self._on_host = frozenset(plan.weights.computed_on_host)
@@ -152,7 +153,9 @@ class Simulation:
         # A queue hides the latency of all but its first request.
         hidden = 0.0 if earliest >= free else rate.latency_seconds
         begin, nbytes = max(earliest, free), self._bytes[key]
-        end = begin + rate.seconds(nbytes) - hidden
+        # What comes from disk is decoded where it lands in CPU memory, by a thread of the link.
+        decoding = self._decode_seconds[key] if link == DISK else 0.0
+        end = begin + rate.seconds(nbytes) + decoding - hidden
         self._link_free[link] = end
         self.trace.spans.append(Span(link, key, begin, end, nbytes))
         return end

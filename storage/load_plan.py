@@ -13,7 +13,7 @@ from offload.storage.blocks import FileRange, align_up
 from offload.storage.codecs.weights import EncodedTensor, Source, parts_of
 from offload.storage.read_plan import ReadPlan, plan_reads
 
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 19
 """Values that are decoded at once: more would take more memory beside the slot."""
 
 

@@ -231,11 +231,13 @@ class StoredSize:
         slot_bytes: in the slots, while it comes.
         stored_bytes: in files.
         codec: what it is encoded with there; `none` for plain tensors.
+        decode_seconds: of making plain tensors of it, once.
     """
 
     slot_bytes: int
     stored_bytes: int
     codec: str = "none"
+    decode_seconds: float = 0.0
 
 
 def estimated_size(unit: Unit) -> StoredSize:

@@ -36,6 +36,11 @@ class GgmlBlocks:
         return 1 if len(shape) > 1 else shape[0]
 
 
+def block_of(name: str) -> tuple[int, int]:
+    """Numbers and bytes of a block of that type."""
+    return _SIZES[name]
+
+
 def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
     """A 16-bit number of each block, [blocks, 1]."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 """Numbers that are decoded at once: in fp32 they take four bytes each."""
 
 

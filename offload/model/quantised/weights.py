@@ -12,6 +12,7 @@ from offload.model.blocks import StoredSize
 from offload.model.placeholders import placeholder
 from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES
 from offload.storage.checkpoint import StoredTensor
+from offload.storage.codecs.decode_speed import decoded_bytes_per_second
 from offload.storage.codecs.weights import EncodedTensor, Source
 from offload.storage.errors import UnsupportedCheckpoint
 from offload.storage.load_plan import plan_load
@@ -120,4 +121,7 @@ def size_of_sources(sources: Sequence[Source], unit_bytes: int = BLOCK_ALIGNMENT
     load_plan = plan_load(sources, unit_bytes)
     encoded = [source for source in sources if isinstance(source, EncodedTensor)]
     largest = max(encoded, key=lambda source: source.nbytes, default=None)
-    return StoredSize(load_plan.slot_bytes, load_plan.payload_bytes, "none" if largest is None else largest.codec.name)
+    if largest is None:
+        return StoredSize(load_plan.slot_bytes, load_plan.payload_bytes)
+    seconds = sum(item.nbytes / decoded_bytes_per_second(item.codec.name, item.spec.dtype) for item in encoded)
+    return StoredSize(load_plan.slot_bytes, load_plan.payload_bytes, largest.codec.name, seconds)

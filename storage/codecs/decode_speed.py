@@ -1,0 +1,43 @@
+"""How fast this machine's CPU decodes: measured on a small sample, once for each codec of a process."""
+
+import time
+from functools import lru_cache
+
+import torch
+
+from offload.storage.codecs.ggml import GgmlBlocks, block_of
+from offload.storage.codecs.scaled_floats import ScaledFloats
+from offload.storage.codecs.weights import Cast, WeightCodec
+
+_ROWS, _COLUMNS = 512, 512
+_ROUNDS = 3
+
+
+@lru_cache
+def decoded_bytes_per_second(name: str, dtype: str) -> float:
+    """Bytes that come out, in a second.
+
+    Args:
+        name: of the codec.
+        dtype: that is decoded to, torch's name.
+    """
+    codec, nbytes = _sample(name)
+    parts = [torch.zeros(count, dtype=torch.uint8) for count in nbytes]
+    out = torch.empty(_ROWS, _COLUMNS, dtype=getattr(torch, dtype))
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        begun = time.perf_counter()
+        codec.decode(parts, out)
+        best = min(best, time.perf_counter() - begun)
+    return out.nbytes / best
+
+
+def _sample(name: str) -> tuple[WeightCodec, list[int]]:
+    """A codec of that name for a small matrix, and the bytes of its parts."""
+    numbers = _ROWS * _COLUMNS
+    if name == "fp8":
+        return ScaledFloats("float8_e4m3fn", "float32", (4, 4)), [numbers, 64]
+    if hasattr(torch, name):
+        return Cast(name), [numbers * getattr(torch, name).itemsize]
+    size, nbytes = block_of(name)
+    return GgmlBlocks(name), [numbers // size * nbytes]
