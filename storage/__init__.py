@@ -6,6 +6,8 @@ ledger        who holds how much of a tier
 arrival       bytes on their way
 transfer      one queue a link
 read_plan     scattered tensors -> aligned places in a slot
+load_plan     what is read of a block, and decoded to its places
+gguf_header   where the tensors of a GGUF file are
 reader        whole units, O_DIRECT
 read_speed    what a disk gives to plain reads
 contention    what products and reads leave of each other's rate

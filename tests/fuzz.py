@@ -36,6 +36,8 @@ from offload.cli.main import main
 from offload.model.checkpoint_folder import find_folder
 from offload.model.from_pretrained import LoadingOptions
 from offload.scheduler.routing import COLUMNS
+from tests.fp8_files import in_eight_bits
+from tests.gguf_files import write_gguf
 
 HANG_SECONDS = 10
 PROMPT = "And the king said"
@@ -104,6 +106,8 @@ KINDS = [
     Kind("routing trace", "trace.csv", lambda case: ["experts", "replay", str(case / "trace.csv"), "--slots-per-layer", "2"]),
     Kind("training data", "data.jsonl", lambda case: tune(case, "anew")),
     Kind("prompts", "prompts.jsonl", lambda case: ["generate", str(case / "model"), "--prompts", str(case / "prompts.jsonl"), *GENERATE[2:]]),
+    Kind("gguf", "gguf/model.gguf", lambda case: ["generate", str(case / "gguf" / "model.gguf"), *GENERATE]),
+    Kind("fp8 header", "fp8/model.safetensors", lambda case: ["generate", str(case / "fp8"), *GENERATE], has_text=True),
     Kind("prefix block", "prefixes", generate("--prefix-cache", "CASE/prefixes")),
 ]  # fmt: skip
 
@@ -117,6 +121,10 @@ def prepare(folder: Path) -> None:
     model.save_pretrained(folder / "sharded", max_shard_size="400KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / "model" / name, folder / "sharded")
+    (folder / "gguf").mkdir()
+    write_gguf(folder / "gguf" / "model.gguf", "llama", ["Q4_0", "Q6_K"])
+    shutil.copytree(folder / "model", folder / "fp8")
+    in_eight_bits(folder / "fp8")
     (folder / "model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     (folder / "data.jsonl").write_text(
         "".join(json.dumps({"text": f"{PROMPT} {word} and went away."}) + "\n" for word in "abcd")

@@ -3,6 +3,7 @@
 from_pretrained    its keywords
 checkpoint_folder  found, or fetched from the hub
 loading            a checkpoint looked at, then loaded
+quantised          weights stored in fewer bytes: GGUF, FP8
 conversions        what transformers' converters produce
 expert_loading     experts out of checkpoints, one by one
 placeholders       parameters until their values are read

@@ -180,7 +180,7 @@ def _what_it_is(folder: Path, name: str) -> str:
         parts = _parts_of(folder / "model_index.json")
         return f"{name} is a diffusers pipeline: give one of its models ({', '.join(parts)}), like {name}/text_encoder"
     if files := sorted(path.name for path in folder.glob("*.gguf")):
-        return f"{name} holds GGUF files ({', '.join(files[:3])}), which are not read; give a folder with safetensors"
+        return f"{name} holds GGUF files ({', '.join(files[:3])}): download one, and give its path"
     return f"{name} holds no config.json; give a folder that save_pretrained wrote"
 
 

@@ -235,8 +235,9 @@ class CheckpointLoader:
         with _loading, _threads_off(), _bar_off(), foreign_file(f"{self.folder} cannot be loaded", CheckpointError):
             model, found = kind.from_pretrained(None, **options, output_loading_info=True, ignore_mismatched_sizes=True)
         self._check_whole(found)
-        model.eval()
-        return LoadedModel(model, dict(state.found_in(model)), fallbacks=[])
+        # As from a folder: an adapter that is saved names its model by it.
+        model.eval().name_or_path = model.config.name_or_path = self.folder
+        return LoadedModel(model, dict(state.found_in(model)))
 
     def _check_whole(self, found: dict[str, Any]) -> None:
         """transformers makes up what a checkpoint lacks, at random: no such model is run."""

@@ -1,6 +1,10 @@
 """Numbers in fewer bytes. They know no model: who uses them says which numbers make a line.
 
-base            the protocol
+base            the protocol for numbers that are encoded here
+weights         the protocol for weights that come encoded, and numbers of another dtype
+ggml            block types of GGUF files
+scaled_floats   8-bit floats
+decode_speed    how fast this machine decodes them
 affine_groups   integers, a scale and a minimum a group: pages of the KV cache
 power_blocks    levels closer together near zero, a scale a block: optimizer moments
 """

@@ -533,7 +533,7 @@ def test_shards_without_their_index(sharded):
     [
         ("adapter_config.json", "adapter_config.json cannot be used"),
         ("model_index.json", "diffusers pipeline"),
-        ("model.Q4_0.gguf", "GGUF files"),
+        ("model.Q4_0.gguf", "as a GGUF file"),
         ("readme.md", "no config.json"),
     ],
 )

@@ -1,7 +1,5 @@
 """Quantised safetensors checkpoints, streamed as they are: equal to what transformers decodes from them."""
 
-import json
-
 import pytest
 import torch
 import transformers as hf
@@ -9,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from offload import offload
 from offload.errors import CorruptCheckpoint
+from tests.fp8_files import SCALES, in_eight_bits
 from tests.poison import poison_homes
 
 TOKENS = torch.arange(3, 19).view(2, 8)
@@ -19,30 +18,12 @@ MAKERS = {
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, head_dim=64, tie_word_embeddings=True)),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_local_experts=4)),
 }
-SCALES = {
-    "tiles": lambda shape: torch.rand(shape[0] // 128, shape[1] // 128) * 0.02,
-    "bf16 tiles": lambda shape: (torch.rand(shape[0] // 128, shape[1] // 128) * 0.02).bfloat16(),
-    "exponents": lambda shape: torch.randint(118, 122, (shape[0] // 128, shape[1] // 128), dtype=torch.uint8),
-    "rows": lambda shape: torch.rand(shape[0], 1) * 0.02,
-    "one": lambda shape: torch.tensor([[0.01]]),
-}
 
 
-def fp8_checkpoint(folder, maker, scales, dtype=torch.bfloat16, without=()):
+def fp8_checkpoint(folder, maker, scales, without=()):
     torch.manual_seed(0)
-    maker().to(dtype).save_pretrained(folder)
-    tensors = {}
-    for name, value in load_file(folder / "model.safetensors").items():
-        tensors[name] = value
-        if value.dim() == 2 and ("proj" in name or "experts" in name):
-            tensors[name] = (value.float() * 100).to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = SCALES[scales](value.shape)
-    save_file(
-        {name: value for name, value in tensors.items() if name not in without}, folder / "model.safetensors", {"format": "pt"}
-    )
-    raw = json.loads((folder / "config.json").read_text())
-    method = {"quant_method": "fp8", "weight_block_size": [128, 128], "dequantize": True, "activation_scheme": "dynamic"}
-    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": method}))
+    maker().bfloat16().save_pretrained(folder)
+    in_eight_bits(folder, scales, without)
     return folder
 
 
@@ -86,7 +67,7 @@ def test_a_checkpoint_whose_weights_are_merged_is_converted_by_transformers(tmp_
 
 def test_scales_that_do_not_fit_are_named(tmp_path):
     name = "model.layers.1.mlp.up_proj.weight_scale_inv"
-    fp8_checkpoint(tmp_path, MAKERS["llama"], "tiles", without=[name])
+    fp8_checkpoint(tmp_path, MAKERS["llama"], "tiles", without=(name,))
     with pytest.raises(CorruptCheckpoint, match="is not there"), offload(tmp_path, device="cpu"):
         pass
     tensors = load_file(tmp_path / "model.safetensors")

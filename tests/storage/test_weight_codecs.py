@@ -41,11 +41,15 @@ def test_a_ggml_type_is_decoded_as_gguf_does(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize(("scales", "grid"), [("float32", (2, 4)), ("bfloat16", (256, 1)), ("uint8", (1, 1)), ("float16", (4, 4))])
+@pytest.mark.parametrize(
+    ("scales", "grid"), [("float32", (2, 4)), ("bfloat16", (256, 1)), ("uint8", (1, 1)), ("float16", (4, 4))]
+)
 def test_scaled_floats(kind, scales, grid):
     """Every byte, under scales of every form: a product in fp32, rounded once."""
     stored = torch.arange(256, dtype=torch.uint8).repeat(256).view(256, 256)
-    factors = torch.randint(100, 140, grid, dtype=torch.uint8) if scales == "uint8" else torch.rand(grid).to(getattr(torch, scales))
+    factors = (
+        torch.randint(100, 140, grid, dtype=torch.uint8) if scales == "uint8" else torch.rand(grid).to(getattr(torch, scales))
+    )
     numbers = (factors.float() - 127).exp2() if scales == "uint8" else factors.float()
     spread = numbers.repeat_interleave(256 // grid[0], 0).repeat_interleave(256 // grid[1], 1)
     wanted = (stored.view(getattr(torch, kind)).float() * spread).bfloat16()

@@ -20,6 +20,7 @@ from offload.storage.errors import CheckpointError, UnsupportedCheckpoint, forei
 
 SUFFIX = ".gguf"
 _FOLDER = "gguf"
+_MOST_FOLDERS = 32
 
 
 def metadata_folder(place: str) -> str:
@@ -41,6 +42,8 @@ def metadata_folder(place: str) -> str:
             # Another process may have been there first.
             with suppress(OSError):
                 partial.rename(folder)
+            for old in sorted(folder.parent.iterdir(), key=lambda item: item.stat().st_mtime)[:-_MOST_FOLDERS]:
+                shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return str(folder)
