@@ -10,6 +10,7 @@ from offload.cli.arguments.others import MergeArguments
 from offload.cli.terminal import say
 from offload.generation.prompts import load_tokenizer
 from offload.model.checkpoint_folder import find_folder
+from offload.model.quantised.gguf_metadata import SUFFIX
 from offload.storage.errors import ConfigError
 
 
@@ -20,6 +21,11 @@ def run(request: MergeArguments) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder = find_folder(request.model)
+    if folder.endswith(SUFFIX):
+        raise ConfigError(
+            f"{folder} is quantised, and what an adapter adds would be rounded away: use the adapter beside it "
+            "(`offload generate --adapter`), or merge it into the plain checkpoint"
+        )
     tokenizer = load_tokenizer(folder, request.trust_remote_code)
     # Views of the files: nothing is read before it is merged or saved.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=request.trust_remote_code)

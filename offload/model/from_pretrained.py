@@ -35,7 +35,7 @@ REFUSED: dict[str, str] = {
     "quantization_config": _QUANTISED,
     "load_in_8bit": _QUANTISED,
     "load_in_4bit": _QUANTISED,
-    "gguf_file": "GGUF files are not read; give a folder with safetensors",
+    "gguf_file": "give the path of the file in place of the model",
     "use_safetensors": "only safetensors can be streamed; leave it out, or give True",
     "from_tf": "only safetensors can be streamed",
     "from_flax": "only safetensors can be streamed",

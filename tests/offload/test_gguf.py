@@ -139,6 +139,8 @@ def test_the_command_takes_the_file_or_its_folder(tmp_path, capsys):
         told.append(capsys.readouterr().out)
     assert told[0] == told[1]
     assert main(["plan", path, "--cpu-memory", "4MiB"]) == 0
+    assert main(["merge", path, "--adapter", "none", "--output", str(tmp_path / "merged")]) == 1
+    assert "is quantised" in capsys.readouterr().err
     Path(tmp_path, "other.gguf").write_bytes(b"GGUF")
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 1
     assert "2 GGUF files" in capsys.readouterr().err
