@@ -21,9 +21,9 @@ from offload.model.conversions import Conversions
 from offload.model.expert_loading import SingleExperts
 from offload.model.experts import ExpertPieces
 from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, read_config
-from offload.model.quantised.fp8 import METHOD, fp8_weights
 from offload.model.quantised.gguf import GgufFile
 from offload.model.quantised.gguf_metadata import SUFFIX, metadata_folder
+from offload.model.quantised.methods import READERS
 from offload.model.quantised.weights import ModelState, StoredWeights, size_of_sources
 from offload.storage.block_file import BlockFile, key_of
 from offload.storage.checkpoint import cache_first_pages, dtypes_of, identity, read_checkpoint
@@ -115,7 +115,7 @@ class CheckpointLoader:
         quantization = getattr(self.config, "quantization_config", None)
         self._method = None if quantization is None else _method_of(quantization)
         self.dtype = self._resolve_dtype(options.dtype)
-        self._weights = self._fp8_weights() if self._method == METHOD and self.stored else None
+        self._weights = self._small_weights() if self._method in READERS and self.stored else None
 
     @property
     def sources(self) -> frozenset[str]:
@@ -133,15 +133,18 @@ class CheckpointLoader:
             self._weights = self._gguf.weights(outline, self.dtype)
         return self._weights
 
-    def _fp8_weights(self) -> StoredWeights | None:
+    def _small_weights(self) -> StoredWeights | None:
         """What the files hold, if the model has each tensor as it is; None where transformers converts them on the way."""
-        weights = fp8_weights(self.stored, str(self.dtype).removeprefix("torch."))
         quantised, method = self.config, self._method
         self.config, self._method = copy.deepcopy(quantised), None
         del self.config.quantization_config
         outline = self.outline()
         assert outline is not None
-        if weights.encoded.keys() <= outline.state_dict().keys():
+        shapes = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
+        said = quantised.quantization_config
+        said = said if isinstance(said, dict) else said.to_dict()
+        weights = READERS[str(method)](self.stored, said, str(self.dtype).removeprefix("torch."), shapes)
+        if weights.encoded and weights.encoded.keys() <= shapes.keys():
             return weights
         self.config, self._method = quantised, method
         return None

@@ -3,7 +3,8 @@
 base            the protocol for numbers that are encoded here
 weights         the protocol for weights that come encoded, and numbers of another dtype
 ggml            block types of GGUF files
-scaled_floats   8-bit floats
+scaled_numbers  8-bit floats and integers
+packed_integers 4- and 8-bit integers in words
 decode_speed    how fast this machine decodes them
 affine_groups   integers, a scale and a minimum a group: pages of the KV cache
 power_blocks    levels closer together near zero, a scale a block: optimizer moments

@@ -5,8 +5,10 @@ from functools import lru_cache
 
 import torch
 
+from offload.storage.blocks import DTYPE_BYTES
 from offload.storage.codecs.ggml import GgmlBlocks, block_of
-from offload.storage.codecs.scaled_floats import ScaledFloats
+from offload.storage.codecs.packed_integers import PackedRows
+from offload.storage.codecs.scaled_numbers import ScaledNumbers
 from offload.storage.codecs.weights import Cast, WeightCodec
 
 _ROWS, _COLUMNS = 512, 512
@@ -36,8 +38,11 @@ def _sample(name: str) -> tuple[WeightCodec, list[int]]:
     """A codec of that name for a small matrix, and the bytes of its parts."""
     numbers = _ROWS * _COLUMNS
     if name == "fp8":
-        return ScaledFloats("float8_e4m3fn", "float32", (4, 4)), [numbers, 64]
-    if hasattr(torch, name):
-        return Cast(name), [numbers * getattr(torch, name).itemsize]
+        return ScaledNumbers("float8_e4m3fn", "float32", (4, 4)), [numbers, 64]
+    if name in ("int4", "int8"):
+        bits = int(name[3:])
+        return PackedRows(bits, "float32", 8, zeros=False), [numbers * bits // 8, _ROWS * 8 * 4]
+    if name in DTYPE_BYTES:
+        return Cast(name), [numbers * DTYPE_BYTES[name]]
     size, nbytes = block_of(name)
     return GgmlBlocks(name), [numbers // size * nbytes]

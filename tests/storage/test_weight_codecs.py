@@ -8,7 +8,7 @@ import torch
 from offload.storage.blocks import FileRange, TensorSpec
 from offload.storage.codecs.decode_speed import decoded_bytes_per_second
 from offload.storage.codecs.ggml import GgmlBlocks
-from offload.storage.codecs.scaled_floats import ScaledFloats
+from offload.storage.codecs.scaled_numbers import ScaledNumbers
 from offload.storage.codecs.weights import Cast, EncodedTensor, parts_of
 from offload.storage.gguf_header import GGML_TYPES
 from offload.storage.load_plan import decoded_pieces, piece_rows, plan_load
@@ -44,7 +44,7 @@ def test_a_ggml_type_is_decoded_as_gguf_does(kind, dtype):
 @pytest.mark.parametrize(
     ("scales", "grid"), [("float32", (2, 4)), ("bfloat16", (256, 1)), ("uint8", (1, 1)), ("float16", (4, 4))]
 )
-def test_scaled_floats(kind, scales, grid):
+def test_scaled_numbers(kind, scales, grid):
     """Every byte, under scales of every form: a product in fp32, rounded once."""
     stored = torch.arange(256, dtype=torch.uint8).repeat(256).view(256, 256)
     factors = (
@@ -54,7 +54,7 @@ def test_scaled_floats(kind, scales, grid):
     spread = numbers.repeat_interleave(256 // grid[0], 0).repeat_interleave(256 // grid[1], 1)
     wanted = (stored.view(getattr(torch, kind)).float() * spread).bfloat16()
     out = torch.empty(256, 256, dtype=torch.bfloat16)
-    ScaledFloats(kind, scales, grid).decode([stored.view(-1), factors.view(torch.uint8).view(-1)], out)
+    ScaledNumbers(kind, scales, grid).decode([stored.view(-1), factors.view(torch.uint8).view(-1)], out)
     assert same_bits(out, wanted)
 
 
@@ -69,7 +69,7 @@ def made(generator, path, offset):
         grid = generator.choice([(1, 1), (64, 1), (2, 4)])
         parts = FileRange(path, offset, 64 * 256), FileRange(path, offset + 64 * 256, grid[0] * grid[1] * 4)
         spec = TensorSpec(name, "bfloat16", shape)
-        return EncodedTensor(spec, ScaledFloats("float8_e4m3fn", "float32", grid), parts), parts[1].end
+        return EncodedTensor(spec, ScaledNumbers("float8_e4m3fn", "float32", grid), parts), parts[1].end
     if codec is None:
         return FileRange(path, offset, numbers * 2), offset + numbers * 2
     nbytes = numbers * 4 if isinstance(codec, Cast) else numbers // BLOCKS[codec.name][0] * BLOCKS[codec.name][1]
@@ -133,6 +133,6 @@ def test_a_slot_takes_hardly_more_than_the_plain_tensors():
     assert all(piece_rows(source) * 8192 <= 1 << 20 for source in sources)
 
 
-@pytest.mark.parametrize("name", [*BLOCKS, "fp8", "float32", "float16"])
+@pytest.mark.parametrize("name", [*BLOCKS, "fp8", "int4", "int8", "float32", "float16"])
 def test_every_codec_can_be_timed(name):
     assert decoded_bytes_per_second(name, "bfloat16") > 0

@@ -1,4 +1,4 @@
-"""8-bit floats with scales beside them: one for all, one a row, or one for each tile of a grid."""
+"""8-bit numbers with scales beside them: one for all, one a row, or one for each tile of a grid."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,24 +10,24 @@ _PIECE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledFloats:
-    """Two parts: the floats, and their scales.
+class ScaledNumbers:
+    """Two parts: floats or integers of eight bits, and their scales.
 
     Attributes:
-        floats, scales: their dtypes, torch's names; scales of uint8 are exponents (E8M0): 2 ** (byte - 127).
+        numbers, scales: their dtypes, torch's names; scales of uint8 are exponents (E8M0): 2 ** (byte - 127).
         grid: scales along the rows and along the columns; each is that of a tile of equal size.
     """
 
-    floats: str
+    numbers: str
     scales: str
     grid: tuple[int, int]
 
     @property
     def name(self) -> str:
-        return "fp8"
+        return "int8" if self.numbers == "int8" else "fp8"
 
     def decode(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        stored = parts[0].view(getattr(torch, self.floats)).view(out.shape)
+        stored = parts[0].view(getattr(torch, self.numbers)).view(out.shape)
         scales = self._scales(parts[1])
         tile_rows, tile_columns = out.shape[0] // self.grid[0], out.shape[1] // self.grid[1]
         step = max(1, _PIECE // (tile_rows * out.shape[1]))
