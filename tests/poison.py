@@ -68,3 +68,13 @@ class DiskMeter:
     @property
     def nbytes(self) -> int:
         return self._link.bytes_moved - self._before
+
+
+def moved_in_a_pass(session: Session, tokens: torch.Tensor) -> int:
+    """Bytes that the disk link moves for one pass after another, what is read ahead counted once."""
+    session.model(tokens)
+    session.machine.host.reads.wait_idle()
+    meter = DiskMeter(session)
+    session.model(tokens)
+    session.machine.host.reads.wait_idle()
+    return meter.nbytes

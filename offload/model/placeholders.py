@@ -29,6 +29,13 @@ def is_placeholder(values: torch.Tensor) -> bool:
     return bool(values.dim()) and values.numel() > 1 and not any(values.stride())
 
 
+def has_no_values(values: torch.Tensor) -> bool:
+    """Whether it is a stand-in, or a copy of one, which has memory of its own."""
+    if is_placeholder(values):
+        return True
+    return bool(values.numel()) and bool(values.reshape(-1)[0].isnan()) and bool(values.isnan().all())
+
+
 def was_written_to(values: torch.Tensor) -> bool:
     """Whether it is a stand-in, and its only number another one than it was made with."""
     if not values.dim() or any(values.stride()):
@@ -115,7 +122,7 @@ class Placeholders:
         if module in self._filled:
             return
         # Others have their values: resident ones, and those that somebody wrote to.
-        parameters = {name: value for name in self._values if is_placeholder((value := getattr(module, name)).data)}
+        parameters = {name: value for name in self._values if has_no_values((value := getattr(module, name)).data)}
         if parameters:
             self._fill(parameters)
         if len(parameters) == len(self._values):

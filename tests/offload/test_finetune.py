@@ -126,7 +126,7 @@ def test_bad_requests(capsys, tmp_path):
         (["--data", data, "--output", str(tmp_path)], "exists already"),
         (["--data", str(tmp_path / "none"), "--output", output], "cannot be read"),
         (["--data", data, "--output", output, "--rank", "0"], "--rank 0"),
-        (["--data", data, "--output", output, "--learning-rate", "nan"], "learning_rate"),
+        (["--data", data, "--output", output, "--learning-rate", "nan"], "--learning-rate nan"),
         (["--data", data, "--output", output, "--target-modules", "nothing_like_it"], "cannot be adapted"),
     ):
         status, _, err = run(capsys, "finetune", "demo", "--device", "cpu", *arguments)

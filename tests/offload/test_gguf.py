@@ -1,5 +1,6 @@
 """GGUF files, streamed as they are: equal to the model that transformers decodes from them."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from offload import Training, offload
 from offload.cli.main import main
 from offload.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
 from offload.model.placeholders import is_placeholder
-from tests.poison import poison_homes
+from tests.poison import moved_in_a_pass, poison_homes
 
 gguf = pytest.importorskip("gguf")
 from tests.gguf_files import plainly_read, write_gguf  # noqa: E402
@@ -50,9 +51,7 @@ def test_what_travels_is_the_small_form(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", "llama", ["Q4_0"])
     with torch.no_grad(), offload(path, device="cpu", cpu_memory="3MiB", max_tokens=16, batch_size=2) as session:
         session.model(TOKENS)
-        before = session.machine.host.reader.link.bytes_moved
-        session.model(TOKENS)
-        moved = session.machine.host.reader.link.bytes_moved - before
+        moved = moved_in_a_pass(session, TOKENS)
         streamed = [value for key in session.plan.weights.streamed for value in session.model.get_submodule(key).parameters()]
     small = sum(value.numel() * 18 // 32 if value.dim() > 1 else value.numel() * 4 for value in streamed)
     assert small <= moved <= 1.02 * small + TOKENS.numel() * 256
@@ -67,7 +66,8 @@ def test_whoever_asks_for_the_values_gets_them(tmp_path):
             inside = {name: value.clone() for name, value in session.model.state_dict().items()}
             assert torch.equal(session.model(TOKENS[:1]).logits, first)
         model = session.model
-        assert torch.equal(model(TOKENS[:1]).logits, first)
+        for each in (copy.deepcopy(model), model):
+            assert torch.equal(each(TOKENS[:1]).logits, first)
     for name, value in wanted.items():
         assert torch.equal(inside[name], value), name
         assert torch.equal(model.state_dict()[name], value), name

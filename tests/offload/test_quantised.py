@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from offload import offload
 from offload.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from tests.fp8_files import SCALES, in_eight_bits
-from tests.poison import poison_homes
+from tests.poison import moved_in_a_pass, poison_homes
 
 TOKENS = torch.arange(3, 19).view(2, 8)
 SIZES = {"vocab_size": 96, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -49,9 +49,7 @@ def test_fp8(architecture, scales, budget, tmp_path):
         assert torch.equal(session.model(TOKENS).logits, plain(TOKENS).logits)
         generated = [model.generate(TOKENS, max_new_tokens=6, do_sample=False) for model in (session.model, plain)]
         assert torch.equal(*generated)
-        before = session.machine.host.reader.link.bytes_moved
-        session.model(TOKENS)
-        moved = session.machine.host.reader.link.bytes_moved - before
+        moved = moved_in_a_pass(session, TOKENS)
         streamed = [session.model.get_submodule(key) for key in session.plan.weights.streamed]
         numbers = sum(value.numel() for module in streamed for value in module.parameters())
         assert bool(streamed) == (budget == "2700KiB")
@@ -208,9 +206,7 @@ def test_integers(form, architecture, budget, tmp_path):
     with torch.no_grad(), offload(folder, device="cpu", cpu_memory=budget, batch_size=2, max_tokens=16) as session:
         poison_homes(session)
         assert torch.equal(session.model(TOKENS).logits, plain(TOKENS).logits)
-        before = session.machine.host.reader.link.bytes_moved
-        session.model(TOKENS)
-        moved = session.machine.host.reader.link.bytes_moved - before
+        moved = moved_in_a_pass(session, TOKENS)
         streamed = [session.model.get_submodule(key) for key in session.plan.weights.streamed]
         numbers = sum(value.numel() for module in streamed for value in module.parameters())
         assert bool(streamed) == (budget == "2300KiB")
