@@ -11,7 +11,7 @@ from torch import nn
 
 from offload.model.placeholders import is_placeholder
 from offload.storage.blocks import FileRange
-from offload.storage.errors import SessionError
+from offload.storage.errors import SessionError, TrainingError
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.written_pages import written
 
@@ -151,6 +151,20 @@ class ParameterHome:
     def accept_changes(self) -> None:
         """The values that it has now are where they come from."""
         self.modified, self.version = False, self.parameter._version
+
+    def expect_changes(self) -> None:
+        """Have the values from now on, whatever writes them: fused optimizers leave no trace.
+
+        Raises:
+            TrainingError: if there are none: they are decoded for each use.
+        """
+        if is_placeholder(self.tensor):
+            raise TrainingError(
+                f"{self.name} is quantised and cannot be trained itself: freeze it (model.requires_grad_(False)) and train "
+                "adapters"
+            )
+        self.leave_shield()
+        self.modified = True
 
     def settle(self) -> None:
         """Stay where the parameter's values are now, until the end and after it."""

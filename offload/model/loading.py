@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from offload.config import Progress
 from offload.model.blocks import StoredSize, Unit, estimated_size, tensor_spec
@@ -135,6 +135,9 @@ class CheckpointLoader:
 
     def _small_weights(self) -> StoredWeights | None:
         """What the files hold, if the model has each tensor as it is; None where transformers converts them on the way."""
+        if getattr(self.config, "auto_map", None) and self._options.trust_remote_code:
+            # Its code is found by the folder's name, under which transformers would decode everything.
+            return None
         quantised, method = self.config, self._method
         self.config, self._method = copy.deepcopy(quantised), None
         del self.config.quantization_config
@@ -238,6 +241,10 @@ class CheckpointLoader:
         with _loading, _threads_off(), _bar_off(), foreign_file(f"{self.folder} cannot be loaded", CheckpointError):
             model, found = kind.from_pretrained(None, **options, output_loading_info=True, ignore_mismatched_sizes=True)
         self._check_whole(found)
+        if model.can_generate() and "generation_config" not in asked.model:
+            # Without a folder's name it is left out, and a folder need not have one.
+            with contextlib.suppress(OSError):
+                model.generation_config = GenerationConfig.from_pretrained(metadata_folder(self.folder))
         # As from a folder: an adapter that is saved names its model by it.
         model.eval().name_or_path = model.config.name_or_path = self.folder
         return LoadedModel(model, dict(state.found_in(model)))

@@ -148,11 +148,10 @@ class Placement:
         self.streamed = {key: self.streamed[key] for key in plan.weights.streamed}
 
     def expect_changes(self) -> None:
-        """From now on the homes of what is trained have the values: fused optimizers write without a trace."""
+        """From now on the homes of what is trained have the values."""
         for home in self._homes.values():
             if home.parameter.requires_grad and not home.trained:
-                home.leave_shield()
-                home.modified = True
+                home.expect_changes()
 
     def home_of(self, parameter: nn.Parameter) -> ParameterHome | None:
         """Where the parameter lives; None if the session does not know it."""

@@ -9,8 +9,8 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from offload import offload
-from offload.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from offload import Training, offload
+from offload.errors import CorruptCheckpoint, TrainingError, UnsupportedCheckpoint
 from tests.fp8_files import SCALES, in_eight_bits
 from tests.poison import moved_in_a_pass, poison_homes
 
@@ -231,6 +231,8 @@ def test_what_compressed_tensors_itself_makes_of_them(tmp_path):
     ("form", "changed", "said"),
     [
         (gptq, {"bits": 3}, "GPTQ with 3 bits"),
+        (gptq, {"checkpoint_format": "marlin"}, "format marlin"),
+        (compressed, {"format": "nvfp4-pack-quantized"}, "format nvfp4"),
         (awq, {"version": "gemv"}, "layout gemv"),
         (compressed, {"config_groups": {"group_0": {"weights": {"num_bits": 3}}}}, r"weights of \[3\] bits"),
     ],
@@ -252,3 +254,18 @@ def test_parts_that_do_not_fit_are_named(form, tmp_path):
     save_file(tensors | {part: tensors[part][:-8].contiguous()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CorruptCheckpoint, match="they do not fit"), offload(folder, device="cpu"):
         pass
+
+
+def test_what_the_folder_says_of_generating_counts(tmp_path):
+    folder, _ = integer_checkpoint(tmp_path, MAKERS["llama"], gptq)
+    hf.GenerationConfig(eos_token_id=[7, 9], pad_token_id=3, temperature=0.5, do_sample=True).save_pretrained(folder)
+    with offload(folder, device="cpu", cpu_memory="64MiB", max_tokens=16) as session:
+        assert session.model.generation_config.eos_token_id == [7, 9]
+        assert session.model.generation_config.temperature == 0.5
+
+
+def test_what_is_quantised_is_not_trained_itself(tmp_path):
+    folder, _ = integer_checkpoint(tmp_path, MAKERS["llama"], compressed)
+    options = {"device": "cpu", "cpu_memory": "48MiB", "batch_size": 2, "max_tokens": 16}
+    with offload(folder, training=Training(), **options) as session, pytest.raises(TrainingError, match="freeze it"):
+        session.model(TOKENS, labels=TOKENS).loss.backward()

@@ -20,6 +20,8 @@ Found = tuple[WeightCodec, tuple[FileRange, ...]]
 Reader = Callable[[Stored, str, tuple[int, ...]], Found | None]
 """Given a module's path and its weight's shape, how that is stored; None if it is a tensor as it is."""
 
+_COMPRESSED = ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized")
+_GPTQ = ("gptq", "gptq_v2")
 _SCALES = ("float32", "bfloat16", "float16")
 
 
@@ -29,6 +31,8 @@ def compressed_tensors_weights(stored: Stored, method: Mapping[str, Any], dtype:
     Raises:
         UnsupportedCheckpoint: for another way of compressing; CorruptCheckpoint: for parts that do not fit one another.
     """
+    if (form := method.get("format")) not in _COMPRESSED:
+        raise UnsupportedCheckpoint(f"compressed-tensors in the format {form}: {', '.join(_COMPRESSED)} are read")
     schemes = [group.get("weights") for group in (method.get("config_groups") or {}).values()]
     bits = {scheme["num_bits"] for scheme in schemes if scheme}
     if len(bits) != 1 or not bits <= {4, 8}:
@@ -44,7 +48,11 @@ def compressed_tensors_weights(stored: Stored, method: Mapping[str, Any], dtype:
             zeros = stored.get(f"{path}.weight_zero_point")
             groups = scales.spec.shape[-1] if len(scales.spec.shape) > 1 and scales.spec.shape[0] == shape[0] else 0
             words = -(-shape[1] * count // 32)
-            fits = packed.spec.shape == (shape[0], words) and (not groups or not shape[1] % groups)
+            fits = (
+                packed.spec.dtype == "int32"
+                and packed.spec.shape == (shape[0], words)
+                and (not groups or not shape[1] % groups)
+            )
             _check(fits and (zeros is None or groups > 0), path, shape, packed, scales)
             parts = [packed, scales, *([] if zeros is None else [zeros])]
             codec = PackedRows(count, _scales(scales), groups, zeros is not None)
@@ -69,7 +77,9 @@ def gptq_weights(stored: Stored, method: Mapping[str, Any], dtype: str, shapes: 
     bits = method.get("bits")
     if bits not in (4, 8):
         raise UnsupportedCheckpoint(f"GPTQ with {bits} bits: 4 or 8 are read")
-    added = 0 if method.get("checkpoint_format") == "gptq_v2" else 1
+    if (form := method.get("checkpoint_format") or "gptq") not in _GPTQ or method.get("is_marlin_format"):
+        raise UnsupportedCheckpoint(f"GPTQ in the format {form}: {', '.join(_GPTQ)} are read")
+    added = 0 if form == "gptq_v2" else 1
 
     def read(stored: Stored, path: str, shape: tuple[int, ...]) -> Found | None:
         if (words := stored.get(f"{path}.qweight")) is None:
