@@ -156,15 +156,19 @@ class ParameterHome:
         """Have the values from now on, whatever writes them: fused optimizers leave no trace.
 
         Raises:
-            TrainingError: if there are none: they are decoded for each use.
+            TrainingError: if there are none.
         """
+        self.check_trainable()
+        self.leave_shield()
+        self.modified = True
+
+    def check_trainable(self) -> None:
+        """Raise TrainingError for values that are decoded for each use: there is nothing to write to."""
         if is_placeholder(self.tensor):
             raise TrainingError(
                 f"{self.name} is quantised and cannot be trained itself: freeze it (model.requires_grad_(False)) and train "
                 "adapters"
             )
-        self.leave_shield()
-        self.modified = True
 
     def settle(self) -> None:
         """Stay where the parameter's values are now, until the end and after it."""

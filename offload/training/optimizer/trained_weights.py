@@ -50,7 +50,13 @@ class TrainedWeights:
         self.layout: StateLayout | None = None
 
     def take_over(self) -> None:
-        """From now on only the optimizer writes to them."""
+        """From now on only the optimizer writes to them.
+
+        Raises:
+            TrainingError: if one of them cannot be written to.
+        """
+        for home in self.homes.values():
+            home.check_trainable()
         for home in self.homes.values():
             home.leave_shield()
             home.trained = True
