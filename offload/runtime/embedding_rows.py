@@ -13,7 +13,7 @@ from offload.model.homes import ParameterHome
 from offload.runtime.row_upload import RowUpload
 from offload.storage.blocks import BlockKey
 from offload.storage.codecs.weights import EncodedTensor, Source, parts_of
-from offload.storage.errors import StaleSlot
+from offload.storage.errors import StaleSlot, UnsupportedCheckpoint
 from offload.storage.reader import DiskReader
 
 
@@ -28,6 +28,10 @@ class EmbeddingTable:
     def __init__(
         self, key: BlockKey, home: ParameterHome, reader: DiskReader, source: Source | None, upload: RowUpload
     ) -> None:
+        if source is not None and len(parts_of(source)) > 1:
+            raise UnsupportedCheckpoint(
+                f"{home.name} is a table in {len(parts_of(source))} parts, of which no rows can be read"
+            )
         self.key = key
         self.homes = [home]
         self.was_read_whole = False
