@@ -40,9 +40,9 @@ class PackedRows:
         step = max(1, _PIECE // columns)
         for begin in range(0, rows, step):
             piece = slice(begin, min(begin + step, rows))
-            numbers = _unpacked(words[piece], self.bits)[:, :columns].float()
+            numbers = _unpacked(words[piece], self.bits)[:, :columns]
             grouped = numbers.reshape(len(numbers), max(1, self.groups), -1)
-            grouped.sub_(1 << (self.bits - 1) if zeros is None else zeros[piece, :, None].float())
+            grouped.sub_(1 << (self.bits - 1) if zeros is None else zeros[piece, :, None])
             grouped.mul_(scales[piece if self.groups else slice(None), :, None])
             out[piece].copy_(grouped.view(len(numbers), columns))
 
@@ -76,7 +76,7 @@ class PackedColumns:
         outputs, inputs = out.shape
         words = parts[0].view(torch.int32).view(inputs, -1) if self.awq else parts[0].view(torch.int32).view(-1, outputs)
         scales = parts[2].view(getattr(torch, self.scales)).view(self.groups, outputs).float()
-        zeros = self._unpacked(parts[1].view(torch.int32).view(self.groups, -1)).float() + self.added
+        zeros = self._unpacked(parts[1].view(torch.int32).view(self.groups, -1)) + self.added
         if len(parts) > 3:
             group_of = parts[3].view(torch.int32).long()
         else:
@@ -88,7 +88,7 @@ class PackedColumns:
             numbers = self._unpacked(piece) if self.awq else _unpacked(piece.t(), self.bits).t()
             at = slice(begin * in_a_word, begin * in_a_word + len(numbers))
             groups = group_of[at]
-            out[:, at].copy_(numbers.float().sub_(zeros[groups]).mul_(scales[groups]).t())
+            out[:, at].copy_((numbers - zeros[groups]).mul_(scales[groups]).t())
 
     def rows_together(self, shape: Sequence[int]) -> int:
         return shape[0]
@@ -102,6 +102,11 @@ class PackedColumns:
 
 
 def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Numbers of each row's words, the lowest bits first: [rows, words] to [rows, words * 32 / bits]."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    return ((words[:, :, None] >> shifts) & ((1 << bits) - 1)).reshape(len(words), -1)
+    """Numbers of each row's words, the lowest bits first: int32 [rows, words] to fp32 [rows, words * 32 / bits]."""
+    stored = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return stored.float()
+    numbers = torch.empty(*stored.shape, 2, device=words.device)
+    numbers[..., 0] = stored & 15
+    numbers[..., 1] = stored >> 4
+    return numbers.view(len(words), -1)
