@@ -93,6 +93,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
+    # Gemma's tokenizer wants scores, in older transformers.
+    writer.add_token_scores([float(-number) for number in range(len(tokens))])
     writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
     writer.add_token_merges([item if isinstance(item, str) else " ".join(item) for item in model["merges"]])
     writer.add_bos_token_id(0)
