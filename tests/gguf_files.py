@@ -42,8 +42,8 @@ def config_of(architecture: str, tied: bool) -> hf.PreTrainedConfig:
     return {"llama": hf.LlamaConfig, "qwen3": hf.Qwen3Config, "gemma2": hf.Gemma2Config}[architecture](**sizes)
 
 
-def write_gguf(path: Path, architecture: str, kinds: list[str], tied: bool = True) -> str:
-    """A file whose matrices have the given types, one after another; norms are F32."""
+def write_gguf(path: Path, architecture: str, kinds: list[str], tied: bool = True, more: tuple[str, ...] = ()) -> str:
+    """A file whose matrices have the given types, one after another; norms are F32, and so are `more` tensors of four."""
     config = config_of(architecture, tied)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(256)
@@ -79,6 +79,8 @@ def write_gguf(path: Path, architecture: str, kinds: list[str], tied: bool = Tru
         else:
             data = blocks(kind, value.numel() // SIZES[kind][0], index).reshape(value.shape[0], -1)
         writer.add_tensor(stored, data, raw_dtype=Kind[kind])
+    for name in more:
+        writer.add_tensor(name, np.ones(4, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

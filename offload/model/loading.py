@@ -4,7 +4,7 @@ import contextlib
 import copy
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -216,8 +216,7 @@ class CheckpointLoader:
             self._check_whole(found)
         model.eval()
         file = conversions.finish()
-        unused = sorted(found["unexpected_keys"])
-        said = [f"{len(unused)} tensors of the checkpoint are not used by the model, such as {unused[0]}"] if unused else []
+        said = _said_of(found["unexpected_keys"])
         if file is None:
             return LoadedModel(model, {}, singles.pieces, fallbacks=said)
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -247,7 +246,8 @@ class CheckpointLoader:
                 model.generation_config = GenerationConfig.from_pretrained(metadata_folder(self.folder))
         # As from a folder: an adapter that is saved names its model by it.
         model.eval().name_or_path = model.config.name_or_path = self.folder
-        return LoadedModel(model, dict(state.found_in(model)))
+        said = _said_of([*weights.unused, *found["unexpected_keys"]])
+        return LoadedModel(model, dict(state.found_in(model)), fallbacks=said)
 
     def _check_whole(self, found: dict[str, Any]) -> None:
         """transformers makes up what a checkpoint lacks, at random: no such model is run."""
@@ -326,6 +326,12 @@ class CheckpointLoader:
             "layout": _LAYOUT_VERSION,
         }
         return key_of(facts)
+
+
+def _said_of(unused: Iterable[str]) -> list[str]:
+    """A sentence for tensors that no parameter is made of, if there are any."""
+    names = sorted(unused)
+    return [f"{len(names)} tensors of the checkpoint are not used by the model, such as {names[0]}"] if names else []
 
 
 def _method_of(quantization: Any) -> str:

@@ -73,6 +73,12 @@ def test_whoever_asks_for_the_values_gets_them(tmp_path):
         assert torch.equal(model.state_dict()[name], value), name
 
 
+def test_tensors_that_nothing_uses_are_told(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", "llama", ["Q4_0"], more=("rope_freqs.weight",))
+    with offload(path, device="cpu", cpu_memory="64MiB", max_tokens=16) as session:
+        assert any("not used by the model, such as rope_freqs.weight" in sentence for sentence in session.report().fallbacks)
+
+
 def test_left_alone_it_holds_no_memory_afterwards(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", "llama", ["Q4_0"])
     with torch.no_grad(), offload(path, device="cpu", cpu_memory="64MiB", max_tokens=16) as session:

@@ -144,7 +144,7 @@ class GgufFile:
             else:
                 spec = TensorSpec(name, str(dtype).removeprefix("torch."), tensor.shape)
                 encoded[name] = EncodedTensor(spec, codec, (tensor.range,))
-        return StoredWeights(plain, encoded)
+        return StoredWeights(plain, encoded, tuple(name for name in self._header.tensors if name not in names))
 
     def _tables(self, outline: nn.Module, config: Any) -> tuple[Undo, dict[str, str]]:
         from transformers import modeling_gguf_pytorch_utils

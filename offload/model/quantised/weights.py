@@ -25,10 +25,12 @@ class StoredWeights:
     Attributes:
         plain: bytes that are the values.
         encoded: bytes that the values are decoded from.
+        unused: names of tensors that no parameter is made of.
     """
 
     plain: Mapping[str, StoredTensor]
     encoded: Mapping[str, EncodedTensor]
+    unused: tuple[str, ...] = ()
 
     def source_of(self, name: str) -> Source | None:
         """Where the tensor of that name is; None if it is of another name here."""
