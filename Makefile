@@ -4,7 +4,11 @@ PYTHON ?= python3
 SEED ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-card quick lint types docs check clean
+.PHONY: demo native test test-all test-card quick lint types docs check clean
+
+# Compiled decoders of quantised weights; needs a C++ compiler.
+native: .venv/installed
+	$(BIN)/offload native build
 
 demo: .venv/installed
 	$(BIN)/offload generate demo --prompt "And the king said" --max-new-tokens 60 --device cpu --cpu-memory 6MiB

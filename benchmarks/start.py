@@ -85,7 +85,7 @@ def main() -> None:
 
 def profile_alone(scratch: str) -> str:
     """A cache of ours with the profile of this machine, and nothing else that an earlier run kept."""
-    from offload.cache_folder import cache_folder
+    from offload.storage.cache_folder import cache_folder
 
     folder = f"{scratch}/cache"
     os.mkdir(folder)

@@ -8,8 +8,8 @@ import tempfile
 import psutil
 import torch
 
-from offload.cache_folder import cache_folder
 from offload.scheduler.hardware import HardwareProfile
+from offload.storage.cache_folder import cache_folder
 from offload.storage.devices.base import Device
 from offload.storage.devices.cpu import CpuDevice
 from offload.storage.errors import ProfileError

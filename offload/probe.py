@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from offload.cache_folder import cache_folder
 from offload.config import Progress
 from offload.kept_profile import hardware_id, kept_profile
 from offload.model.homes import ParameterHome
@@ -28,6 +27,7 @@ from offload.runtime.weights import StreamedBlock
 from offload.scheduler.hardware import HardwareProfile, LinkRate, MatrixRate, Processor
 from offload.scheduler.work import total
 from offload.storage.arrival import Waits
+from offload.storage.cache_folder import cache_folder
 from offload.storage.contention import Contention, measure_contention
 from offload.storage.devices.base import Device, Event, copy_bytes_per_second
 from offload.storage.devices.cpu import CpuDevice

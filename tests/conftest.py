@@ -15,6 +15,8 @@ import pytest
 import torch
 import transformers
 
+from tests.compiled import compiled_decoders
+
 pytest_plugins = ["tests.sampling"]
 
 transformers.utils.logging.set_verbosity_error()
@@ -51,6 +53,16 @@ def nothing_left_behind():
         gc.collect()
     assert runtime_threads() == threads, "threads left"
     assert open_weight_files() == handles, "file handles left"
+
+
+@pytest.fixture(params=["torch", "native"])
+def decoders(request):
+    """What decodes: torch, or what is compiled."""
+    if request.param == "torch":
+        yield
+    else:
+        with compiled_decoders():
+            yield
 
 
 @pytest.fixture

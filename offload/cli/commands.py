@@ -21,6 +21,12 @@ class Command:
         return kind
 
 
+GROUPS = {
+    "experts": "Look into routings of experts.",
+    "native": "Decoders of quantised weights, compiled for this machine.",
+}
+"""Commands of two words, by the first."""
+
 COMMANDS = {
     "generate": Command(
         "Generate text. Tokens go to stdout as they are made, the report to stderr.", "generate", "GenerateArguments"
@@ -51,5 +57,11 @@ COMMANDS = {
         "Compare cache policies for experts on a recorded routing (from `generate --expert-trace`).",
         "others",
         "ReplayArguments",
+    ),
+    "native build": Command(
+        "Compile the decoders, which are in C++: quantised weights are decoded two to seven times as fast from then on, to the "
+        "same bits. Needs a C++ compiler.",
+        "others",
+        "BuildArguments",
     ),
 }

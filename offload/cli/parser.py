@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from offload.cli.commands import COMMANDS, Command
+from offload.cli.commands import COMMANDS, GROUPS, Command
 from offload.cli.option import assembled, signature
 from offload.version import __version__
 
@@ -31,10 +31,11 @@ def make_parser(run: Run, asked: str | None) -> typer.Typer:
     """
     app = _group("Run transformers models that do not fit into memory, by streaming their weights.", asked is None)
     app.callback()(_own_options)
-    experts = _group("Look into routings of experts.")
-    app.add_typer(experts, name="experts")
+    groups = {name: _group(summary) for name, summary in GROUPS.items()}
+    for name, group in groups.items():
+        app.add_typer(group, name=name)
     for name, command in COMMANDS.items():
-        group = experts if " " in name else app
+        group = groups.get(name.split()[0], app)
         _add(group, name, command, run if asked in (None, name.split()[0]) else None)
     return app
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from offload.cache_folder import cache_folder
 from offload.cli.arguments.others import ProbeArguments
 from offload.cli.terminal import check_writable, print_table, progress_bar, say
 from offload.probe import hardware_profile
 from offload.scheduler.hardware import HardwareProfile, LinkRate
+from offload.storage.cache_folder import cache_folder
 from offload.storage.devices.resolve import resolve_device
 from offload.storage.errors import duration, gib
 

@@ -17,9 +17,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
-from offload.cache_folder import cache_folder
 from offload.model.blocks import TakenApart
 from offload.scheduler.work import ModuleWork, PassWork, Work
+from offload.storage.cache_folder import cache_folder
 from offload.storage.whole_file import keep_text
 
 _FOLDER = "dry-runs"

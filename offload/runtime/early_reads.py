@@ -10,10 +10,10 @@ import os
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
-from offload.cache_folder import cache_folder
 from offload.runtime.block_reads import BlockRead, BlockReads
 from offload.runtime.machine import Machine
 from offload.storage.blocks import FileRange
+from offload.storage.cache_folder import cache_folder
 from offload.storage.codecs.weights import Source
 from offload.storage.errors import OffloadError
 from offload.storage.ledger import MemoryLedger

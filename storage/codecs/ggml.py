@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from offload.storage.gguf_header import GGML_TYPES
+from offload.storage.native.decoders import decode_ggml
 
 _SIZES = {name: (numbers, nbytes) for name, numbers, nbytes in GGML_TYPES.values()}
+_NUMBERS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -30,6 +32,8 @@ class GgmlBlocks:
 
     def decode(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         numbers, nbytes = _SIZES[self.name]
+        if decode_ggml(_NUMBERS[self.name], parts[0], nbytes, out):
+            return
         out.view(-1, numbers).copy_(_DECODERS[self.name](parts[0].view(-1, nbytes)).view(-1, numbers))
 
     def rows_together(self, shape: Sequence[int]) -> int:

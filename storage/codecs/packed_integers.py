@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from offload.storage.native.decoders import decode_packed_columns, decode_packed_rows
+
 _PIECE = 1 << 18
 """Numbers that are decoded at once."""
 
@@ -36,14 +38,19 @@ class PackedRows:
         rows, columns = out.shape
         words = parts[0].view(torch.int32).view(rows, -1)
         scales = parts[1].view(getattr(torch, self.scales)).view(rows if self.groups else 1, -1).float()
-        zeros = _unpacked(parts[2].view(torch.int32).view(-1, self.groups).t(), self.bits)[:, :rows].t() if self.zeros else None
+        scales = scales.expand(rows, -1).contiguous()
+        if self.zeros:
+            zeros = _unpacked(parts[2].view(torch.int32).view(-1, self.groups).t(), self.bits)[:, :rows].t().contiguous()
+        else:
+            zeros = torch.full_like(scales, 1 << (self.bits - 1))
+        if decode_packed_rows(self.bits, words, scales, zeros, out):
+            return
         step = max(1, _PIECE // columns)
         for begin in range(0, rows, step):
             piece = slice(begin, min(begin + step, rows))
             numbers = _unpacked(words[piece], self.bits)[:, :columns]
             grouped = numbers.reshape(len(numbers), max(1, self.groups), -1)
-            grouped.sub_(1 << (self.bits - 1) if zeros is None else zeros[piece, :, None])
-            grouped.mul_(scales[piece if self.groups else slice(None), :, None])
+            grouped.sub_(zeros[piece, :, None]).mul_(scales[piece, :, None])
             out[piece].copy_(grouped.view(len(numbers), columns))
 
     def rows_together(self, shape: Sequence[int]) -> int:
@@ -70,7 +77,7 @@ class PackedColumns:
 
     @property
     def name(self) -> str:
-        return f"int{self.bits}"
+        return f"{'awq' if self.awq else 'gptq'} int{self.bits}"
 
     def decode(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         outputs, inputs = out.shape
@@ -78,9 +85,11 @@ class PackedColumns:
         scales = parts[2].view(getattr(torch, self.scales)).view(self.groups, outputs).float()
         zeros = self._unpacked(parts[1].view(torch.int32).view(self.groups, -1)) + self.added
         if len(parts) > 3:
-            group_of = parts[3].view(torch.int32).long()
+            group_of = parts[3].view(torch.int32)
         else:
-            group_of = torch.arange(inputs, device=out.device) // (inputs // self.groups)
+            group_of = (torch.arange(inputs, device=out.device) // (inputs // self.groups)).int()
+        if decode_packed_columns(0 if self.awq else self.bits, words, scales, zeros, group_of, out):
+            return
         in_a_word = 1 if self.awq else 32 // self.bits
         step = max(1, _PIECE // (outputs * in_a_word))
         for begin in range(0, len(words), step):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from offload.storage.native.decoders import decode_tiles
+
 _PIECE = 1 << 18
 """Numbers that are decoded at once: in fp32 they take four bytes each."""
 
@@ -27,8 +29,10 @@ class ScaledNumbers:
         return "int8" if self.numbers == "int8" else "fp8"
 
     def decode(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        stored = parts[0].view(getattr(torch, self.numbers)).view(out.shape)
         scales = self._scales(parts[1])
+        if decode_tiles(self.numbers, parts[0], scales, self.grid, out):
+            return
+        stored = parts[0].view(getattr(torch, self.numbers)).view(out.shape)
         tile_rows, tile_columns = out.shape[0] // self.grid[0], out.shape[1] // self.grid[1]
         step = max(1, _PIECE // (tile_rows * out.shape[1]))
         for begin in range(0, self.grid[0], step):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from offload import offload
-from offload.cache_folder import cache_folder
 from offload.runtime.early_reads import RESIDENT, EarlyReads
 from offload.runtime.page_locked import PageLockedMemory
+from offload.storage.cache_folder import cache_folder
 from offload.storage.errors import BudgetExceeded
 from tests.architectures import make, tokens
 from tests.budgets import ALL, SOME, budget_for, spec_of

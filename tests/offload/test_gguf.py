@@ -32,7 +32,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_equal_to_transformers_reading(architecture, tied, dtype, budget, tmp_path):
+def test_equal_to_transformers_reading(architecture, tied, dtype, budget, tmp_path, decoders):
     path = write_gguf(tmp_path / "model.gguf", architecture, MIXED, tied)
     plain = plainly_read(path, architecture, dtype, tied)
     options = {"dtype": dtype, "batch_size": 2, "max_tokens": 16}

@@ -41,7 +41,7 @@ def plainly_read(folder):
 @pytest.mark.parametrize("budget", ["2700KiB", "64MiB"])
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_fp8(architecture, scales, budget, tmp_path):
+def test_fp8(architecture, scales, budget, tmp_path, decoders):
     folder = fp8_checkpoint(tmp_path, MAKERS[architecture], scales)
     plain = plainly_read(folder)
     with torch.no_grad(), offload(folder, device="cpu", cpu_memory=budget, batch_size=2, max_tokens=16) as session:
@@ -201,7 +201,7 @@ def integer_checkpoint(folder, maker, form):
 @pytest.mark.parametrize("budget", ["2300KiB", "64MiB"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 @pytest.mark.parametrize("form", FORMATS)
-def test_integers(form, architecture, budget, tmp_path):
+def test_integers(form, architecture, budget, tmp_path, decoders):
     folder, plain = integer_checkpoint(tmp_path, MAKERS[architecture], FORMATS[form])
     with torch.no_grad(), offload(folder, device="cpu", cpu_memory=budget, batch_size=2, max_tokens=16) as session:
         poison_homes(session)

@@ -48,6 +48,13 @@ class ProbeArguments(Arguments):
 
 
 @dataclass(frozen=True)
+class BuildArguments(Arguments):
+    """All that `offload native build` can be asked."""
+
+    json: Annotated[bool, option("print the speeds as JSON")] = False
+
+
+@dataclass(frozen=True)
 class ReportArguments(Arguments):
     """All that `offload report` can be asked."""
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import transformers
 
-from offload.cache_folder import cache_folder
 from offload.storage.block_file import key_of
+from offload.storage.cache_folder import cache_folder
 from offload.storage.checkpoint import identity
 from offload.storage.errors import CheckpointError, UnsupportedCheckpoint, foreign_file
 

@@ -1,0 +1,75 @@
+"""Calls of the compiled decoders. Each says whether it decoded: it does not where nothing is built, or not for such tensors."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from offload.storage.native.library import library
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NUMBERS = {"float8_e4m3fn": 0, "float8_e5m2": 1, "int8": 2}
+
+
+def decode_ggml(kind: int, blocks: torch.Tensor, block_bytes: int, out: torch.Tensor) -> bool:
+    """Decode blocks of one of ggml's types.
+
+    Args:
+        kind: ggml's number of the type.
+        blocks: uint8, one-dimensional.
+    """
+    return _call("offload_ggml", kind, [blocks], [blocks.numel() // block_bytes], out)
+
+
+def decode_tiles(kind: str, numbers: torch.Tensor, scales: torch.Tensor, grid: tuple[int, int], out: torch.Tensor) -> bool:
+    """Decode 8-bit numbers, each times the scale of its tile.
+
+    Args:
+        kind: of the numbers, torch's name.
+        scales: fp32, of the grid.
+    """
+    if kind not in _NUMBERS:
+        return False
+    rows, columns = out.shape
+    sizes = [rows, columns, scales, rows // grid[0], columns // grid[1]]
+    return _call("offload_tiles", _NUMBERS[kind], [numbers], sizes, out)
+
+
+def decode_packed_rows(bits: int, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, out: torch.Tensor) -> bool:
+    """Decode integers in words along the rows.
+
+    Args:
+        words: int32 [rows, words].
+        scales, zeros: fp32 [rows, groups].
+    """
+    rows, columns = out.shape
+    sizes = [rows, columns, words.shape[1] * 4, scales, zeros, scales.shape[1]]
+    return _call("offload_packed_rows", bits, [words], sizes, out)
+
+
+def decode_packed_columns(
+    layout: int, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_of: torch.Tensor, out: torch.Tensor
+) -> bool:
+    """Decode integers in words whose rows are inputs.
+
+    Args:
+        layout: 4 or 8 bits of GPTQ, or 0 for AWQ.
+        scales, zeros: fp32 [groups, outputs].
+        group_of: int32 [inputs].
+    """
+    return _call("offload_packed_columns", layout, [words], [*out.shape, scales, zeros, group_of], out)
+
+
+def _call(name: str, kind: int, data: Sequence[torch.Tensor], rest: Sequence[int | torch.Tensor], out: torch.Tensor) -> bool:
+    known = library()
+    tensors = [out, *data, *(item for item in rest if isinstance(item, torch.Tensor))]
+    if known is None or out.dtype not in _DTYPES:
+        return False
+    if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
+        return False
+    given = [ctypes.c_void_p(item.data_ptr()) if isinstance(item, torch.Tensor) else ctypes.c_int64(item) for item in rest]
+    pointers = [ctypes.c_void_p(item.data_ptr()) for item in data]
+    status: int = known[name](
+        ctypes.c_int(kind), *pointers, *given, ctypes.c_void_p(out.data_ptr()), ctypes.c_int(_DTYPES[out.dtype])
+    )
+    return status == 0
