@@ -1,4 +1,4 @@
-"""The same model for llama.cpp: its weights as a GGUF in BF16, run by the `xllamacpp` wheel.
+"""The same model for llama.cpp: its weights as a GGUF, run by the `xllamacpp` wheel.
 
 Neither `xllamacpp` nor `gguf` is a dependency: `pip install --no-deps --target FOLDER xllamacpp gguf`, then
 `--llama-cpp FOLDER`.
@@ -28,11 +28,14 @@ _NAMES = {
 }
 
 
-def to_gguf(folder: str, target: str, packages: str) -> None:
-    """Write the weights of a llama checkpoint as GGUF: products in BF16, norms in fp32, as llama.cpp's own converter does."""
+def to_gguf(folder: str, target: str, packages: str, kind: str = "BF16") -> None:
+    """Write the weights of a llama checkpoint as GGUF: norms in fp32, as llama.cpp's own converter does.
+
+    Args:
+        kind: ggml's type of the products' weights.
+    """
     sys.path.insert(0, packages)
     import gguf
-    import torch
     from safetensors import safe_open
 
     config = json.loads(Path(folder, "config.json").read_text())
@@ -47,7 +50,7 @@ def to_gguf(folder: str, target: str, packages: str) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config.get("rope_parameters", config).get("rope_theta", 10000.0))
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<{index}>" for index in range(config["vocab_size"])])
     writer.add_token_scores([0.0] * config["vocab_size"])
@@ -59,8 +62,8 @@ def to_gguf(folder: str, target: str, packages: str) -> None:
                 if value.dim() == 1:
                     writer.add_tensor(_renamed(name), value.float().numpy())
                 else:
-                    raw = value.contiguous().view(torch.uint8).numpy()
-                    writer.add_tensor(_renamed(name), raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+                    stored = gguf.GGMLQuantizationType[kind]
+                    writer.add_tensor(_renamed(name), gguf.quants.quantize(value.float().numpy(), stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

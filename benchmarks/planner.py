@@ -32,10 +32,11 @@ from offload.planning.dry_run import DryRun
 from offload.planning.predictor import PlanGoal, Predictor
 from offload.probe import measure, module_seconds
 from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.host_memory import spread
 from offload.scheduler.model_spec import BlockRole, ModelSpec, Workload
 from offload.scheduler.plan import DEVICE_ALONE, HostCompute, Plan
 from offload.scheduler.plan_sections import WeightsPlan
-from offload.scheduler.planner import make_plan, spread
+from offload.scheduler.planner import make_plan
 from offload.scheduler.simulator import simulate
 from offload.scheduler.work import total
 from offload.storage.devices.cpu import CpuDevice

@@ -176,6 +176,11 @@ class ThrottledDevice:
         self._asked.put((copies, after, event, name))
         return event
 
+    def convert(self, work, after):
+        after.synchronize()
+        work()
+        return self.record()
+
     def copy_out(self, target, source, name=""):
         unversioned(target).copy_(source)
         return self.record()

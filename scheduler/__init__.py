@@ -9,6 +9,7 @@ kv_pages         how a KV cache is cut into pages, which stay
 plan             Plan: what lives where
 plan_sections    its sections
 plan_json        its JSON
+host_memory      what lives in CPU memory beside a device
 planner          the plan by rule
 plan_search      the fastest of several
 slot_schedule    which block goes into which slots, when

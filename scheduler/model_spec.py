@@ -49,7 +49,8 @@ class PlacedBlock:
         slot_bytes: what it takes in the slots while it is streamed, over-read included.
         stored_bytes: what is read from disk, or crosses the link, each time it is streamed.
         codec: how it is encoded there; `none` for plain tensors.
-        decode_seconds: of decoding it into a slot, once.
+        decode_seconds: of decoding it into a slot on the CPU, once.
+        encoded_bytes: what it takes of CPU memory in its stored form, where that is encoded; 0 where it is not.
         divisible: its weights that the device and the CPU can compute with together.
     """
 
@@ -61,18 +62,21 @@ class PlacedBlock:
     divisible: tuple[DivisibleWeight, ...] = ()
     codec: str = "none"
     decode_seconds: float = 0.0
+    encoded_bytes: int = 0
 
     @property
     def host_bytes(self) -> int:
-        """What it takes of CPU memory where it lives there, laid out as in a slot."""
-        return self.slot_bytes
+        """What it takes of CPU memory where it is streamed from there: laid out as in a slot, or in its stored form."""
+        return self.encoded_bytes or self.slot_bytes
 
     def device_part(self, cpu_percent: int) -> "PlacedBlock":
         """What crosses the link where the CPU computes with `cpu_percent` of the divisible weights' rows."""
         host_bytes = sum(weight.host_rows(cpu_percent) * weight.row_bytes for weight in self.divisible)
         # Each weight that is left begins aligned again.
         slot_bytes = self.slot_bytes - host_bytes + TENSOR_ALIGNMENT_BYTES * len(self.divisible)
-        return replace(self, slot_bytes=slot_bytes, stored_bytes=self.stored_bytes - host_bytes)
+        stored_bytes = self.resident_bytes if self.encoded_bytes else self.stored_bytes
+        plain = replace(self, codec="none", decode_seconds=0.0, encoded_bytes=0)
+        return replace(plain, slot_bytes=slot_bytes, stored_bytes=stored_bytes - host_bytes)
 
 
 @dataclass(frozen=True, slots=True)

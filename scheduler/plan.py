@@ -90,8 +90,8 @@ class Plan(Renamed):
     @property
     def device_bytes(self) -> int:
         """All that the plan takes of the device's budget."""
-        weights = self.weights.always_resident_bytes + self.weights.resident_bytes + self.arena_bytes + self.expert_bytes
-        return weights + self.kv.reserved_bytes + self.activation_bytes
+        held = self.weights.always_resident_bytes + self.weights.resident_bytes + self.weights.encoded_bytes
+        return held + self.arena_bytes + self.expert_bytes + self.kv.reserved_bytes + self.activation_bytes
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA} | asdict(self))
@@ -125,14 +125,20 @@ class Plan(Renamed):
         """The workload with keys and values kept as by this plan, and nothing taken apart."""
         return replace(workload, paged=self.asked(workload).paged)
 
-    def completed(self, model: ModelSpec, workload: Workload) -> "Plan":
-        """The same placement, with the sums that follow from it."""
+    def completed(self, model: ModelSpec, workload: Workload, own_memory: bool) -> "Plan":
+        """The same placement, with the sums that follow from it.
+
+        Args:
+            own_memory: the device's memory is not the CPU's.
+        """
         blocks, workload = self.parts_of(model), self.asked(workload)
+        kept = [] if own_memory else self.weights.in_host_memory
         weights = replace(
             self.weights,
             always_resident_bytes=model.always_resident_bytes,
             resident_bytes=sum(blocks[key].resident_bytes for key in self.weights.resident),
-            streamed_bytes=sum(blocks[key].stored_bytes for key in self.weights.streamed),
+            encoded_bytes=sum(blocks[key].encoded_bytes for key in kept),
+            streamed_bytes=sum(blocks[key].stored_bytes for key in self.weights.streamed if key not in kept),
             blocks=tuple(BlockPlan.of(block) for block in model.blocks),
         )
         return replace(

@@ -10,8 +10,8 @@ from offload.storage.errors import PlanError
 
 SCHEMA = 2
 
-_ADDED = {"weights": ("tables_in_host_memory",)}
-"""Lists that plans of this schema may lack, since they were written before there was such a thing: empty then."""
+_ADDED: Mapping[str, Mapping[str, Any]] = {"weights": {"tables_in_host_memory": [], "encoded_bytes": 0}}
+"""What plans of this schema may lack, since they were written before there was such a thing, and what it is then."""
 
 _SECTIONS = {"weights": WeightsPlan, "experts": ExpertsPlan, "kv": KvPlan, "splits": SplitsPlan}
 
@@ -83,7 +83,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _section(name: str, section: type[Any], content: Any) -> Any:
     if isinstance(content, Mapping):
-        content = {key: [] for key in _ADDED.get(name, ())} | dict(content)
+        content = {**_ADDED.get(name, {}), **content}
     _check_names(f"{name} in the plan", content, {field.name for field in fields(section)})
     return section(**{field.name: _value(f"{name}.{field.name}", field.type, content[field.name]) for field in fields(section)})
 

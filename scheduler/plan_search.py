@@ -12,9 +12,10 @@ import numpy
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from offload.scheduler.cost import CostModel
+from offload.scheduler.host_memory import spread
 from offload.scheduler.model_spec import ModelSpec, PlacedBlock, Workload
 from offload.scheduler.plan import DEVICE_ALONE, HostCompute, Plan
-from offload.scheduler.planner import make_plan, spread
+from offload.scheduler.planner import make_plan
 from offload.scheduler.prediction import Prediction, predict
 from offload.scheduler.work import ModuleWork, PassWork, Work
 from offload.storage.errors import BudgetTooSmall
@@ -99,8 +100,10 @@ def choose_plan(tasks: Sequence[SearchProblem], allow_cpu: bool) -> Candidate:
 
 def _improved(task: SearchProblem, rule: Candidate, allow_cpu: bool) -> Candidate:
     """The fastest of the rule's plan and those that compute on the CPU, or prefetch deeper."""
-    if task.host_bytes is None or not rule.plan.weights.streamed:
+    if not rule.plan.weights.streamed:
         return rule
+    if task.host_bytes is None:
+        return min([rule, *_with_encoded(task)], key=lambda choice: choice.seconds(task))
     choices = [rule]
     # A layer that the CPU computes would want its keys and values there.
     layers = _layers_apart(task.model) if allow_cpu and task.workload.paged is None else []
@@ -111,6 +114,17 @@ def _improved(task: SearchProblem, rule: Candidate, allow_cpu: bool) -> Candidat
             continue
     best = min(choices, key=lambda choice: choice.seconds(task))
     return min([best, *_with_more_slots(task, best.plan)], key=lambda choice: choice.seconds(task))
+
+
+def _with_encoded(task: SearchProblem) -> Iterator[Candidate]:
+    """Some layers kept in their stored form: more fit than do as plain tensors, and the disk is not asked for them."""
+    layers = spread([block for block in task.model.layers if block.encoded_bytes])
+    for count in sorted({len(layers) * part // _PARTS for part in range(1, _PARTS + 1)} - {0}):
+        encoded = frozenset(block.key for block in layers[:count])
+        try:
+            yield _predicted(task, make_plan(task.model, task.device_bytes, task.workload, encoded=encoded))
+        except BudgetTooSmall:
+            return
 
 
 def evaluate(task: SearchProblem, host_compute: HostCompute = DEVICE_ALONE) -> Candidate:
@@ -262,7 +276,7 @@ def _memory(
         for place, home in enumerate(homes):
             column = index * len(homes) + place
             device[column] = group[0].resident_bytes if home is LayerPlacement.DEVICE else 0
-            host[column] = group[0].slot_bytes if home in (LayerPlacement.HOST, LayerPlacement.CPU) else 0
+            host[column] = {LayerPlacement.HOST: group[0].host_bytes, LayerPlacement.CPU: group[0].slot_bytes}.get(home, 0)
     yield device, -numpy.inf, max(0, task.device_bytes - reserved - fixed - 2 * slot_bytes)
     yield host, -numpy.inf, max(0, (task.host_bytes or 0) - 2 * slot_bytes)
 

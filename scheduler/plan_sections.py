@@ -16,7 +16,7 @@ class BlockPlan:
         slot_bytes: taken of the slots while it is streamed, over-read included.
         resident_bytes: taken of the device where it stays there.
         codec: how it is encoded on disk and in CPU memory; `none` for plain tensors.
-        decode_seconds: of decoding it into a slot, once.
+        decode_seconds: of decoding it into a slot on the CPU, once.
     """
 
     key: BlockKey
@@ -40,7 +40,8 @@ class WeightsPlan:
     Attributes:
         resident: blocks that stay on the device.
         streamed: blocks that pass through the slots, in the order of the model.
-        in_host_memory: those of them that come from CPU memory; the others come from disk.
+        in_host_memory: those of them that come from CPU memory, where encoded ones are in their stored form; the others come
+            from disk. Where the CPU is the device, only encoded ones.
         row_fetched: embeddings of which only the rows in use are read.
         tables_in_host_memory: those of them whose rows come from CPU memory; the others' come from disk.
         computed_on_host: blocks that live in CPU memory and are computed there; their weights never cross the link.
@@ -51,6 +52,7 @@ class WeightsPlan:
         staging_count: host buffers between disk and a device with memory of its own, each as large as a block.
         always_resident_bytes: parameters outside of all blocks, and buffers.
         resident_bytes: of all resident blocks.
+        encoded_bytes: of blocks that are kept in their stored form, in the memory of a device that is the CPU.
         streamed_bytes: what crosses the link in one pass over all blocks.
         blocks: the bytes of each block.
     """
@@ -68,6 +70,7 @@ class WeightsPlan:
     staging_count: int = 0
     always_resident_bytes: int = 0
     resident_bytes: int = 0
+    encoded_bytes: int = 0
     streamed_bytes: int = 0
     blocks: tuple[BlockPlan, ...] = ()
 

@@ -4,9 +4,9 @@ With nothing computed elsewhere, time falls with every byte that stays, so that 
 weighed by its cost is decided in `choice.py`.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
+from offload.scheduler.host_memory import blocks_in_host_memory, spread, tables_in_host_memory, weights_in_host_memory
 from offload.scheduler.kv_pages import PagedKv, cut
 from offload.scheduler.model_spec import BlockRole, ExpertsSpec, ModelSpec, PlacedBlock, Workload
 from offload.scheduler.plan import DEVICE_ALONE, HostCompute, Plan
@@ -19,9 +19,6 @@ _SLOT_COUNT = 2
 
 _SPARE_SLOT_SHARE = 20
 """One more, that is ready when a read takes longer than usual, where it takes at most this part of the room."""
-
-_STAGING_BUFFERS = 3
-"""Between disk and a device with memory of its own: one being read, one being copied, one ready."""
 
 _EXPERT_STAGING = 4
 """Experts are small: as many of them on their way as the disk has threads."""
@@ -37,6 +34,7 @@ def make_plan(
     host_bytes: int | None = None,
     candidates: frozenset[BlockKey] | None = None,
     host_compute: HostCompute = DEVICE_ALONE,
+    encoded: frozenset[BlockKey] = frozenset(),
 ) -> Plan:
     """Place every block: what fits is resident, spread evenly among the layers; the rest is streamed.
 
@@ -46,7 +44,8 @@ def make_plan(
         workload: what KV cache and activations are reserved for.
         host_bytes: CPU memory for blocks that a device with memory of its own streams; None if the device has none.
         candidates: the blocks that may be resident; None for all. A running job gives up blocks and takes none on.
-        beside: what the CPU computes, from CPU memory.
+        host_compute: what the CPU computes, from CPU memory.
+        encoded: where the CPU is the device, blocks that are kept in memory in their stored form, and decoded at their turn.
 
     Raises:
         BudgetTooSmall: if not even one block at a time fits; `least_bytes` is the budget that would do.
@@ -58,7 +57,30 @@ def make_plan(
         except BudgetTooSmall as error:
             raise _beside_pages(error, workload.kv_host_bytes(model, 2 * error.least_bytes)) from error
         return replace(plan, kv=replace(plan.kv, host_bytes=pages))
+    if encoded:
+        return _with_encoded(model, budget_bytes, workload, candidates, encoded)
     return _make_plan(model, budget_bytes, workload, host_bytes, candidates, host_compute)
+
+
+def _with_encoded(
+    model: ModelSpec,
+    budget_bytes: int,
+    workload: Workload,
+    candidates: frozenset[BlockKey] | None,
+    keys: frozenset[BlockKey],
+) -> Plan:
+    """Some blocks kept in their stored form: the rest has the room that they leave."""
+    kept = [block for block in model.blocks if block.key in keys]
+    nbytes = sum(block.encoded_bytes for block in kept)
+    others = frozenset(block.key for block in model.blocks) if candidates is None else candidates
+    plan = _make_plan(model, budget_bytes - nbytes, workload, None, others - keys, DEVICE_ALONE)
+    weights = replace(
+        plan.weights,
+        in_host_memory=tuple(key for key in plan.weights.streamed if key in keys),
+        encoded_bytes=nbytes,
+        streamed_bytes=plan.weights.streamed_bytes - sum(block.stored_bytes for block in kept),
+    )
+    return replace(plan, weights=weights)
 
 
 def _beside_pages(error: BudgetTooSmall, pages_bytes: int) -> BudgetTooSmall:
@@ -105,10 +127,8 @@ def _with_expert_slots(plan: Plan, model: ModelSpec, experts: ExpertsSpec, budge
     plan = replace(plan, experts=ExpertsPlan(slots, experts.slot_bytes))
     if host_bytes is None:
         return plan
-    blocks = plan.parts_of(model)
-    largest = max((block.slot_bytes for block in model.blocks), default=0)
-    taken = sum(blocks[key].slot_bytes for key in plan.weights.held_in_host_memory)
-    left = host_bytes - taken - (plan.weights.staging_count + 1) * largest
+    loaded = max((block.slot_bytes for block in model.blocks), default=0)
+    left = host_bytes - weights_in_host_memory(plan, model) - loaded
     in_host = max(0, min(left // experts.slot_bytes, experts.total))
     staging = 0 if in_host == experts.total else _EXPERT_STAGING
     return replace(plan, experts=replace(plan.experts, in_host_memory=in_host, staging_count=staging))
@@ -225,22 +245,6 @@ def _candidate_orders(model: ModelSpec, allowed: frozenset[BlockKey]) -> list[li
     return [others, spread(layers), tables]
 
 
-def spread(layers: Sequence[PlacedBlock]) -> list[PlacedBlock]:
-    """The layers in an order of which every beginning lies evenly among them (van der Corput, base 2)."""
-
-    def reversed_bits(index: int) -> float:
-        value, weight = 0.0, 0.5
-        while index:
-            value += weight * (index & 1)
-            index >>= 1
-            weight /= 2
-        return value
-
-    count = len(layers)
-    order = sorted(range(1 << max(count - 1, 0).bit_length()), key=reversed_bits)
-    return [layers[index] for index in order if index < count]
-
-
 def _wanted_slots(slot_bytes: int, least: int, room: int) -> int:
     """Memory is worth more as residency, which saves a transfer in every pass, than as a slot that only evens out jitter."""
     spare = 1 if slot_bytes * _SPARE_SLOT_SHARE <= room else 0
@@ -274,46 +278,6 @@ def _least_slots(model: ModelSpec, resident: set[BlockKey]) -> tuple[int, int]:
     return slot_bytes, least
 
 
-def _host_blocks(model: ModelSpec, streamed: Sequence[PlacedBlock], host_bytes: int) -> tuple[set[BlockKey], int]:
-    """The streamed blocks that CPU memory has room for, spread evenly, so that the disk has time for the others.
-
-    Returns:
-        Their keys, and the number of staging buffers through which the others pass.
-    """
-    largest = max((block.slot_bytes for block in model.blocks), default=0)
-    if sum(block.slot_bytes for block in streamed) + largest <= host_bytes:
-        return {block.key for block in streamed}, 0
-    # One more than the ring: a block that is loaded once, to stay, passes through a buffer of its own.
-    if host_bytes < 2 * largest:
-        raise BudgetTooSmall(
-            f"the CPU memory budget is {gib(host_bytes)}, and blocks on their way from disk to the device take twice "
-            f"{gib(largest)} of it, the size of the largest. Give a larger cpu_memory.",
-            2 * largest,
-            of_host=True,
-        )
-    staging = min(_STAGING_BUFFERS, host_bytes // largest - 1)
-    room = host_bytes - (staging + 1) * largest
-    chosen: set[BlockKey] = set()
-    for block in spread(streamed):
-        if block.slot_bytes <= room:
-            room -= block.slot_bytes
-            chosen.add(block.key)
-    return chosen, staging
-
-
-def _host_tables(model: ModelSpec, tables: Sequence[PlacedBlock], left_bytes: int) -> set[BlockKey]:
-    """The tables that fit beside all streamed blocks: a row from memory takes no request to the disk."""
-    # What is loaded once, to stay, passes through a buffer.
-    left_bytes -= max((block.slot_bytes for block in model.blocks), default=0)
-    chosen: set[BlockKey] = set()
-    if model.experts is None:
-        for block in tables:
-            if block.slot_bytes <= left_bytes:
-                left_bytes -= block.slot_bytes
-                chosen.add(block.key)
-    return chosen
-
-
 def _assemble(
     model: ModelSpec,
     workload: Workload,
@@ -329,10 +293,10 @@ def _assemble(
     in_host, staging_count, tables_in_host = set(cpu_gpu_split), 0, set()
     if host_bytes is not None:
         rest = [block for block in streamed if block.key not in cpu_gpu_split]
-        chosen, staging_count = _host_blocks(model, rest, host_bytes)
+        chosen, staging_count = blocks_in_host_memory(model, rest, host_bytes)
         in_host |= chosen
         if not staging_count:
-            tables_in_host = _host_tables(model, tables, host_bytes - sum(block.slot_bytes for block in rest))
+            tables_in_host = tables_in_host_memory(model, tables, host_bytes - sum(block.host_bytes for block in rest))
     weights = WeightsPlan(
         resident=tuple(block.key for block in model.blocks if block.key in resident),
         streamed=tuple(block.key for block in streamed),

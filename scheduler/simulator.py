@@ -14,7 +14,10 @@ from offload.scheduler.trace import COMPUTE, HOST_COMPUTE, OWN, PASS, WAIT, Span
 from offload.scheduler.work import ModuleWork, PassWork, Work
 from offload.storage.blocks import BlockKey
 
-DISK, H2D = "disk", "h2d"
+DISK, H2D, DECODING = "disk", "h2d", "decoding"
+
+_DECODE_PASSES = 10
+"""Over a block's plain bytes, in a card's memory: a few operations of torch, in fp32."""
 
 
 @dataclass(slots=True)
@@ -70,6 +73,8 @@ class Simulation:
         self._pages = KvReads(model, plan, hardware)
         self._pages_at: dict[BlockKey, tuple[str, float]] = {}
         self._own_memory = device is not None
+        a_byte = _DECODE_PASSES / device.memory_bytes_per_second if device is not None else 0.0
+        self._convert_seconds = {key: a_byte * block.resident_bytes for key, block in parts.items() if block.encoded_bytes}
         self._asynchronous = device is not None and device.asynchronous
 
     def run(self, work: PassWork) -> float:
@@ -135,7 +140,7 @@ class Simulation:
 
     def _load(self, lease: Lease) -> _Arrival:
         if not self._own_memory:
-            read_at = self._move(DISK, lease.key, self.now)
+            read_at = 0.0 if lease.key in self._in_host else self._move(DISK, lease.key, self.now)
             return _Arrival(read_at, read_at)
         slots_free = max([self._slot_free.get(slot, 0.0) for slot in lease.slots])
         if lease.key in self._in_host:
@@ -153,9 +158,9 @@ class Simulation:
         # A queue hides the latency of all but its first request.
         hidden = 0.0 if earliest >= free else rate.latency_seconds
         begin, nbytes = max(earliest, free), self._bytes[key]
-        # What comes from disk is decoded where it lands in CPU memory, by a thread of the link.
-        decoding = self._decode_seconds[key] if link == DISK else 0.0
-        end = begin + rate.seconds(nbytes) + decoding - hidden
+        # A card decodes in line with its copies.
+        converting = self._convert_seconds.get(key, 0.0) if link == H2D else 0.0
+        end = begin + rate.seconds(nbytes) + converting - hidden
         self._link_free[link] = end
         self.trace.spans.append(Span(link, key, begin, end, nbytes))
         return end
@@ -168,6 +173,8 @@ class Simulation:
         else:
             self._wait(DISK, arrival.read_at)
             self._wait(H2D, arrival.copied_at)
+            if not self._own_memory:
+                self._wait(DECODING, self.now + self._decode_seconds[lease.key])
         return arrival
 
     def _wait(self, link: str, until: float) -> None:

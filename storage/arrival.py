@@ -1,6 +1,7 @@
 """Bytes on their way: what whoever asked for them waits for."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +42,37 @@ class CopyArrival:
     def cancel(self) -> None:
         for copied in self.copies:
             copied.synchronize()
+
+
+DECODING = "decoding"
+"""What whoever decodes waits for, beside links."""
+
+
+class DecodedArrival:
+    """Bytes that are decoded by whoever needs them: with all threads, which compute neither before nor meanwhile.
+
+    Decoding in a thread beside compute would take longer: with fewer cores than threads each waits for the other.
+
+    Args:
+        stored: on their way; `ARRIVED` if they are there.
+        decode: run once.
+    """
+
+    def __init__(self, stored: Arrival, decode: Callable[[], None]) -> None:
+        self._stored = stored
+        self._decode: Callable[[], None] | None = decode
+
+    def wait(self) -> Waits:
+        waits = dict(self._stored.wait())
+        if self._decode is not None:
+            begun = time.perf_counter()
+            self._decode()
+            self._decode = None
+            waits[DECODING] = time.perf_counter() - begun
+        return waits
+
+    def cancel(self) -> None:
+        self._stored.cancel()
 
 
 class _Nothing:

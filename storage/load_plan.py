@@ -1,6 +1,6 @@
-"""How a block comes to lie in a slot as plain tensors: what is read, and what is decoded then. Pure but for `settle`.
+"""How a block comes to lie in a slot as plain tensors: what is read, and what is decoded then. Pure but for `decode`.
 
-What is stored in fewer bytes is read to the end of the slot, and decoded from there to its beginning, some rows after others:
+What is stored in fewer bytes comes to the end of the slot, and is decoded from there to its beginning, some rows after others:
 a slot takes hardly more than the plain tensors, and no buffer beside it but for those rows.
 """
 
@@ -11,29 +11,41 @@ import torch
 
 from offload.storage.blocks import FileRange, align_up
 from offload.storage.codecs.weights import EncodedTensor, Source, parts_of
+from offload.storage.native.library import library
 from offload.storage.read_plan import ReadPlan, plan_reads
 
 _PIECE_BYTES = 1 << 19
 """Values that are decoded at once: more would take more memory beside the slot."""
 
+CARD_PIECE_BYTES = 8 << 20
+"""The same on a card, where each operation costs some microseconds."""
+
+DECODE_WORKSPACE = 8
+"""What decoding takes of a card's memory meanwhile, in pieces: its bytes, and a few times its values in fp32."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One tensor: where its parts have landed, and where it goes."""
+    """One tensor: where its parts lie in what was read, and where it goes."""
 
     source: Source
     places: tuple[int, ...]
     offset: int
 
-    def run(self, slot: torch.Tensor) -> None:
+    def run(self, slot: torch.Tensor, stored: torch.Tensor, gap: int | None) -> None:
+        """Make the tensor.
+
+        Args:
+            gap: bytes from the beginning of the slot to that of `stored`, which is a part of it; None where it is not.
+        """
         source, out = self.source, slot[self.offset : self.offset + self.source.nbytes]
-        parts = [slot[at : at + part.nbytes] for at, part in zip(self.places, parts_of(source), strict=True)]
+        parts = [stored[at : at + part.nbytes] for at, part in zip(self.places, parts_of(source), strict=True)]
         if not isinstance(source, EncodedTensor):
             out.copy_(parts[0])
             return
         values = out.view(getattr(torch, source.spec.dtype)).view(source.spec.shape)
-        for rows, stored in _pieces(source, parts):
-            source.codec.decode(stored, values[rows])
+        for rows, piece in _pieces(source, parts, None if gap is None else gap + self.places[0] - self.offset):
+            source.codec.decode(piece, values[rows])
 
 
 def decoded_pieces(source: EncodedTensor, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -42,32 +54,48 @@ def decoded_pieces(source: EncodedTensor, parts: Sequence[torch.Tensor]) -> Iter
     Args:
         parts: what its ranges hold, uint8.
     """
-    for rows, stored in _pieces(source, parts):
+    for rows, stored in _pieces(source, parts, None, _PIECE_BYTES):
         count = (rows.stop or source.spec.shape[0]) - (rows.start or 0)
         values = torch.empty((count, *source.spec.shape[1:]), dtype=getattr(torch, source.spec.dtype))
         source.codec.decode(stored, values)
         yield values
 
 
-def _pieces(source: EncodedTensor, parts: Sequence[torch.Tensor]) -> Iterator[tuple[slice, Sequence[torch.Tensor]]]:
-    """Which rows are decoded together, and from what."""
-    count, rows = source.spec.shape[0], piece_rows(source)
-    if rows == count:
+def _pieces(
+    source: EncodedTensor, parts: Sequence[torch.Tensor], gap: int | None, most_bytes: int | None = None
+) -> Iterator[tuple[slice, Sequence[torch.Tensor]]]:
+    """Which rows are decoded together, and from what.
+
+    Args:
+        gap: bytes from where the first value goes to where its bytes are, which later ones may reach over; None if none do.
+        most_bytes: of the values of one piece; by default as many as the decoder takes at once.
+    """
+    count, least = source.spec.shape[0] if source.spec.shape else 1, piece_rows(source)
+    if least == count:
         yield slice(None), parts
         return
-    stored = parts[0].view(count, -1)
-    for begin in range(0, count, rows):
-        # A copy: what comes out may reach over them.
-        yield slice(begin, min(begin + rows, count)), [stored[begin : begin + rows].clone().view(-1)]
+    on_card, stored, row_bytes = parts[0].device.type != "cpu", parts[0].view(count, -1), source.nbytes // count
+    if on_card:
+        least = most = piece_rows(source, CARD_PIECE_BYTES)
+    else:
+        most = count if most_bytes is None and library() is not None else least
+    together, begin = source.codec.rows_together(source.spec.shape), 0
+    while begin < count:
+        ahead = count * row_bytes if gap is None else gap - begin * (row_bytes - stored.shape[1])
+        clear = min(max(0, ahead) // row_bytes // together * together, most)
+        # Where the values of even a small piece would reach over its bytes, it is decoded from a copy.
+        rows = slice(begin, min(begin + max(clear, least), count))
+        yield rows, [(stored[rows].clone() if clear < least else stored[rows]).view(-1)]
+        begin = rows.stop
 
 
-def piece_rows(source: EncodedTensor) -> int:
+def piece_rows(source: EncodedTensor, piece_bytes: int = _PIECE_BYTES) -> int:
     """Rows that are decoded at once; all of them where they cannot be told apart."""
     rows = source.spec.shape[0] if source.spec.shape else 1
     together = source.codec.rows_together(source.spec.shape) if len(source.parts) == 1 else rows
     if not rows or together == rows or rows % together:
         return rows
-    pieces = max(1, _PIECE_BYTES // (source.nbytes // rows * together))
+    pieces = max(1, piece_bytes // (source.nbytes // rows * together))
     return min(rows, pieces * together)
 
 
@@ -106,18 +134,39 @@ class LoadPlan:
     def tensor_bytes(self) -> int:
         return max((at + source.nbytes for at, source in zip(self.offsets, self.sources, strict=True)), default=0)
 
+    @property
+    def device_slot_bytes(self) -> int:
+        """The part of the slot that is written to where only what was read is copied there, and then decoded."""
+        return max(self.tensor_bytes, self.read_offset + self.stored.tensor_bytes)
+
+    @property
+    def stored(self) -> "LoadPlan":
+        """The recipe for the bytes as they are in files, in memory of their own."""
+        return LoadPlan.plain(self.ranges, self.read_plan) if self.steps else self
+
+    def stored_part(self, slot: torch.Tensor) -> torch.Tensor:
+        """Where in a slot (uint8) the stored bytes go, to be decoded there."""
+        return slot[self.read_offset : self.read_offset + self.stored.tensor_bytes]
+
     def read_into(self, memory: memoryview) -> memoryview:
         """The part of the slot that the disk writes to."""
         return memory[self.read_offset : self.read_offset + self.read_plan.slot_bytes]
 
-    def settle(self, memory: memoryview) -> None:
-        """Make plain tensors of what has been read."""
+    def decode(self, slot: torch.Tensor, stored: torch.Tensor | None = None) -> None:
+        """Make plain tensors in the slot.
+
+        Args:
+            slot: uint8.
+            stored: what has been read; None where it lies in the slot.
+        """
         if not self.steps:
             return
         with torch.no_grad(), torch.inference_mode(False):
-            slot = torch.frombuffer(memory, dtype=torch.uint8)
             for step in self.steps:
-                step.run(slot)
+                if stored is None:
+                    step.run(slot, slot[self.read_offset :], self.read_offset)
+                else:
+                    step.run(slot, stored, None)
 
 
 def plan_load(sources: Sequence[Source], unit_bytes: int) -> LoadPlan:
@@ -135,7 +184,7 @@ def plan_load(sources: Sequence[Source], unit_bytes: int) -> LoadPlan:
         ends.append(end + sources[index].nbytes)
         end = align_up(ends[-1])
     read_offset = align_up(max(0, *_overlaps(sources, places, order, offsets, ends)), unit_bytes)
-    steps = tuple(_Step(sources[index], tuple(read_offset + at for at in places[index]), offsets[index]) for index in order)
+    steps = tuple(_Step(sources[index], places[index], offsets[index]) for index in order)
     slot_bytes = max(read_offset + read_plan.slot_bytes, align_up(ends[-1], unit_bytes))
     return LoadPlan(tuple(sources), tuple(ranges), read_plan, tuple(offsets), slot_bytes, read_offset, steps)
 

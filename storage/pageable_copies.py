@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,14 +27,18 @@ class PageableCopies:
         self._device = device
         self._piece_bytes = buffers[0].nbytes
         self._ring = StagingRing.of(buffers)
-        self._requested: queue.Queue[tuple[QueuedCopy, Copies] | None] = queue.Queue()
+        self._requested: queue.Queue[tuple[QueuedCopy, Copies, Callable[[], None] | None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._feed, name="offload-pageable", daemon=True)
         self._thread.start()
 
-    def start(self, copies: Copies, after: Event | None, name: str) -> QueuedCopy:
-        """Queue copies of contiguous tensors: (target on the device, source in CPU memory), of one dtype and shape."""
+    def start(self, copies: Copies, after: Event | None, name: str, then: Callable[[], None] | None = None) -> QueuedCopy:
+        """Queue copies of contiguous tensors: (target on the device, source in CPU memory), of one dtype and shape.
+
+        Args:
+            then: converts what they brought, on the device.
+        """
         copy = QueuedCopy(self._device, self._device.copy_link, name, after)
-        self._requested.put((copy, copies))
+        self._requested.put((copy, copies, then))
         return copy
 
     def close(self) -> None:
@@ -43,9 +47,11 @@ class PageableCopies:
 
     def _feed(self) -> None:
         while (request := self._requested.get()) is not None:
-            copy, copies = request
+            copy, copies, then = request
             try:
                 self._bring(copy, copies)
+                if then is not None and not copy.cancelled and copy.copied is not None:
+                    copy.copied = self._device.convert(then, copy.copied)
             except BaseException as error:  # handed to the waiter, whatever it is
                 copy.error = error
             copy.issued.set()

@@ -65,7 +65,7 @@ class DiskReader:
 
         def finish() -> None:
             self._settle(load_plan.ranges, read_plan, read_into)
-            load_plan.settle(memory)
+            load_plan.decode(torch.frombuffer(memory, dtype=torch.uint8))
             if then is not None:
                 then()
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from offload.storage.devices.base import Device, Event
+from offload.storage.devices.base import Device, Event, unversioned
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.load_plan import LoadPlan
 from offload.storage.queued_copy import QueuedCopy
@@ -51,7 +51,7 @@ class StagedReader:
         self._thread.start()
 
     def start(self, name: str, load_plan: LoadPlan, target: torch.Tensor, after: Event | None) -> StagedTransfer:
-        """Queue a block; `target` is uint8 [at least the end of its last tensor] on the device."""
+        """Queue a block; `target` is uint8 [at least `load_plan.device_slot_bytes`] on the device."""
         transfer = StagedTransfer(self, name, load_plan, target, after)
         self._requested.put(transfer)
         return transfer
@@ -65,7 +65,7 @@ class StagedReader:
             if transfer.cancelled:
                 transfer.issued.set()
                 continue
-            buffer = self._ring.wait_take(transfer.load_plan.slot_bytes)
+            buffer = self._ring.wait_take(transfer.load_plan.stored.slot_bytes)
             last_copy = self._ring.after(buffer)
             if last_copy is not None:
                 # The device may still be copying out of this buffer.
@@ -73,17 +73,23 @@ class StagedReader:
             self._read(transfer, buffer)
 
     def _read(self, transfer: StagedTransfer, buffer: HostBuffer) -> None:
+        load_plan, stored = transfer.load_plan, transfer.load_plan.stored
+        emptied: list[Event] = []
+
         def copy() -> None:
-            if not transfer.cancelled:
-                size = transfer.target.numel()
-                copies = [(transfer.target, buffer.tensor[:size])]
-                transfer.copied = self.device.copy_in(copies, [transfer.after], transfer.name)
+            if transfer.cancelled:
+                return
+            target = load_plan.stored_part(transfer.target)
+            copied = self.device.copy_in([(target, buffer.tensor[: len(target)])], [transfer.after], transfer.name)
+            emptied.append(copied)
+            transfer.copied = copied
+            if load_plan.steps:
+                transfer.copied = self.device.convert(lambda: load_plan.decode(unversioned(transfer.target)), copied)
 
-        memory = buffer.memory[: transfer.load_plan.slot_bytes]
-        read = self.reader.read(transfer.load_plan, memory, copy, transfer.name)
-        read.when_over(lambda: self._read_over(transfer, buffer, read))
+        read = self.reader.read(stored, buffer.memory[: stored.slot_bytes], copy, transfer.name)
+        read.when_over(lambda: self._read_over(transfer, buffer, read, emptied))
 
-    def _read_over(self, transfer: StagedTransfer, buffer: HostBuffer, read: Transfer) -> None:
+    def _read_over(self, transfer: StagedTransfer, buffer: HostBuffer, read: Transfer, emptied: Sequence[Event]) -> None:
         transfer.error = read.error
-        self._ring.give(buffer, transfer.copied)
+        self._ring.give(buffer, next(iter(emptied), None))
         transfer.issued.set()

@@ -78,6 +78,18 @@ class DelayedDevice:
         threading.Thread(target=copy, name="delayed-copy", daemon=True).start()
         return event
 
+    def convert(self, work, after):
+        event = LateEvent()
+
+        def run() -> None:
+            after.synchronize()
+            time.sleep(self._random.uniform(0, self._longest))
+            work()
+            event.passed.set()
+
+        threading.Thread(target=run, name="delayed-conversion", daemon=True).start()
+        return event
+
     def copy_out(self, target, source, name=""):
         return self.copy_in([(target, source.detach())], name=name)
 

@@ -232,12 +232,14 @@ class StoredSize:
         stored_bytes: in files.
         codec: what it is encoded with there; `none` for plain tensors.
         decode_seconds: of making plain tensors of it, once.
+        encoded_bytes: of CPU memory, in its stored form; 0 for plain tensors.
     """
 
     slot_bytes: int
     stored_bytes: int
     codec: str = "none"
     decode_seconds: float = 0.0
+    encoded_bytes: int = 0
 
 
 def estimated_size(unit: Unit) -> StoredSize:

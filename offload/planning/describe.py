@@ -238,8 +238,17 @@ def _placed(unit: Unit, size_of: Callable[[Unit], StoredSize]) -> PlacedBlock:
     size = size_of(unit)
     # Read in whole units, a resident block takes what a slot takes, in whole pages.
     resident_bytes = align_up(max(unit.block.packed_bytes, size.slot_bytes), BLOCK_ALIGNMENT_BYTES)
-    stored = size.slot_bytes, size.stored_bytes
-    return PlacedBlock(unit.key, unit.role, resident_bytes, *stored, _divisible(unit), size.codec, size.decode_seconds)
+    return PlacedBlock(
+        unit.key,
+        unit.role,
+        resident_bytes,
+        size.slot_bytes,
+        size.stored_bytes,
+        _divisible(unit),
+        size.codec,
+        size.decode_seconds,
+        size.encoded_bytes,
+    )
 
 
 def _activation_bytes(config: Any, element_bytes: int) -> int:

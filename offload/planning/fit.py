@@ -20,6 +20,7 @@ from offload.scheduler.plan import Plan
 from offload.scheduler.planner import make_plan
 from offload.storage.blocks import BlockKey
 from offload.storage.errors import BudgetTooSmall, counted, gib
+from offload.storage.load_plan import CARD_PIECE_BYTES, DECODE_WORKSPACE
 
 
 class ExpertGranularity(Enum):
@@ -178,7 +179,8 @@ def _fitting(
         by_submodule, strays = _in_one_piece(model, keys, single)
         structure = find_structure(model, by_submodule, single, [*demand.held, *strays])
         described = model_spec(model, structure, size_of, activations, experts)
-        spec = replace(described, workspace_bytes=budgets.workspace_bytes)
+        decoding = 0 if budgets.host_bytes is None else decode_workspace_bytes(described)
+        spec = replace(described, workspace_bytes=budgets.workspace_bytes + decoding)
         memory = None if demand.memory is None else demand.memory(structure)
         left = budgets if memory is None else memory.left_of(budgets)
         # The parts of layers are no layers: a batch cannot be taken apart around them.
@@ -193,6 +195,12 @@ def _fitting(
         if not largest:
             return refusals
         keys |= largest
+
+
+def decode_workspace_bytes(spec: ModelSpec) -> int:
+    """What decoding takes of a card's memory beside the slots: some times the bytes of a piece."""
+    largest = max((block.resident_bytes for block in spec.blocks if block.encoded_bytes), default=0)
+    return DECODE_WORKSPACE * min(CARD_PIECE_BYTES, largest)
 
 
 def _in_one_piece(

@@ -27,13 +27,15 @@ def given_plan(plan: Plan, spec: ModelSpec, workload: Workload, budgets: Budgets
         BudgetTooSmall: if it takes more than the budget.
     """
     plan.check(spec)
-    plan = plan.completed(spec, workload)
+    plan = plan.completed(spec, workload, budgets.host_bytes is not None)
     if plan.rounds and exactness != ROUNDING:
         raise PlanError(
             f"by the plan {' and '.join(plan.rounds)}, whose results are rounded otherwise than the plain model's; "
             "give exactness='rounding' (--exactness rounding) to allow that"
         )
-    if (plan.weights.computed_on_host or plan.weights.in_host_memory) and budgets.host_bytes is None:
+    encoded = {block.key for block in spec.blocks if block.encoded_bytes}
+    in_memory = {*plan.weights.computed_on_host, *plan.weights.in_host_memory} - encoded
+    if in_memory and budgets.host_bytes is None:
         raise PlanError("the plan places layers in CPU memory beside a device, and the device that computes is the CPU")
     if plan.device_bytes > budgets.device_bytes:
         raise BudgetTooSmall(

@@ -8,9 +8,9 @@ import torch
 
 from offload.model.homes import ParameterHome
 from offload.runtime.page_locked import PageLockedMemory
-from offload.storage.arrival import Arrival
+from offload.storage.arrival import ARRIVED, Arrival, DecodedArrival
 from offload.storage.blocks import BlockKey, align_up
-from offload.storage.devices.base import Event
+from offload.storage.devices.base import Event, unversioned
 from offload.storage.host_buffer import HostBuffer
 from offload.storage.load_plan import LoadPlan
 from offload.storage.reader import DiskReader
@@ -35,15 +35,11 @@ class BlockSource(Protocol):
 
     Attributes:
         offsets: where each tensor of the block lies in the slot afterwards.
-        payload_bytes: bytes of the tensors, the figure that the link counts.
         slot_bytes: what the block takes in the slots.
     """
 
     @property
     def offsets(self) -> Sequence[int]: ...
-
-    @property
-    def payload_bytes(self) -> int: ...
 
     @property
     def slot_bytes(self) -> int: ...
@@ -61,12 +57,13 @@ class DirectSource:
     def __init__(self, key: BlockKey, reader: DiskReader, load_plan: LoadPlan) -> None:
         self._key, self._reader, self._load_plan = key, reader, load_plan
         self.offsets = load_plan.offsets
-        self.payload_bytes = load_plan.payload_bytes
         self.slot_bytes = load_plan.slot_bytes
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         assert region.memory is not None
-        return self._reader.read(self._load_plan, region.memory[: self.slot_bytes], name=self._key)
+        load_plan, memory = self._load_plan, region.memory[: self.slot_bytes]
+        read = self._reader.read(load_plan.stored, load_plan.read_into(memory), name=self._key)
+        return DecodedArrival(read, lambda: load_plan.decode(_bytes(memory))) if load_plan.steps else read
 
     def brings(self, home: ParameterHome) -> bool:
         return False
@@ -78,8 +75,7 @@ class StagedSource:
     def __init__(self, key: BlockKey, reader: StagedReader, load_plan: LoadPlan) -> None:
         self._key, self._reader, self._load_plan = key, reader, load_plan
         self.offsets = load_plan.offsets
-        self.payload_bytes = load_plan.payload_bytes
-        self.slot_bytes = load_plan.tensor_bytes
+        self.slot_bytes = load_plan.device_slot_bytes
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         return self._reader.start(self._key, self._load_plan, region.tensor[: self.slot_bytes], after)
@@ -91,12 +87,9 @@ class StagedSource:
 class HostSource:
     """Page-locked host memory to the device: one copy a block."""
 
-    def __init__(
-        self, key: BlockKey, memory: PageLockedMemory, buffer: HostBuffer, offsets: Sequence[int], payload_bytes: int
-    ) -> None:
+    def __init__(self, key: BlockKey, memory: PageLockedMemory, buffer: HostBuffer, offsets: Sequence[int]) -> None:
         self._key, self._memory, self._buffer = key, memory, buffer
         self.offsets = offsets
-        self.payload_bytes = payload_bytes
         self.slot_bytes = buffer.nbytes
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
@@ -105,6 +98,48 @@ class HostSource:
 
     def brings(self, home: ParameterHome) -> bool:
         return self._buffer.holds(home.tensor)
+
+
+class EncodedSource:
+    """Host memory that holds a block in its stored form: what crosses a bus is small, and is decoded in the slot.
+
+    Args:
+        memory: of the session, which keeps `buffer`.
+        buffer: filled by whoever comes first, where the device's memory is the host's; filled already beside another.
+    """
+
+    def __init__(
+        self, key: BlockKey, memory: PageLockedMemory, buffer: HostBuffer, reader: DiskReader, load_plan: LoadPlan
+    ) -> None:
+        self.buffer = buffer
+        self._key, self._memory, self._reader, self._load_plan = key, memory, reader, load_plan
+        self.offsets = load_plan.offsets
+        self.slot_bytes = load_plan.slot_bytes
+        self._filled = False
+
+    def start(self, region: SlotRegion, after: Event | None) -> Arrival:
+        if region.memory is None:
+            return self._copy(region.tensor[: self.slot_bytes], after)
+        load_plan, memory = self._load_plan, region.memory[: self.slot_bytes]
+        return DecodedArrival(self._stored(), lambda: load_plan.decode(_bytes(memory), self.buffer.tensor))
+
+    def _stored(self) -> Arrival:
+        if self._filled:
+            return ARRIVED
+        stored = self._load_plan.stored
+
+        def filled() -> None:
+            self._filled = True
+
+        return self._reader.read(stored, self.buffer.memory[: stored.slot_bytes], filled, self._key)
+
+    def _copy(self, slot: torch.Tensor, after: Event | None) -> Arrival:
+        target = self._load_plan.stored_part(slot)
+        copies = [(target, self.buffer.tensor[: len(target)])]
+        return self._memory.start_copy(self.buffer, copies, after, self._key, lambda: self._load_plan.decode(unversioned(slot)))
+
+    def brings(self, home: ParameterHome) -> bool:
+        return False
 
 
 class DividedSource:
@@ -121,7 +156,6 @@ class DividedSource:
         self._key, self._memory, self._buffer, self._homes = key, memory, buffer, homes
         self._parts = views_of(homes, places, buffer.tensor)
         self.offsets, self.slot_bytes = packed_offsets(homes)
-        self.payload_bytes = sum(home.device_part.nbytes for home in homes)
 
     def start(self, region: SlotRegion, after: Event | None) -> Arrival:
         targets = views_of(self._homes, self.offsets, region.tensor)
@@ -129,6 +163,10 @@ class DividedSource:
 
     def brings(self, home: ParameterHome) -> bool:
         return self._buffer.holds(home.tensor)
+
+
+def _bytes(memory: memoryview) -> torch.Tensor:
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def views_of(homes: Sequence[ParameterHome], offsets: Sequence[int], memory: torch.Tensor) -> list[torch.Tensor]:

@@ -249,10 +249,11 @@ class LayerExecutor:
 
     def charge_waits(self, waits: Waits) -> None:
         """Compute stood still until now, for these links."""
+        at = time.perf_counter() - sum(waits.values())
         for link, seconds in waits.items():
             if seconds:
-                now = time.perf_counter()
-                self._clock.charge_wait(link, now - seconds, now)
+                self._clock.charge_wait(link, at, at + seconds)
+                at += seconds
 
     def _leave(self, keys: Sequence[BlockKey]) -> None:
         for lease in self._schedule.close(keys, self._clock.phase):

@@ -1,5 +1,7 @@
 """CPU memory that a device copies from: charged for, and page-locked where that is to be had."""
 
+from collections.abc import Callable
+
 import torch
 
 from offload.runtime.notes import Notes
@@ -35,6 +37,7 @@ class PageLockedMemory:
         self._ring: PageableCopies | None = None
         self._has_ring = True
         """Or may have one, once it is needed."""
+        self.shares_host_memory = device.shares_host_memory
         self._device = device
         self._ledger = ledger
         self._notes = notes
@@ -65,6 +68,10 @@ class PageLockedMemory:
         elif locked:
             self._pageable[buffer.address] = buffer
 
+    def forget(self, buffer: HostBuffer) -> None:
+        """Let go of a buffer that is kept and not page-locked."""
+        self.buffers.remove(buffer)
+
     def lock(self, buffer: HostBuffer, what: str) -> bool:
         """Page-lock a buffer that somebody else holds, and unlocks; say so where that is refused.
 
@@ -76,19 +83,23 @@ class PageLockedMemory:
             self._notes.warn(f"CPU memory for {what} could not be page-locked: their copies do not overlap with compute")
         return locked
 
-    def start_copy(self, buffer: HostBuffer, copies: Copies, after: Event | None, name: str) -> Arrival:
+    def start_copy(
+        self, buffer: HostBuffer, copies: Copies, after: Event | None, name: str, then: Callable[[], None] | None = None
+    ) -> Arrival:
         """Start copying from a buffer that is kept to the device; nothing is written before `after` is passed.
 
         Args:
             copies: (target, source), contiguous; the sources are parts of `buffer`.
             name: of the block, for the trace.
+            then: converts what they brought, on the device.
         """
         if self._has_ring and buffer.address in self._pageable:
             self._ring = self._ring or self._make_ring()
             self._has_ring = self._ring is not None
             if self._ring is not None:
-                return self._ring.start(copies, after, name)
-        return CopyArrival(self._device, [self._device.copy_in(copies, [after], name)])
+                return self._ring.start(copies, after, name, then)
+        copied = self._device.copy_in(copies, [after], name)
+        return CopyArrival(self._device, [copied if then is None else self._device.convert(then, copied)])
 
     def open_staging(self, reader: DiskReader, nbytes: int, count: int) -> StagedReader:
         """A ring of `count` page-locked buffers between disk and device. Whoever asks closes it."""

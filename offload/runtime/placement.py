@@ -17,6 +17,7 @@ from offload.runtime.block_sources import (
     BlockSource,
     DirectSource,
     DividedSource,
+    EncodedSource,
     HostSource,
     StagedSource,
     packed_offsets,
@@ -24,6 +25,7 @@ from offload.runtime.block_sources import (
 )
 from offload.runtime.early_reads import RESIDENT, EarlyReads
 from offload.runtime.embedding_rows import EmbeddingTable
+from offload.runtime.host_weights import STREAMED, HostWeights
 from offload.runtime.hybrid_linear import HybridLinear, split_rows
 from offload.runtime.loading_blocks import LoadingBlocks
 from offload.runtime.machine import Machine
@@ -36,8 +38,9 @@ from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, BlockKey, FileRange, a
 from offload.storage.codecs.weights import Source
 from offload.storage.digest import digest
 from offload.storage.errors import gib
-from offload.storage.host_buffer import HostBuffer
 from offload.storage.staging import StagedReader
+
+_FROM_MEMORY = (HostSource, DividedSource, EncodedSource)
 
 
 class Placement:
@@ -76,6 +79,7 @@ class Placement:
         self._tables_in_memory: set[BlockKey] = set()
         self._rows = RowUpload(self._device, self._memory)
         self._reads = BlockReads(self._reader, self._memory, self.source_of)
+        self._host = HostWeights(self._reader, self._reads, self._memory, self.host_ledger, self.source_of)
         self.loading = LoadingBlocks(partial(self._progress, "loading"))
 
     @property
@@ -108,15 +112,14 @@ class Placement:
         for name, parameter in structure.always_resident.items():
             self._hold_outside(name, parameter)
         in_host = {*plan.weights.in_host_memory, *plan.weights.tables_in_host_memory}
-        if not self._device.shares_host_memory:
-            for key in plan.weights.in_host_memory:
-                percent = plan.weights.cpu_percent if key in plan.weights.cpu_gpu_split else 0
-                self.streamed[key] = self._to_host_memory(units[key], percent)
-            for key in plan.weights.computed_on_host:
-                self.on_host[key] = self._to_cpu(units[key], "weights computed on the CPU")
-            for key in plan.weights.tables_in_host_memory:
-                self._to_cpu(units[key], "embedding tables")
-                self._tables_in_memory.add(key)
+        for key in plan.weights.in_host_memory:
+            percent = plan.weights.cpu_percent if key in plan.weights.cpu_gpu_split else 0
+            self.streamed[key] = self._to_host_memory(units[key], percent)
+        for key in plan.weights.computed_on_host:
+            self.on_host[key] = self._to_cpu(units[key], "weights computed on the CPU")
+        for key in plan.weights.tables_in_host_memory:
+            self._to_cpu(units[key], "embedding tables")
+            self._tables_in_memory.add(key)
         self.spill([units[key] for key in (*plan.weights.streamed, *plan.weights.row_fetched) if key not in in_host])
         from_disk = [units[key] for key in plan.weights.streamed if key not in in_host]
         self._open_staging(from_disk, plan.weights.staging_count)
@@ -131,13 +134,18 @@ class Placement:
         self._load([unit for unit in structure.units if unit.key in resident])
 
     def give_up(self, plan: Plan, structure: Structure) -> None:
-        """Turn the resident blocks that `plan` streams or gathers into such ones."""
+        """Turn the blocks in memory that `plan` streams or gathers into such ones."""
         self._maps, units = FileMaps(), {unit.key: unit for unit in structure.units if unit.parameters}
         given_up = [units[key] for key in (*plan.weights.streamed, *plan.weights.row_fetched) if key in self.resident]
         for unit in given_up:
             block = self.resident.pop(unit.key)
             block.give_up()
             self._device_ledger.release(RESIDENT, block.nbytes)
+        if self._device.shares_host_memory:
+            for key, source in [(key, block.source) for key, block in self.streamed.items()]:
+                if isinstance(source, EncodedSource) and key not in plan.weights.in_host_memory:
+                    self._host.release(source, STREAMED)
+                    given_up.append(units[key])
         self.spill(given_up)
         self._open_staging([unit for unit in given_up if unit.key in plan.weights.streamed], max(1, plan.weights.staging_count))
         for unit in given_up:
@@ -169,16 +177,14 @@ class Placement:
         """
         homes = self.homes_of(unit)
         if unit.key not in self._tables_in_memory:
-            buffer, offsets = self._live_in_host_memory(unit, category)
-            self._memory.keep(buffer)
+            buffer, offsets = self._host.settle(homes, category)
         for home in homes:
             home.accept_changes()
             self._known.pop(home.name, None)
         if unit.key in self.tables:
             self.tables[unit.key] = self._table(unit)
         if unit.key in self.streamed:
-            source = HostSource(unit.key, self._memory, buffer, offsets, unit.block.nbytes)
-            self.streamed[unit.key] = StreamedBlock(unit.key, homes, source)
+            self.streamed[unit.key] = StreamedBlock(unit.key, homes, HostSource(unit.key, self._memory, buffer, offsets))
 
     def settle_in_file(self, unit: Unit, places: Mapping[str, tuple[FileRange, torch.Tensor]]) -> None:
         """Some parameters of a unit lie in a file that this process writes.
@@ -203,7 +209,7 @@ class Placement:
 
     def as_placed(self, plan: Plan) -> Plan:
         """The plan with what became of the blocks that were given up."""
-        in_host = tuple(key for key, block in self.streamed.items() if isinstance(block.source, (HostSource, DividedSource)))
+        in_host = tuple(key for key, block in self.streamed.items() if isinstance(block.source, _FROM_MEMORY))
         return replace(plan, weights=replace(plan.weights, in_host_memory=in_host))
 
     def added_bytes(self, model: nn.Module) -> int:
@@ -329,37 +335,23 @@ class Placement:
         return block
 
     def _to_host_memory(self, unit: Unit, cpu_percent: int) -> StreamedBlock:
-        """Into page-locked memory of the block's own, from where one copy brings it to the device.
+        """Into memory of the block's own, from where one copy brings it to the device.
 
         Args:
             cpu_percent: of the rows of its products, those that stay for the CPU to compute with.
         """
-        buffer, offsets = self._live_in_host_memory(unit, "streamed weights")
-        self._memory.keep(buffer)
-        if cpu_percent:
-            self.cpu_gpu_split[unit.key] = split_rows(divisible_modules(unit), self._homes, cpu_percent)
-            homes = self.homes_of(unit)
-            return StreamedBlock(unit.key, homes, DividedSource(unit.key, self._memory, buffer, offsets, homes))
-        source = HostSource(unit.key, self._memory, buffer, offsets, unit.block.nbytes)
-        return StreamedBlock(unit.key, self.homes_of(unit), source)
+        homes = self.homes_of(unit)
+        if not cpu_percent:
+            return StreamedBlock(unit.key, homes, self._host.source(unit.key, homes, STREAMED))
+        buffer, offsets = self._host.settle(homes, STREAMED)
+        self.cpu_gpu_split[unit.key] = split_rows(divisible_modules(unit), self._homes, cpu_percent)
+        return StreamedBlock(unit.key, homes, DividedSource(unit.key, self._memory, buffer, offsets, homes))
 
     def _to_cpu(self, unit: Unit, category: str) -> list[ParameterHome]:
         """Into ordinary memory, from where the CPU computes with it, or takes rows."""
-        buffer, _ = self._live_in_host_memory(unit, category)
-        self._memory.keep(buffer, locked=False)
-        return self.homes_of(unit)
-
-    def _live_in_host_memory(self, unit: Unit, category: str) -> tuple[HostBuffer, list[int]]:
-        """Make one new host buffer the home of the unit's parameters."""
-        read = self._reads.start(self.homes_of(unit), self.host_ledger, category, shielded=True).wait()
-        buffer, offsets = read.buffer, read.offsets
-        for home, offset in zip(self.homes_of(unit), offsets, strict=True):
-            view = buffer.own_storage(offset, home.tensor.nbytes).view(home.tensor.dtype).view(home.tensor.shape)
-            if self.source_of(home.name, home.parameter) is None:
-                home.original = None
-            home.tensor, home.shield = view, buffer
-            home.parameter.data = view
-        return buffer, offsets
+        homes = self.homes_of(unit)
+        self._host.settle(homes, category, locked=False)
+        return homes
 
     def _disk_source(self, unit: Unit) -> BlockSource:
         load_plan = self._reader.plan([self._known[name] for name in unit.parameters])
@@ -375,7 +367,7 @@ class Placement:
     def _open_staging(self, units: Sequence[Unit], count: int) -> None:
         if self._device.shares_host_memory or self._staged is not None or not units:
             return
-        largest = max(self._reader.plan([self._known[name] for name in unit.parameters]).slot_bytes for unit in units)
+        largest = max(self._reader.plan([self._known[name] for name in unit.parameters]).stored.slot_bytes for unit in units)
         self._staged = self._memory.open_staging(self._reader, largest, count)
 
     def spill(self, units: Sequence[HasParameters]) -> None:

@@ -12,6 +12,7 @@ from offload.config import ROUNDING
 from offload.kv.demand import kv_demand, kv_notes
 from offload.kv.options import KvOptions
 from offload.model.blocks import StoredSize, Unit
+from offload.model.quantised.weights import decoding_notes
 from offload.moe.options import IN_LAYERS, ExpertOptions
 from offload.planning.describe import count_activations, longest_sequence, takes_tokens
 from offload.planning.fit import Demand, ExpertGranularity, FittedPlan, fit
@@ -191,8 +192,11 @@ def prepare(
         plan = _given(model, given, fitted)
     elif predictor is not None and given.training is None and (always_search or _has_choices(given, fitted)):
         plan, prediction = predictor.best(fitted.spec, goal, paged=fitted.paged)
-    notes = (*fitted.fallbacks, *kv_notes(model, fitted, given.workload, given.kv, given.exactness))
-    return Prepared(fitted, plan, plan.asked(given.workload), goal, predictor, prediction, memory, notes)
+    notes = [*fitted.fallbacks, *kv_notes(model, fitted, given.workload, given.kv, given.exactness)]
+    if given.budgets.host_bytes is None:
+        streamed = {*plan.weights.streamed, *plan.weights.row_fetched}
+        notes += decoding_notes({block.codec for block in fitted.spec.blocks if block.key in streamed})
+    return Prepared(fitted, plan, plan.asked(given.workload), goal, predictor, prediction, memory, tuple(notes))
 
 
 def goal_of(given: PlanInput, workload: Workload) -> PlanGoal:
@@ -203,7 +207,8 @@ def goal_of(given: PlanInput, workload: Workload) -> PlanGoal:
 
 
 def _has_choices(given: PlanInput, fitted: FittedPlan) -> bool:
-    return given.budgets.host_bytes is not None or given.exactness == ROUNDING or bool(fitted.paged)
+    encoded = any(block.encoded_bytes for block in fitted.spec.blocks)
+    return given.budgets.host_bytes is not None or given.exactness == ROUNDING or bool(fitted.paged) or encoded
 
 
 def _predictor(

@@ -16,6 +16,7 @@ from offload.planning.describe import count_activations
 from offload.probe import hardware_profile
 from offload.runtime.meters import predicted_peak_bytes
 from offload.scheduler.hardware import HardwareProfile
+from offload.scheduler.host_memory import weights_in_host_memory
 from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.scheduler.plan import Plan
 from offload.scheduler.prediction import Prediction, WhatIf
@@ -165,8 +166,5 @@ class Planner:
 
 def _host_bytes(plan: Plan, spec: ModelSpec) -> int:
     """CPU memory beside a device: weights that live there, and staging."""
-    blocks = {block.key: block for block in spec.blocks}
-    held = sum(blocks[key].slot_bytes for key in plan.weights.held_in_host_memory)
-    largest = max((blocks[key].slot_bytes for key in plan.weights.streamed), default=0)
     experts = (plan.experts.in_host_memory + plan.experts.staging_count) * plan.experts.slot_bytes
-    return held + plan.weights.staging_count * largest + experts + plan.kv.host_bytes
+    return weights_in_host_memory(plan, spec) + experts + plan.kv.host_bytes

@@ -176,13 +176,26 @@ class Residency:
         """
         for component in self.components:
             component.check_growth()
-        candidates, host_compute = frozenset(self.plan.weights.resident), self.plan.host_compute
-        plan = make_plan(self.spec, self._budgets.device_bytes, workload, self._budgets.host_bytes, candidates, host_compute)
+        plan = self._smaller_plan(workload)
         with HeldInterrupts(), torch.inference_mode(False):
             slots = min(plan.experts.slots, self.plan.experts.slots)
             splits = replace(plan.splits, prefill_chunk=self.plan.splits.prefill_chunk)
             self._give_up_for(replace(plan, splits=splits, experts=replace(plan.experts, slots=slots)))
         self._workload = workload
+
+    def _smaller_plan(self, workload: Workload) -> Plan:
+        """What is resident, or kept in its stored form, stays so as far as there is room."""
+        candidates, host_compute = frozenset(self.plan.weights.resident), self.plan.host_compute
+        budgets, encoded = self._budgets, list(self.plan.weights.in_host_memory)
+        if budgets.host_bytes is not None or not encoded:
+            return make_plan(self.spec, budgets.device_bytes, workload, budgets.host_bytes, candidates, host_compute)
+        while True:
+            try:
+                return make_plan(self.spec, budgets.device_bytes, workload, None, candidates, encoded=frozenset(encoded))
+            except BudgetTooSmall:
+                if not encoded:
+                    raise
+                encoded = encoded[: len(encoded) // 2]
 
     def _extras(self, block: BlockKey) -> list[Arrival]:
         return [arrival for component in self.components for arrival in component.extras(block, self._call)]
@@ -226,7 +239,8 @@ class Residency:
         self._machine.ledger.set(_SLOTS, 0)
         blocks = [self.placement.resident.get(key) for key in (*plan.weights.streamed, *plan.weights.row_fetched)]
         self._copies.mark([home for block in blocks if block is not None for home in block.homes])
-        given_up = len(self.plan.weights.resident) - len(plan.weights.resident)
+        held = (*self.plan.weights.resident, *self.plan.weights.in_host_memory)
+        given_up = len({*held} - {*plan.weights.resident, *plan.weights.in_host_memory})
         self.placement.give_up(plan, self.structure)
         self._machine.ledger.set(_ACTIVATIONS, plan.activation_bytes)
         self.plan = self.placement.as_placed(plan)

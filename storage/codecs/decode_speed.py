@@ -17,7 +17,7 @@ _GGML = tuple(name for name, numbers, _ in GGML_TYPES.values() if numbers > 1)
 CODECS = (*_GGML, "fp8", "int4", "int8", "gptq int4", "gptq int8", "awq int4")
 """Names of what can be timed, beside dtypes."""
 
-_ROWS, _COLUMNS = 512, 512
+_ROWS, _COLUMNS = 2048, 512
 _ROUNDS = 3
 _BYTE = 0x3C
 """Ordinary numbers in every format; zeros or what is next to them would take longer."""
@@ -50,7 +50,7 @@ def _sample(name: str) -> tuple[WeightCodec, list[int]]:
     if name.startswith(("gptq", "awq")):
         bits = int(name[-1])
         columns = PackedColumns(bits, "float16", 4, 0, name.startswith("awq"))
-        return columns, [numbers * bits // 8, 4 * _COLUMNS * bits // 8, 4 * _ROWS * 2]
+        return columns, [numbers * bits // 8, 4 * _ROWS * bits // 8, 4 * _ROWS * 2]
     if name in ("int4", "int8"):
         bits = int(name[3:])
         return PackedRows(bits, "float32", 8, zeros=False), [numbers * bits // 8, _ROWS * 8 * 4]

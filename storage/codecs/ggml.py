@@ -31,10 +31,20 @@ class GgmlBlocks:
     name: str
 
     def decode(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        numbers, nbytes = _SIZES[self.name]
-        if decode_ggml(_NUMBERS[self.name], parts[0], nbytes, out):
+        if self.decode_natively(parts[0], out):
             return
+        numbers, nbytes = _SIZES[self.name]
         out.view(-1, numbers).copy_(_DECODERS[self.name](parts[0].view(-1, nbytes)).view(-1, numbers))
+
+    def decode_natively(self, blocks: torch.Tensor, out: torch.Tensor, head_rows: int = 0) -> bool:
+        """True if the compiled decoders did it.
+
+        Args:
+            head_rows: as `decode_ggml` has it.
+        """
+        blocks_in_all = blocks.numel() // _SIZES[self.name][1]
+        rows = len(out) if out.dim() > 1 else blocks_in_all
+        return decode_ggml(_NUMBERS[self.name], blocks, rows, blocks_in_all // max(1, rows), out, head_rows)
 
     def rows_together(self, shape: Sequence[int]) -> int:
         return 1 if len(shape) > 1 else shape[0]

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from offload.storage.codecs.weights import piece_numbers
 from offload.storage.native.decoders import decode_packed_columns, decode_packed_rows
-
-_PIECE = 1 << 18
-"""Numbers that are decoded at once."""
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which of a word's eight numbers is the first, the second, ...: they were put in as 0, 2, 4, 6, 1, 3, 5, 7."""
@@ -45,7 +43,7 @@ class PackedRows:
             zeros = torch.full_like(scales, 1 << (self.bits - 1))
         if decode_packed_rows(self.bits, words, scales, zeros, out):
             return
-        step = max(1, _PIECE // columns)
+        step = max(1, piece_numbers(out.device) // columns)
         for begin in range(0, rows, step):
             piece = slice(begin, min(begin + step, rows))
             numbers = _unpacked(words[piece], self.bits)[:, :columns]
@@ -91,7 +89,7 @@ class PackedColumns:
         if decode_packed_columns(0 if self.awq else self.bits, words, scales, zeros, group_of, out):
             return
         in_a_word = 1 if self.awq else 32 // self.bits
-        step = max(1, _PIECE // (outputs * in_a_word))
+        step = max(1, piece_numbers(out.device) // (outputs * in_a_word))
         for begin in range(0, len(words), step):
             piece = words[begin : begin + step]
             numbers = self._unpacked(piece) if self.awq else _unpacked(piece.t(), self.bits).t()

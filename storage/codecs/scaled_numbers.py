@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from offload.storage.codecs.weights import piece_numbers
 from offload.storage.native.decoders import decode_tiles
-
-_PIECE = 1 << 18
-"""Numbers that are decoded at once: in fp32 they take four bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ class ScaledNumbers:
             return
         stored = parts[0].view(getattr(torch, self.numbers)).view(out.shape)
         tile_rows, tile_columns = out.shape[0] // self.grid[0], out.shape[1] // self.grid[1]
-        step = max(1, _PIECE // (tile_rows * out.shape[1]))
+        step = max(1, piece_numbers(out.device) // (tile_rows * out.shape[1]))
         for begin in range(0, self.grid[0], step):
             count = min(step, self.grid[0] - begin)
             rows = slice(begin * tile_rows, (begin + count) * tile_rows)

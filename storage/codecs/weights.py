@@ -9,6 +9,11 @@ import torch
 from offload.storage.blocks import FileRange, TensorSpec
 
 
+def piece_numbers(device: torch.device) -> int:
+    """How many numbers are decoded at once where each takes memory of its own in fp32."""
+    return 1 << 18 if device.type == "cpu" else 1 << 22
+
+
 class WeightCodec(Protocol):
     """How weights are stored. Frozen: equal codecs make the same values of the same bytes.
 

@@ -1,7 +1,7 @@
 """What the runtime asks of the device that computes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -79,6 +79,12 @@ class Device(Protocol):
         Args:
             copies: (target, source) of each.
             name: of the block, for the trace.
+        """
+
+    def convert(self, work: Callable[[], None], after: Event) -> Event:
+        """Run `work`, which changes in place what copies brought, once `after` is passed; the event marks its end.
+
+        Compute goes on meanwhile.
         """
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor, name: str = "") -> Event:

@@ -1,7 +1,7 @@
 """The CPU as the device that computes: its memory is the host's."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -57,6 +57,11 @@ class CpuDevice:
     ) -> Event:
         for target, source in copies:
             unversioned(target).copy_(source)
+        return DONE
+
+    def convert(self, work: Callable[[], None], after: Event) -> Event:
+        after.synchronize()
+        work()
         return DONE
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor, name: str = "") -> Event:

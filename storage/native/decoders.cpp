@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <thread>
+#include <vector>
 
 namespace {
 
@@ -242,9 +244,17 @@ struct MXFP4 {
   }
 };
 
+// `head_rows`: of a head, whose two halves took turns and are put one after the other; 0 where rows are in their order.
 template <class Block, class Out>
-void decode_blocks(const uint8_t* in, int64_t count, Out* out) {
-  for (int64_t block = 0; block < count; ++block) Block::decode(in + block * Block::bytes, out + block * Block::numbers);
+void decode_blocks(const uint8_t* in, int64_t first, int64_t last, int64_t row_blocks, int64_t head_rows, Out* out) {
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t place = head_rows ? row % head_rows : 0;
+    const int64_t to = head_rows ? row - place + place % 2 * (head_rows / 2) + place / 2 : row;
+    const uint8_t* data = in + row * row_blocks * Block::bytes;
+    Out* numbers = out + to * row_blocks * Block::numbers;
+    for (int64_t block = 0; block < row_blocks; ++block)
+      Block::decode(data + block * Block::bytes, numbers + block * Block::numbers);
+  }
 }
 
 // ---- 8-bit numbers with scales beside them.
@@ -269,10 +279,10 @@ inline float e5m2(uint8_t byte) {
 inline float int8(uint8_t byte) { return float(int8_t(byte)); }
 
 template <float (*Number)(uint8_t), class Out>
-void decode_tiles(const uint8_t* in, int64_t rows, int64_t columns, const float* scales, int64_t tile_rows,
+void decode_tiles(const uint8_t* in, int64_t first, int64_t last, int64_t columns, const float* scales, int64_t tile_rows,
                   int64_t tile_columns, Out* out) {
   const int64_t across = columns / tile_columns;
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = first; row < last; ++row) {
     for (int64_t tile = 0; tile < across; ++tile) {
       const float scale = scales[row / tile_rows * across + tile];
       const int64_t at = row * columns + tile * tile_columns;
@@ -284,10 +294,10 @@ void decode_tiles(const uint8_t* in, int64_t rows, int64_t columns, const float*
 // ---- Integers in words of 32 bits.
 
 template <int Bits, class Out>
-void decode_packed_rows(const uint8_t* in, int64_t rows, int64_t columns, int64_t row_bytes, const float* scales,
-                        const float* zeros, int64_t groups, Out* out) {
+void decode_packed_rows(const uint8_t* in, int64_t first, int64_t last, int64_t columns, int64_t row_bytes,
+                        const float* scales, const float* zeros, int64_t groups, Out* out) {
   const int64_t together = columns / groups;
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = first; row < last; ++row) {
     const uint8_t* data = in + row * row_bytes;
     for (int64_t group = 0; group < groups; ++group) {
       const float scale = scales[row * groups + group], zero = zeros[row * groups + group];
@@ -320,10 +330,10 @@ void turn_over(const Out (&tile)[TILE][TILE], int64_t input_count, int64_t outpu
 
 // `Unpack` gives the number of an input and an output, at the tile's first ones: a plain struct, so that it is inlined.
 template <class Unpack, class Out>
-void decode_columns(Unpack unpack, int64_t outputs, int64_t inputs, const float* scales, const float* zeros,
-                    const int32_t* group_of, Out* out) {
+void decode_columns(Unpack unpack, int64_t first_tile, int64_t last_tile, int64_t outputs, int64_t inputs,
+                    const float* scales, const float* zeros, const int32_t* group_of, Out* out) {
   Out tile[TILE][TILE];
-  for (int64_t first = 0; first < outputs; first += TILE) {
+  for (int64_t first = first_tile * TILE; first < outputs && first < last_tile * TILE; first += TILE) {
     const int64_t output_count = outputs - first < TILE ? outputs - first : TILE;
     for (int64_t begin = 0; begin < inputs; begin += TILE) {
       const int64_t input_count = inputs - begin < TILE ? inputs - begin : TILE;
@@ -373,60 +383,81 @@ int with_output(void* out, int dtype, Work work) {
   }
 }
 
+// Calls `work` with consecutive parts of `count` things, each in a thread. Starting one takes some ten microseconds.
+template <class Work>
+void in_threads(int64_t count, int threads, Work work) {
+  std::vector<std::thread> others;
+  const int64_t part = (count + threads - 1) / threads;
+  for (int64_t begin = part; begin < count; begin += part)
+    others.emplace_back(work, begin, begin + part < count ? begin + part : count);
+  work(int64_t(0), part < count ? part : count);
+  for (auto& other : others) other.join();
+}
+
 }  // namespace
 
 extern "C" {
 
-// All return 0, or 1 for a kind or dtype that they do not know.
+// All return 0, or 1 for a dtype that they do not know. `threads`: at least one.
 
-int offload_ggml(int kind, const uint8_t* in, int64_t blocks, void* out, int dtype) {
+int offload_ggml(int kind, const uint8_t* in, int64_t rows, int64_t row_blocks, int64_t head_rows, void* out, int dtype,
+                 int threads) {
   return with_output(out, dtype, [=](auto* to) {
-    switch (kind) {
+    in_threads(rows, threads, [=](int64_t begin, int64_t end) {
+      switch (kind) {
 #define CASE(number, name) \
-  case number: decode_blocks<name>(in, blocks, to); return
-      CASE(2, Q4_0);
-      CASE(3, Q4_1);
-      CASE(6, Q5_0);
-      CASE(7, Q5_1);
-      CASE(8, Q8_0);
-      CASE(10, Q2_K);
-      CASE(11, Q3_K);
-      CASE(12, Q4_K);
-      CASE(13, Q5_K);
-      CASE(14, Q6_K);
-      CASE(20, IQ4_NL);
-      CASE(23, IQ4_XS);
-      CASE(39, MXFP4);
+  case number: decode_blocks<name>(in, begin, end, row_blocks, head_rows, to); return
+        CASE(2, Q4_0);
+        CASE(3, Q4_1);
+        CASE(6, Q5_0);
+        CASE(7, Q5_1);
+        CASE(8, Q8_0);
+        CASE(10, Q2_K);
+        CASE(11, Q3_K);
+        CASE(12, Q4_K);
+        CASE(13, Q5_K);
+        CASE(14, Q6_K);
+        CASE(20, IQ4_NL);
+        CASE(23, IQ4_XS);
+        CASE(39, MXFP4);
 #undef CASE
-    }
+      }
+    });
   });
 }
 
 // `kind`: 0 e4m3fn, 1 e5m2, 2 int8.
 int offload_tiles(int kind, const uint8_t* in, int64_t rows, int64_t columns, const float* scales, int64_t tile_rows,
-                  int64_t tile_columns, void* out, int dtype) {
+                  int64_t tile_columns, void* out, int dtype, int threads) {
   return with_output(out, dtype, [=](auto* to) {
-    if (kind == 0) decode_tiles<e4m3>(in, rows, columns, scales, tile_rows, tile_columns, to);
-    if (kind == 1) decode_tiles<e5m2>(in, rows, columns, scales, tile_rows, tile_columns, to);
-    if (kind == 2) decode_tiles<int8>(in, rows, columns, scales, tile_rows, tile_columns, to);
+    in_threads(rows, threads, [=](int64_t begin, int64_t end) {
+      if (kind == 0) decode_tiles<e4m3>(in, begin, end, columns, scales, tile_rows, tile_columns, to);
+      if (kind == 1) decode_tiles<e5m2>(in, begin, end, columns, scales, tile_rows, tile_columns, to);
+      if (kind == 2) decode_tiles<int8>(in, begin, end, columns, scales, tile_rows, tile_columns, to);
+    });
   });
 }
 
 int offload_packed_rows(int bits, const uint8_t* in, int64_t rows, int64_t columns, int64_t row_bytes, const float* scales,
-                        const float* zeros, int64_t groups, void* out, int dtype) {
+                        const float* zeros, int64_t groups, void* out, int dtype, int threads) {
   return with_output(out, dtype, [=](auto* to) {
-    if (bits == 4) decode_packed_rows<4>(in, rows, columns, row_bytes, scales, zeros, groups, to);
-    if (bits == 8) decode_packed_rows<8>(in, rows, columns, row_bytes, scales, zeros, groups, to);
+    in_threads(rows, threads, [=](int64_t begin, int64_t end) {
+      if (bits == 4) decode_packed_rows<4>(in, begin, end, columns, row_bytes, scales, zeros, groups, to);
+      if (bits == 8) decode_packed_rows<8>(in, begin, end, columns, row_bytes, scales, zeros, groups, to);
+    });
   });
 }
 
 // `layout`: 4 or 8 bits of GPTQ, or 0 for AWQ.
 int offload_packed_columns(int layout, const uint32_t* words, int64_t outputs, int64_t inputs, const float* scales,
-                           const float* zeros, const int32_t* group_of, void* out, int dtype) {
+                           const float* zeros, const int32_t* group_of, void* out, int dtype, int threads) {
   return with_output(out, dtype, [=](auto* to) {
-    if (layout == 4) decode_columns(Gptq<4>{words, outputs}, outputs, inputs, scales, zeros, group_of, to);
-    if (layout == 8) decode_columns(Gptq<8>{words, outputs}, outputs, inputs, scales, zeros, group_of, to);
-    if (layout == 0) decode_columns(Awq{words, outputs}, outputs, inputs, scales, zeros, group_of, to);
+    const int64_t tiles = (outputs + TILE - 1) / TILE;
+    in_threads(tiles, threads, [=](int64_t begin, int64_t end) {
+      if (layout == 4) decode_columns(Gptq<4>{words, outputs}, begin, end, outputs, inputs, scales, zeros, group_of, to);
+      if (layout == 8) decode_columns(Gptq<8>{words, outputs}, begin, end, outputs, inputs, scales, zeros, group_of, to);
+      if (layout == 0) decode_columns(Awq{words, outputs}, begin, end, outputs, inputs, scales, zeros, group_of, to);
+    });
   });
 }
 

@@ -8,17 +8,21 @@ import torch
 from offload.storage.native.library import library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LEAST_BYTES = 3 << 19
+"""Less than this is decoded by one thread as soon as by several, which have to begin first."""
+
 _NUMBERS = {"float8_e4m3fn": 0, "float8_e5m2": 1, "int8": 2}
 
 
-def decode_ggml(kind: int, blocks: torch.Tensor, block_bytes: int, out: torch.Tensor) -> bool:
+def decode_ggml(kind: int, blocks: torch.Tensor, rows: int, row_blocks: int, out: torch.Tensor, head_rows: int = 0) -> bool:
     """Decode blocks of one of ggml's types.
 
     Args:
         kind: ggml's number of the type.
         blocks: uint8, one-dimensional.
+        head_rows: rows of a head, whose halves took turns and are put one after the other; 0 where there are no such.
     """
-    return _call("offload_ggml", kind, [blocks], [blocks.numel() // block_bytes], out)
+    return _call("offload_ggml", kind, [blocks], [rows, row_blocks, head_rows], out)
 
 
 def decode_tiles(kind: str, numbers: torch.Tensor, scales: torch.Tensor, grid: tuple[int, int], out: torch.Tensor) -> bool:
@@ -31,7 +35,7 @@ def decode_tiles(kind: str, numbers: torch.Tensor, scales: torch.Tensor, grid: t
     if kind not in _NUMBERS:
         return False
     rows, columns = out.shape
-    sizes = [rows, columns, scales, rows // grid[0], columns // grid[1]]
+    sizes: list[int | torch.Tensor] = [rows, columns, scales, rows // grid[0], columns // grid[1]]
     return _call("offload_tiles", _NUMBERS[kind], [numbers], sizes, out)
 
 
@@ -43,7 +47,7 @@ def decode_packed_rows(bits: int, words: torch.Tensor, scales: torch.Tensor, zer
         scales, zeros: fp32 [rows, groups].
     """
     rows, columns = out.shape
-    sizes = [rows, columns, words.shape[1] * 4, scales, zeros, scales.shape[1]]
+    sizes: list[int | torch.Tensor] = [rows, columns, words.shape[1] * 4, scales, zeros, scales.shape[1]]
     return _call("offload_packed_rows", bits, [words], sizes, out)
 
 
@@ -69,7 +73,13 @@ def _call(name: str, kind: int, data: Sequence[torch.Tensor], rest: Sequence[int
         return False
     given = [ctypes.c_void_p(item.data_ptr()) if isinstance(item, torch.Tensor) else ctypes.c_int64(item) for item in rest]
     pointers = [ctypes.c_void_p(item.data_ptr()) for item in data]
+    threads = torch.get_num_threads() if out.nbytes >= _LEAST_BYTES else 1
     status: int = known[name](
-        ctypes.c_int(kind), *pointers, *given, ctypes.c_void_p(out.data_ptr()), ctypes.c_int(_DTYPES[out.dtype])
+        ctypes.c_int(kind),
+        *pointers,
+        *given,
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int(_DTYPES[out.dtype]),
+        ctypes.c_int(threads),
     )
     return status == 0

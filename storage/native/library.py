@@ -16,7 +16,7 @@ from offload.storage.cache_folder import cache_folder
 from offload.storage.errors import ConfigError
 
 _SOURCES = (Path(__file__).with_name("decoders.cpp"),)
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
 _COMPILERS = ("c++", "g++", "clang++")
 _SHOWN_LINES = 12
 
@@ -31,24 +31,31 @@ def library_path() -> Path:
     return cache_folder() / "native" / f"{kind.hexdigest()[:16]}.so"
 
 
+def compiler() -> str | None:
+    """`$CXX`, else the first of c++, g++ and clang++ that is there; None if none is."""
+    chosen = os.environ.get("CXX")
+    return next((name for name in ((chosen,) if chosen else _COMPILERS) if shutil.which(name)), None)
+
+
 def build() -> Path:
-    """Compile it with `$CXX`, else the first of c++, g++ and clang++ that is there.
+    """Compile it with `compiler()`.
 
     Raises:
         ConfigError: if there is no compiler, or it fails.
     """
-    compiler = os.environ.get("CXX") or next((name for name in _COMPILERS if shutil.which(name)), None)
-    if compiler is None or not shutil.which(compiler):
-        raise ConfigError(f"no C++ compiler: {compiler or ', '.join(_COMPILERS)} is not there. Install one, or set CXX")
+    found = compiler()
+    if found is None:
+        asked = os.environ.get("CXX") or ", ".join(_COMPILERS)
+        raise ConfigError(f"no C++ compiler: {asked} is not there. Install one, or set CXX")
     path = library_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    command = [compiler, *_FLAGS, "-o", str(partial), *map(str, _SOURCES)]
+    command = [found, *_FLAGS, "-o", str(partial), *map(str, _SOURCES)]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
             shown = "\n".join(ended.stderr.splitlines()[:_SHOWN_LINES])
-            raise ConfigError(f"{compiler} failed with status {ended.returncode}:\n{shown}")
+            raise ConfigError(f"{found} failed with status {ended.returncode}:\n{shown}")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

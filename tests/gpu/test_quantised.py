@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 
 from offload import offload
+from offload.planning.fit import decode_workspace_bytes
 from tests.budgets import NONE, SOME, budget_for, spec_of
 from tests.fp8_files import in_eight_bits
 
@@ -44,15 +45,23 @@ def test_identical(form, residency, host, tmp_path):
     plain = plain.to("cuda")
     largest = max(block.slot_bytes for block in spec.blocks)
     options = {
-        "gpu_memory": budget_for(spec, residency, 2, 24, "cuda") + (1 << 20),
-        "cpu_memory": {"from disk": 3, "from CPU memory": 1000}[host] * largest,
+        "gpu_memory": budget_for(spec, residency, 2, 24, "cuda") + (1 << 20) + decode_workspace_bytes(spec),
+        "cpu_memory": {"from disk": 2, "from CPU memory": 1000}[host] * largest,
         "batch_size": 2,
         "max_tokens": 24,
     }
     with torch.no_grad(), offload(path, device="cuda", **options) as session:
         ids = TOKENS.to("cuda")
         assert session.plan.weights.streamed
+        crossed = []
         for _ in range(3):
             assert torch.equal(session.model(ids).logits, plain(ids).logits)
+            torch.cuda.synchronize()
+            crossed.append(session.report().links["h2d"].bytes)
+        blocks = {block.key: block for block in spec.blocks}
+        streamed = session.plan.weights.streamed
+        # Over the bus goes what the checkpoint holds.
+        assert crossed[2] - crossed[1] <= 1.02 * sum(blocks[key].encoded_bytes for key in streamed)
+        assert sum(blocks[key].encoded_bytes for key in streamed) < 0.8 * sum(blocks[key].slot_bytes for key in streamed)
         asked = {"max_new_tokens": 6, "do_sample": False}
         assert torch.equal(session.model.generate(ids, **asked), plain.generate(ids, **asked))

@@ -21,7 +21,7 @@ def device(monkeypatch):
     device = DelayedDevice()
     monkeypatch.setattr("offload.api.resolve_device", lambda name: device)
     # So that the tiny models have more blocks than there are buffers between disk and device.
-    monkeypatch.setattr("offload.scheduler.planner._STAGING_BUFFERS", 1)
+    monkeypatch.setattr("offload.scheduler.host_memory._STAGING_BUFFERS", 1)
     return device
 
 

@@ -1,6 +1,7 @@
 """GGUF files, streamed as they are: equal to the model that transformers decodes from them."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from offload import Training, offload
 from offload.cli.main import main
 from offload.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
 from offload.model.placeholders import is_placeholder
+from offload.planning.fit import decode_workspace_bytes
+from tests.budgets import NONE, budget_for, spec_of
+from tests.delayed import DelayedDevice
 from tests.poison import moved_in_a_pass, poison_homes
 
 gguf = pytest.importorskip("gguf")
@@ -55,6 +59,79 @@ def test_what_travels_is_the_small_form(tmp_path):
         streamed = [value for key in session.plan.weights.streamed for value in session.model.get_submodule(key).parameters()]
     small = sum(value.numel() * 18 // 32 if value.dim() > 1 else value.numel() * 4 for value in streamed)
     assert small <= moved <= 1.02 * small + TOKENS.numel() * 256
+
+
+def keeping_layers(path, budget, count, **options):
+    """The plan of that budget, with so many of the layers that it streams kept in their stored form."""
+    with offload(path, device="cpu", cpu_memory=budget, **options) as session:
+        weights = session.plan.weights
+        kept = [key for key in weights.streamed if "layers" in key][:count]
+        return replace(session.plan, weights=replace(weights, in_host_memory=tuple(kept)))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_layers_are_kept_in_their_stored_form(count, tmp_path, decoders):
+    path = write_gguf(tmp_path / "model.gguf", "llama", MIXED)
+    plain = plainly_read(path, "llama", torch.bfloat16)
+    options = {"max_tokens": 16, "batch_size": 2}
+    plan = keeping_layers(path, "3MiB", count, **options)
+    with torch.no_grad(), offload(path, device="cpu", cpu_memory="5MiB", plan=plan, **options) as session:
+        poison_homes(session)
+        for _ in range(2):
+            assert torch.equal(session.model(TOKENS).logits, plain(TOKENS).logits)
+        blocks = {block.key: block for block in session.plan.weights.blocks}
+        kept = session.plan.weights.in_host_memory
+        assert len(kept) == count
+        assert session.plan.weights.encoded_bytes == sum(blocks[key].host_bytes for key in kept)
+        others = sum(blocks[key].stored_bytes for key in session.plan.weights.streamed if key not in kept)
+        assert moved_in_a_pass(session, TOKENS) <= 1.02 * others + TOKENS.numel() * 256
+        held = session.report().tiers["cpu"].at_peak_bytes
+        assert held["streamed weights"] == session.plan.weights.encoded_bytes
+        name = f"{kept[0]}.self_attn.q_proj.weight"
+        changed = plain.get_parameter(name) * 0.5
+        for model in (plain, session.model):
+            model.get_parameter(name).data = changed.clone()
+        assert torch.equal(session.model(TOKENS).logits, plain(TOKENS).logits)
+
+
+def test_what_is_kept_gives_way_to_a_longer_sequence(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", "llama", MIXED)
+    plain = plainly_read(path, "llama", torch.bfloat16)
+    plan = keeping_layers(path, "3MiB", 3, max_tokens=16)
+    kept = sum(block.host_bytes for block in plan.weights.blocks if block.key in plan.weights.in_host_memory)
+    budget = plan.device_bytes + kept + (1 << 16)
+    longer = torch.arange(200).repeat(2, 1) + 3
+    with torch.no_grad(), offload(path, device="cpu", cpu_memory=budget, plan=plan, max_tokens=16) as session:
+        assert torch.equal(session.model(TOKENS[:1]).logits, plain(TOKENS[:1]).logits)
+        assert len(session.plan.weights.in_host_memory) == 3
+        assert torch.equal(session.model(longer).logits, plain(longer).logits)
+        assert len(session.plan.weights.in_host_memory) < 3
+        assert any("were given up" in note for note in session.report().fallbacks)
+
+
+@pytest.mark.parametrize("host", [2, 1000], ids=["from disk", "from CPU memory"])
+@pytest.mark.parametrize("locked", [True, False], ids=["page-locked", "pageable"])
+def test_beside_a_device_the_stored_form_crosses_the_bus(host, locked, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "model.gguf", "llama", MIXED)
+    plain = plainly_read(path, "llama", torch.bfloat16)
+    device = DelayedDevice()
+    device.lock_pages = lambda buffer: locked
+    monkeypatch.setattr("offload.api.resolve_device", lambda name: device)
+    spec = spec_of(path, batch_size=2, max_tokens=16)
+    largest = max(block.slot_bytes for block in spec.blocks)
+    budget = budget_for(spec, NONE, 2, 16) + decode_workspace_bytes(spec)
+    options = {"gpu_memory": budget, "cpu_memory": host * largest, "batch_size": 2, "max_tokens": 16}
+    with torch.no_grad(), offload(path, **options) as session:
+        weights = session.plan.weights
+        assert (set(weights.in_host_memory) == set(weights.streamed)) == (host == 1000)
+        poison_homes(session)
+        for _ in range(3):
+            device.ended_copies()
+            assert torch.equal(session.model(TOKENS).logits, plain(TOKENS).logits)
+        crossed = sum(copy.nbytes for copy in device.ended_copies() if "layers" in copy.name)
+    blocks = {block.key: block for block in spec.blocks}
+    layers = [blocks[key] for key in weights.streamed if "layers" in key]
+    assert sum(block.stored_bytes for block in layers) <= crossed <= sum(block.encoded_bytes for block in layers)
 
 
 def test_whoever_asks_for_the_values_gets_them(tmp_path):

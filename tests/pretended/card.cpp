@@ -126,6 +126,8 @@ void free_block(void* context) {
     card.violations.push_back(error.what());
     card.ranges.forget(begin, begin + block->nbytes);
   }
+  // What is queued on its own stream still finds it as it was, as on a card.
+  card.run_all(block->stream);
   std::memset(block->memory, 0xFF, block->nbytes);
   pool[block->nbytes].push_back(block->memory);
   held -= block->nbytes;

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offload.scheduler.host_memory import spread
 from offload.scheduler.model_spec import ActivationSizes, BlockRole, DivisibleWeight, ModelSpec, PlacedBlock, Workload
 from offload.scheduler.plan import HostCompute, Plan
-from offload.scheduler.planner import least_budget_bytes, make_plan, spread
+from offload.scheduler.planner import least_budget_bytes, make_plan
 from offload.storage.errors import BudgetTooSmall
 
 MIB = 1 << 20
@@ -75,7 +76,7 @@ def test_layers_that_are_divided_or_on_the_cpu_fit_too(model, percent, budget_mi
     assert held <= host_bytes
     moved = sum(sizes[key].stored_bytes for key in plan.weights.streamed)
     assert plan.weights.streamed_bytes <= moved
-    assert plan.completed(model, WORK).weights.streamed_bytes == plan.weights.streamed_bytes
+    assert plan.completed(model, WORK, own_memory=True).weights.streamed_bytes == plan.weights.streamed_bytes
     assert Plan.from_json(plan.to_json()) == plan
 
 

@@ -40,6 +40,8 @@ class HeadRows:
         return self.inner.name
 
     def decode(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        if isinstance(self.inner, GgmlBlocks) and self.inner.decode_natively(parts[0], out, self.head_rows):
+            return
         turns = torch.empty_like(out)
         self.inner.decode(parts, turns)
         half = self.head_rows // 2

@@ -1,7 +1,7 @@
 """What a quantised checkpoint holds, and a model's parameters made of it: views of files, and stand-ins."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,13 @@ from torch import nn
 
 from offload.model.blocks import StoredSize
 from offload.model.placeholders import placeholder
-from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES
+from offload.storage.blocks import BLOCK_ALIGNMENT_BYTES, align_up
 from offload.storage.checkpoint import StoredTensor
-from offload.storage.codecs.decode_speed import decoded_bytes_per_second
+from offload.storage.codecs.decode_speed import CODECS, decoded_bytes_per_second
 from offload.storage.codecs.weights import EncodedTensor, Source
 from offload.storage.errors import UnsupportedCheckpoint
 from offload.storage.load_plan import plan_load
+from offload.storage.native.library import compiler, library
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,4 +127,16 @@ def size_of_sources(sources: Sequence[Source], unit_bytes: int = BLOCK_ALIGNMENT
     if largest is None:
         return StoredSize(load_plan.slot_bytes, load_plan.payload_bytes)
     seconds = sum(item.nbytes / decoded_bytes_per_second(item.codec.name, item.spec.dtype) for item in encoded)
-    return StoredSize(load_plan.slot_bytes, load_plan.payload_bytes, largest.codec.name, seconds)
+    whole_pages = align_up(load_plan.stored.slot_bytes, BLOCK_ALIGNMENT_BYTES)
+    return StoredSize(load_plan.slot_bytes, load_plan.payload_bytes, largest.codec.name, seconds, whole_pages)
+
+
+def decoding_notes(codecs: Collection[str]) -> Iterator[str]:
+    """What would make decoding faster here.
+
+    Args:
+        codecs: of the blocks that are streamed.
+    """
+    named = sorted(set(codecs) & set(CODECS))
+    if named and library() is None and compiler() is not None:
+        yield f"torch decodes the weights ({', '.join(named)}): `offload native build` makes that several times as fast"
