@@ -42,10 +42,16 @@ def config_of(architecture: str, tied: bool) -> hf.PreTrainedConfig:
     return {"llama": hf.LlamaConfig, "qwen3": hf.Qwen3Config, "gemma2": hf.Gemma2Config}[architecture](**sizes)
 
 
-def write_gguf(path: Path, architecture: str, kinds: list[str], tied: bool = True, more: tuple[str, ...] = ()) -> str:
-    """A file whose matrices have the given types, one after another; norms are F32, and so are `more` tensors of four."""
+def write_gguf(
+    path: Path, architecture: str, kinds: list[str], tied: bool = True, more: tuple[str, ...] = (), part_tensors: int = 0
+) -> str:
+    """A file whose matrices have the given types, one after another; norms are F32, and so are `more` tensors of four.
+
+    Args:
+        part_tensors: the file is split into parts of so many.
+    """
     config = config_of(architecture, tied)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
     writer.add_context_length(256)
     writer.add_embedding_length(256)
     writer.add_block_count(3)

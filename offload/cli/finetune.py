@@ -20,6 +20,7 @@ from offload.finetune.loop import train
 from offload.finetune.recipe import FULL, LORA, Recipe
 from offload.generation.prompts import load_tokenizer
 from offload.model.checkpoint_folder import find_folder
+from offload.model.from_pretrained import LoadingOptions
 from offload.report.record import Record
 from offload.report.report import Report
 from offload.report.training import TrainingEstimate
@@ -87,7 +88,7 @@ def _prepared(request: FinetuneArguments) -> _Job:
     _check_output(Path(request.output.output), request.output.resume)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    folder = find_folder(request.model)
+    folder = find_folder(request.model, LoadingOptions(gguf_file=request.loading.gguf_file))
     tokenizer = load_tokenizer(folder, request.loading.trust_remote_code)
     batches = _batches(request, request.data.data, tokenizer)
     evaluation = _batches(request, request.data.eval_data, tokenizer) if request.data.eval_data else None

@@ -46,7 +46,9 @@ def run(request: GenerateArguments) -> None:
     asked = Sampling(**(vars(request.sampling) | {"stop": tuple(request.sampling.stop)}))
     texts = _read_prompts(request.prompt)
     transformers_logging.set_verbosity_error()
-    folder, adapter = find_model(request.model, LoadingOptions.of({"revision": request.loading.revision}))
+    folder, adapter = find_model(
+        request.model, LoadingOptions.of({"revision": request.loading.revision, "gguf_file": request.loading.gguf_file})
+    )
     if (kind := class_of(folder)) is not None:
         check_writes_text(kind, request.model)
     given = next(iter(request.loading.adapter), None)

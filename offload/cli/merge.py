@@ -10,7 +10,7 @@ from offload.cli.arguments.others import MergeArguments
 from offload.cli.terminal import say
 from offload.generation.prompts import load_tokenizer
 from offload.model.checkpoint_folder import find_folder
-from offload.model.quantised.gguf_metadata import SUFFIX
+from offload.model.quantised.gguf_files import SUFFIX
 from offload.storage.errors import ConfigError
 
 

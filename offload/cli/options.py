@@ -19,6 +19,7 @@ class LoadingGroup(Group):
 
     dtype: Annotated[WeightDtype, option("dtype of the weights")] = "auto"
     trust_remote_code: Annotated[bool, option("run model code that comes with the checkpoint")] = False
+    gguf_file: Annotated[str | None, option("which GGUF file of the folder or repository, if it has several", "NAME")] = None
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,16 @@ def run(request: PlanArguments) -> None:
     hardware = None if memory.hardware is None else HardwareProfile.load(memory.hardware)
     with progress_bar() as show:
         loading = request.loading
-        planner = Planner(request.model, loading.dtype, hardware, memory.device, memory.disk, loading.trust_remote_code, show)
+        planner = Planner(
+            request.model,
+            loading.dtype,
+            hardware,
+            memory.device,
+            memory.disk,
+            loading.trust_remote_code,
+            show,
+            loading.gguf_file,
+        )
     planned = planner.plan(asked)
     if output.output:
         Path(output.output).write_text(planned.plan.to_json())

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, read_config
-from offload.model.quantised.gguf import find_gguf
-from offload.model.quantised.gguf_metadata import SUFFIX
+from offload.model.quantised.gguf_files import SUFFIX, find_gguf, patterns_of
 from offload.storage.checkpoint import SINGLE_NAME, index_of, indexed_files, no_safetensors, of_variant
 from offload.storage.errors import CheckpointError, ConfigError, foreign_file
 
@@ -63,7 +62,8 @@ def find_model(name: str, options: LoadingOptions = AS_IT_IS) -> tuple[str, str 
 
 def _folder(name: str, options: LoadingOptions) -> str:
     """The folder; of the hub, with the small files in it."""
-    if (gguf := find_gguf(name)) is not None:
+    inside = os.path.join(name, options.subfolder) if options.subfolder else name
+    if (gguf := find_gguf(inside, options.gguf_file)) is not None:
         return gguf
     if os.path.isdir(name):
         if (revision := options.hub.get("revision")) is not None:
@@ -73,6 +73,9 @@ def _folder(name: str, options: LoadingOptions) -> str:
         return folder
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; give the folder that holds the checkpoint, with its config.json")
+    if options.gguf_file is not None:
+        folder = _fetch(name, options, list(patterns_of(options.gguf_file)))
+        return find_gguf(folder, options.gguf_file) or folder
     return _fetch(name, options, list(_SMALL_FILES), [_inside("*/*", options)])
 
 
@@ -180,7 +183,7 @@ def _what_it_is(folder: Path, name: str) -> str:
         parts = _parts_of(folder / "model_index.json")
         return f"{name} is a diffusers pipeline: give one of its models ({', '.join(parts)}), like {name}/text_encoder"
     if files := sorted(path.name for path in folder.glob("*.gguf")):
-        return f"{name} holds GGUF files ({', '.join(files[:3])}): download one, and give its path"
+        return f"{name} holds GGUF files ({', '.join(files[:3])}): name one, like gguf_file={files[0]}"
     return f"{name} holds no config.json; give a folder that save_pretrained wrote"
 
 

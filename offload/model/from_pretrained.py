@@ -15,7 +15,9 @@ HUB = frozenset({"revision", "cache_dir", "token", "local_files_only", "force_do
 MODEL = frozenset({"attn_implementation", "experts_implementation", "generation_config", "key_mapping", "weights_only"})
 """Handed on to the model as they are."""
 
-TAKEN = HUB | MODEL | {"config", "dtype", "torch_dtype", "trust_remote_code", "code_revision", "subfolder", "variant"}
+TAKEN = (
+    HUB | MODEL | {"config", "dtype", "torch_dtype", "trust_remote_code", "code_revision", "subfolder", "variant", "gguf_file"}
+)
 """These do what they do there."""
 
 _PLACES = "offload decides what lives where; give gpu_memory=, cpu_memory= and disk_dir= instead"
@@ -35,7 +37,6 @@ REFUSED: dict[str, str] = {
     "quantization_config": _QUANTISED,
     "load_in_8bit": _QUANTISED,
     "load_in_4bit": _QUANTISED,
-    "gguf_file": "give the path of the file in place of the model",
     "use_safetensors": "only safetensors can be streamed; leave it out, or give True",
     "from_tf": "only safetensors can be streamed",
     "from_flax": "only safetensors can be streamed",
@@ -81,6 +82,7 @@ class LoadingOptions:
         trust_remote_code: run the model code that the checkpoint brings along.
         subfolder: of the folder or the hub's repository, where config and weights are.
         variant: of the weights' file names, like `fp16`.
+        gguf_file: the name of a GGUF file in the folder or the hub's repository; the first of several parts.
         config: instead of the checkpoint's own: a config object, or the path or hub id of one.
         hub, model: by `HUB` and `MODEL`.
         overrides: of the config, by attribute.
@@ -92,6 +94,7 @@ class LoadingOptions:
     code_revision: str | None = None
     subfolder: str = ""
     variant: str | None = None
+    gguf_file: str | None = None
     config: Any = None
     hub: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)

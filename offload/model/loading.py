@@ -22,7 +22,8 @@ from offload.model.expert_loading import SingleExperts
 from offload.model.experts import ExpertPieces
 from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, read_config
 from offload.model.quantised.gguf import GgufFile
-from offload.model.quantised.gguf_metadata import SUFFIX, metadata_folder
+from offload.model.quantised.gguf_files import SUFFIX, parts_of
+from offload.model.quantised.gguf_metadata import metadata_folder
 from offload.model.quantised.methods import READERS
 from offload.model.quantised.weights import ModelState, StoredWeights, size_of_sources
 from offload.storage.block_file import BlockFile, key_of
@@ -71,15 +72,14 @@ class LoadedModel:
     outline: nn.Module | None = None
 
 
-def find_outline(name: str, dtype: Any = "auto", trust_remote_code: bool = False) -> "CheckpointLoader":
+def find_outline(name: str, options: LoadingOptions = AS_IT_IS) -> "CheckpointLoader":
     """A loader to look at: of a hub id nothing but the config and the safetensors headers is fetched.
 
     Raises:
         CheckpointError: if there is no such folder and the hub does not give it.
     """
-    options = LoadingOptions(dtype, trust_remote_code)
-    if name == DEMO or os.path.exists(name):
-        return CheckpointLoader(find_folder(name), options)
+    if name == DEMO or os.path.exists(name) or options.gguf_file is not None:
+        return CheckpointLoader(find_folder(name, options), options)
     folder, headers = fetch_headers(name)
     return CheckpointLoader(folder, options, headers)
 
@@ -121,7 +121,7 @@ class CheckpointLoader:
     def sources(self) -> frozenset[str]:
         """The files that the weights are in."""
         if self._gguf is not None:
-            return frozenset({self._gguf.path})
+            return frozenset(parts_of(self._gguf.path))
         return frozenset(item.range.path for item in self.stored.values())
 
     @property

@@ -9,6 +9,7 @@ from torch import nn
 from offload.budgets import HOST_MARGIN_BYTES, Budgets, resolve_budgets
 from offload.config import parse_bytes
 from offload.kv.options import PLAIN, KvOptions
+from offload.model.from_pretrained import LoadingOptions
 from offload.model.loading import CheckpointLoader, find_outline
 from offload.model.text_generation import check_writes_text
 from offload.moe.options import ExpertOptions
@@ -100,9 +101,10 @@ class Planner:
         disk_dir: str | None = None,
         trust_remote_code: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
+        gguf_file: str | None = None,
     ) -> None:
         self._name = name
-        self._loader: CheckpointLoader = find_outline(name, dtype, trust_remote_code)
+        self._loader: CheckpointLoader = find_outline(name, LoadingOptions(dtype, trust_remote_code, gguf_file=gguf_file))
         outline = self._loader.outline()
         if outline is None:
             raise ConfigError(f"{name} is quantised: its plan is known once it is loaded; run `offload generate`")

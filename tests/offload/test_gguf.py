@@ -226,7 +226,36 @@ def test_the_command_takes_the_file_or_its_folder(tmp_path, capsys):
     assert "is quantised" in capsys.readouterr().err
     Path(tmp_path, "other.gguf").write_bytes(b"GGUF")
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 1
-    assert "2 GGUF files" in capsys.readouterr().err
+    assert "2 GGUF checkpoints" in capsys.readouterr().err
+
+
+def test_a_checkpoint_in_parts(tmp_path, capsys):
+    """The head is in the last one: transformers, which sees the first, would take it for tied."""
+    whole = write_gguf(tmp_path / "whole.gguf", "llama", ["Q4_0", "Q8_0"], tied=False)
+    wanted = plainly_read(whole, "llama", torch.bfloat16, tied=False)(TOKENS).logits
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    write_gguf(folder / "model.gguf", "llama", ["Q4_0", "Q8_0"], tied=False, part_tensors=9)
+    parts = sorted(folder.iterdir())
+    assert len(parts) == 4
+    for place in (folder, parts[0], parts[2]):
+        with torch.no_grad(), offload(str(place), device="cpu", cpu_memory="4MiB", max_tokens=16, batch_size=2) as session:
+            assert torch.equal(session.model(TOKENS).logits, wanted)
+    Path(whole).rename(folder / "whole.gguf")
+    with pytest.raises(
+        UnsupportedCheckpoint, match=r"2 GGUF checkpoints .* name one, like gguf_file=model-00001-of-00004.gguf"
+    ):
+        offload(str(folder), device="cpu").__enter__()
+    with pytest.raises(CheckpointError, match=r"gguf_file no\.gguf is not in"):
+        offload(str(folder), device="cpu", gguf_file="no.gguf").__enter__()
+    asked = ["generate", str(folder), "--prompt", "And", "--max-new-tokens", "2", "--cpu-memory", "4MiB", "--device", "cpu"]
+    assert main([*asked, "--gguf-file", "whole.gguf"]) == 0
+    assert main(["plan", str(folder), "--gguf-file", parts[0].name, "--device", "cpu", "--cpu-memory", "16MiB"]) == 0
+    assert main(asked) == 1
+    assert "--gguf-file" in capsys.readouterr().err
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"00002-of-00004\.gguf is not there: .* is one of 4 parts"):
+        offload(str(parts[0]), device="cpu").__enter__()
 
 
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ The tables are transformers' (`modeling_gguf_pytorch_utils`): config, names, and
 converter did to the values, which is undone here: to rows before decoding, to values after it.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.model.quantised.gguf_metadata import SUFFIX
+from offload.model.quantised.gguf_files import parts_of
 from offload.model.quantised.weights import StoredWeights
 from offload.storage.blocks import TensorSpec
 from offload.storage.checkpoint import StoredTensor
 from offload.storage.codecs.ggml import GgmlBlocks
 from offload.storage.codecs.weights import Cast, EncodedTensor, WeightCodec
-from offload.storage.errors import UnsupportedCheckpoint, foreign_file
+from offload.storage.errors import CorruptCheckpoint, UnsupportedCheckpoint, foreign_file
 from offload.storage.gguf_header import read_gguf_header
 
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -97,26 +96,11 @@ _UNDONE: dict[str, Undo] = {
 """What transformers' class for an architecture does to a tensor, by the class's name; others are refused."""
 
 
-def find_gguf(place: str) -> str | None:
-    """The GGUF file that a path names: itself, or the only one of a folder without another checkpoint; None if it is neither.
-
-    Raises:
-        UnsupportedCheckpoint: if the folder has several.
-    """
-    if place.endswith(SUFFIX) and os.path.isfile(place):
-        return place
-    if not os.path.isdir(place) or os.path.exists(os.path.join(place, "config.json")):
-        return None
-    names = sorted(name for name in os.listdir(place) if name.endswith(SUFFIX))
-    if len(names) > 1:
-        raise UnsupportedCheckpoint(
-            f"{place} holds {len(names)} GGUF files ({', '.join(names[:3])}); name one, like {os.path.join(place, names[0])}"
-        )
-    return os.path.join(place, names[0]) if names else None
-
-
 class GgufFile:
-    """One file, its header read.
+    """One checkpoint, the headers of its files read.
+
+    Args:
+        path: of its first file.
 
     Raises:
         UnsupportedCheckpoint: if it holds what cannot be decoded here.
@@ -125,10 +109,14 @@ class GgufFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._header = read_gguf_header(path)
-        self.architecture = str(self._header.values.get("general.architecture"))
-        if self._header.values.get("split.count", 1) != 1:
-            raise UnsupportedCheckpoint(f"{path} is a part of a split GGUF; merge the parts first (llama-gguf-split --merge)")
+        headers = [read_gguf_header(part) for part in parts_of(path)]
+        self.architecture = str(headers[0].values.get("general.architecture"))
+        self._tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+        count = headers[0].values.get("split.count", 1)
+        if count > len(headers) or len(self._tensors) != sum(len(header.tensors) for header in headers):
+            raise CorruptCheckpoint(
+                f"{path} says that it is one of {count} parts, of different tensors; by its name there are {len(headers)}"
+            )
 
     def weights(self, outline: nn.Module, dtype: torch.dtype) -> StoredWeights:
         """Tell what it holds, for a model of that outline in that dtype."""
@@ -136,7 +124,7 @@ class GgufFile:
         undone, names = self._tables(outline, config)
         plain: dict[str, StoredTensor] = {}
         encoded: dict[str, EncodedTensor] = {}
-        for stored_name, tensor in self._header.tensors.items():
+        for stored_name, tensor in self._tensors.items():
             if stored_name not in names:
                 continue
             name = names[stored_name]
@@ -146,7 +134,7 @@ class GgufFile:
             else:
                 spec = TensorSpec(name, str(dtype).removeprefix("torch."), tensor.shape)
                 encoded[name] = EncodedTensor(spec, codec, (tensor.range,))
-        return StoredWeights(plain, encoded, tuple(name for name in self._header.tensors if name not in names))
+        return StoredWeights(plain, encoded, tuple(name for name in self._tensors if name not in names))
 
     def _tables(self, outline: nn.Module, config: Any) -> tuple[Undo, dict[str, str]]:
         from transformers import modeling_gguf_pytorch_utils

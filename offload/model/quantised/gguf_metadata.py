@@ -13,12 +13,13 @@ from typing import Any
 
 import transformers
 
+from offload.model.quantised.gguf_files import SUFFIX, parts_of
 from offload.storage.block_file import key_of
 from offload.storage.cache_folder import cache_folder
 from offload.storage.checkpoint import identity
 from offload.storage.errors import CheckpointError, UnsupportedCheckpoint, foreign_file
+from offload.storage.gguf_header import read_gguf_header
 
-SUFFIX = ".gguf"
 _FOLDER = "gguf"
 _MOST_FOLDERS = 32
 
@@ -32,7 +33,7 @@ def metadata_folder(place: str) -> str:
     """
     if not place.endswith(SUFFIX):
         return place
-    key = key_of({"file": identity(place), "transformers": transformers.__version__})
+    key = key_of({"files": [identity(part) for part in parts_of(place)], "transformers": transformers.__version__})
     folder = cache_folder() / _FOLDER / key
     if not folder.is_dir():
         partial = folder.with_name(f"{key}.{secrets.token_hex(4)}")
@@ -57,6 +58,9 @@ def _write(place: str, folder: str) -> None:
     ):
         config = transformers.AutoConfig.from_pretrained(inside, gguf_file=name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(inside, gguf_file=name)
+        # Of a split checkpoint transformers sees the first part alone.
+        tensors = {name for part in parts_of(place) for name in read_gguf_header(part).tensors}
+        config.tie_word_embeddings = "output.weight" not in tensors
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
