@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 
 from offload.storage.blocks import DTYPE_BYTES
+from offload.storage.codecs.four_bits import FourBits
 from offload.storage.codecs.ggml import GgmlBlocks, block_of
 from offload.storage.codecs.packed_integers import PackedColumns, PackedRows
 from offload.storage.codecs.scaled_numbers import ScaledNumbers
@@ -14,7 +15,7 @@ from offload.storage.gguf_header import GGML_TYPES
 
 _GGML = tuple(name for name, numbers, _ in GGML_TYPES.values() if numbers > 1)
 
-CODECS = (*_GGML, "fp8", "int4", "int8", "gptq int4", "gptq int8", "awq int4")
+CODECS = (*_GGML, "fp8", "int4", "int8", "gptq int4", "gptq int8", "awq int4", "nf4", "fp4")
 """Names of what can be timed, beside dtypes."""
 
 _ROWS, _COLUMNS = 2048, 512
@@ -47,6 +48,8 @@ def _sample(name: str) -> tuple[WeightCodec, list[int]]:
     numbers = _ROWS * _COLUMNS
     if name == "fp8":
         return ScaledNumbers("float8_e4m3fn", "float32", (4, 4)), [numbers, 64]
+    if name in ("nf4", "fp4"):
+        return FourBits(name, 64), [numbers // 2, numbers // 64 * 4, 64]
     if name.startswith(("gptq", "awq")):
         bits = int(name[-1])
         columns = PackedColumns(bits, "float16", 4, 0, name.startswith("awq"))

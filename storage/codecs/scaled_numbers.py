@@ -46,3 +46,29 @@ class ScaledNumbers:
     def _scales(self, part: torch.Tensor) -> torch.Tensor:
         scales = part.view(getattr(torch, self.scales)).view(self.grid)
         return (scales.float() - 127.0).exp2() if self.scales == "uint8" else scales.float()
+
+
+_OVER_127 = 7.874015718698502e-3
+"""As bitsandbytes has it: a product with it is rounded after that with the row's largest number."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowMaxima:
+    """LLM.int8() (arXiv 2208.07339). Two parts: integers of eight bits, and the largest number of each row, fp32."""
+
+    @property
+    def name(self) -> str:
+        return "int8"
+
+    def decode(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        maxima = parts[1].view(torch.float32)
+        if decode_tiles("int8", parts[0], maxima, (len(out), 1), out, _OVER_127):
+            return
+        stored = parts[0].view(torch.int8).view(out.shape)
+        step = max(1, piece_numbers(out.device) // out.shape[1])
+        for begin in range(0, len(out), step):
+            rows = slice(begin, begin + step)
+            out[rows].copy_(stored[rows].float().mul_(maxima[rows, None]).mul_(_OVER_127))
+
+    def rows_together(self, shape: Sequence[int]) -> int:
+        return shape[0]

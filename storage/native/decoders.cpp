@@ -279,15 +279,30 @@ inline float e5m2(uint8_t byte) {
 inline float int8(uint8_t byte) { return float(int8_t(byte)); }
 
 template <float (*Number)(uint8_t), class Out>
-void decode_tiles(const uint8_t* in, int64_t first, int64_t last, int64_t columns, const float* scales, int64_t tile_rows,
-                  int64_t tile_columns, Out* out) {
+void decode_tiles(const uint8_t* in, int64_t first, int64_t last, int64_t columns, const float* scales, float factor,
+                  int64_t tile_rows, int64_t tile_columns, Out* out) {
   const int64_t across = columns / tile_columns;
   for (int64_t row = first; row < last; ++row) {
     for (int64_t tile = 0; tile < across; ++tile) {
       const float scale = scales[row / tile_rows * across + tile];
       const int64_t at = row * columns + tile * tile_columns;
-      for (int64_t i = 0; i < tile_columns; ++i) store(out[at + i], Number(in[at + i]) * scale);
+      for (int64_t i = 0; i < tile_columns; ++i) store(out[at + i], Number(in[at + i]) * scale * factor);
     }
+  }
+}
+
+// ---- Four bits that stand for one of sixteen numbers, the first in the high ones; `block` is even.
+template <class Out>
+void decode_four_bits(const uint8_t* in, int64_t first, int64_t last, int64_t count, int64_t block, const float* scales,
+                      const float* numbers, Out* out) {
+  for (int64_t at = first; at < last; ++at) {
+    const float scale = scales[at];
+    const int64_t begin = at * block, end = begin + block < count ? begin + block : count;
+    for (int64_t i = begin / 2; i < end / 2; ++i) {
+      store(out[2 * i], numbers[in[i] >> 4] * scale);
+      store(out[2 * i + 1], numbers[in[i] & 15] * scale);
+    }
+    if (end % 2) store(out[end - 1], numbers[in[end / 2] >> 4] * scale);
   }
 }
 
@@ -427,13 +442,22 @@ int offload_ggml(int kind, const uint8_t* in, int64_t rows, int64_t row_blocks, 
 }
 
 // `kind`: 0 e4m3fn, 1 e5m2, 2 int8.
-int offload_tiles(int kind, const uint8_t* in, int64_t rows, int64_t columns, const float* scales, int64_t tile_rows,
-                  int64_t tile_columns, void* out, int dtype, int threads) {
+int offload_tiles(int kind, const uint8_t* in, int64_t rows, int64_t columns, const float* scales, float factor,
+                  int64_t tile_rows, int64_t tile_columns, void* out, int dtype, int threads) {
   return with_output(out, dtype, [=](auto* to) {
     in_threads(rows, threads, [=](int64_t begin, int64_t end) {
-      if (kind == 0) decode_tiles<e4m3>(in, begin, end, columns, scales, tile_rows, tile_columns, to);
-      if (kind == 1) decode_tiles<e5m2>(in, begin, end, columns, scales, tile_rows, tile_columns, to);
-      if (kind == 2) decode_tiles<int8>(in, begin, end, columns, scales, tile_rows, tile_columns, to);
+      if (kind == 0) decode_tiles<e4m3>(in, begin, end, columns, scales, factor, tile_rows, tile_columns, to);
+      if (kind == 1) decode_tiles<e5m2>(in, begin, end, columns, scales, factor, tile_rows, tile_columns, to);
+      if (kind == 2) decode_tiles<int8>(in, begin, end, columns, scales, factor, tile_rows, tile_columns, to);
+    });
+  });
+}
+
+int offload_four_bits(int, const uint8_t* in, int64_t count, int64_t block, const float* scales, const float* numbers,
+                      void* out, int dtype, int threads) {
+  return with_output(out, dtype, [=](auto* to) {
+    in_threads((count + block - 1) / block, threads, [=](int64_t begin, int64_t end) {
+      decode_four_bits(in, begin, end, count, block, scales, numbers, to);
     });
   });
 }

@@ -25,18 +25,37 @@ def decode_ggml(kind: int, blocks: torch.Tensor, rows: int, row_blocks: int, out
     return _call("offload_ggml", kind, [blocks], [rows, row_blocks, head_rows], out)
 
 
-def decode_tiles(kind: str, numbers: torch.Tensor, scales: torch.Tensor, grid: tuple[int, int], out: torch.Tensor) -> bool:
+def decode_tiles(
+    kind: str,
+    numbers: torch.Tensor,
+    scales: torch.Tensor,
+    grid: tuple[int, int],
+    out: torch.Tensor,
+    factor: float = 1.0,
+) -> bool:
     """Decode 8-bit numbers, each times the scale of its tile.
 
     Args:
         kind: of the numbers, torch's name.
         scales: fp32, of the grid.
+        factor: of all, after the scale.
     """
     if kind not in _NUMBERS:
         return False
     rows, columns = out.shape
-    sizes: list[int | torch.Tensor] = [rows, columns, scales, rows // grid[0], columns // grid[1]]
+    sizes: list[_Argument] = [rows, columns, scales, factor, rows // grid[0], columns // grid[1]]
     return _call("offload_tiles", _NUMBERS[kind], [numbers], sizes, out)
+
+
+def decode_four_bits(data: torch.Tensor, block: int, scales: torch.Tensor, numbers: torch.Tensor, out: torch.Tensor) -> bool:
+    """Decode four bits, the first number in the high ones.
+
+    Args:
+        block: numbers that share a scale; even.
+        scales: fp32, of each block.
+        numbers: fp32, the sixteen that four bits stand for.
+    """
+    return _call("offload_four_bits", 4, [data], [out.numel(), block, scales, numbers], out)
 
 
 def decode_packed_rows(bits: int, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, out: torch.Tensor) -> bool:
@@ -47,7 +66,7 @@ def decode_packed_rows(bits: int, words: torch.Tensor, scales: torch.Tensor, zer
         scales, zeros: fp32 [rows, groups].
     """
     rows, columns = out.shape
-    sizes: list[int | torch.Tensor] = [rows, columns, words.shape[1] * 4, scales, zeros, scales.shape[1]]
+    sizes: list[_Argument] = [rows, columns, words.shape[1] * 4, scales, zeros, scales.shape[1]]
     return _call("offload_packed_rows", bits, [words], sizes, out)
 
 
@@ -64,14 +83,17 @@ def decode_packed_columns(
     return _call("offload_packed_columns", layout, [words], [*out.shape, scales, zeros, group_of], out)
 
 
-def _call(name: str, kind: int, data: Sequence[torch.Tensor], rest: Sequence[int | torch.Tensor], out: torch.Tensor) -> bool:
+_Argument = int | float | torch.Tensor
+
+
+def _call(name: str, kind: int, data: Sequence[torch.Tensor], rest: Sequence[_Argument], out: torch.Tensor) -> bool:
     known = library()
     tensors = [out, *data, *(item for item in rest if isinstance(item, torch.Tensor))]
     if known is None or out.dtype not in _DTYPES:
         return False
     if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
         return False
-    given = [ctypes.c_void_p(item.data_ptr()) if isinstance(item, torch.Tensor) else ctypes.c_int64(item) for item in rest]
+    given = [_as_c(item) for item in rest]
     pointers = [ctypes.c_void_p(item.data_ptr()) for item in data]
     threads = torch.get_num_threads() if out.nbytes >= _LEAST_BYTES else 1
     status: int = known[name](
@@ -83,3 +105,9 @@ def _call(name: str, kind: int, data: Sequence[torch.Tensor], rest: Sequence[int
         ctypes.c_int(threads),
     )
     return status == 0
+
+
+def _as_c(item: _Argument) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64:
+    if isinstance(item, torch.Tensor):
+        return ctypes.c_void_p(item.data_ptr())
+    return ctypes.c_float(item) if isinstance(item, float) else ctypes.c_int64(item)

@@ -1,5 +1,6 @@
 """Quantised safetensors checkpoints, streamed as they are: equal to what transformers decodes from them."""
 
+import contextlib
 import json
 from functools import partial
 
@@ -11,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from offload import Training, offload
 from offload.errors import CorruptCheckpoint, TrainingError, UnsupportedCheckpoint
+from offload.storage.codecs.four_bits import FourBits
+from tests.compiled import compiled_decoders
 from tests.fp8_files import SCALES, in_eight_bits
 from tests.poison import moved_in_a_pass, poison_homes
 
@@ -162,7 +165,51 @@ def in_integers(shape, generator):
     )
 
 
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # fmt: skip
+FP4 = [0, 0.0052083333, 0.6666667, 1, 0.3333333, 0.5, 0.1666667, 0.25, -0.0, -0.0052083333, -0.6666667, -1, -0.3333333, -0.5,
+       -0.1666667, -0.25]  # fmt: skip
+
+
+def four_bits(shape, generator, kind="nf4", nested=True):
+    """As bitsandbytes stores them: blocks of 64, whose scales are in blocks of 256 where they are nested."""
+    numbers, count = np.array({"nf4": NF4, "fp4": FP4}[kind], dtype=np.float32), shape[0] * shape[1]
+    places = generator.integers(0, 16, count)
+    stored = {"weight": torch.from_numpy((places[::2] << 4 | places[1::2]).astype(np.uint8)[:, None])}
+    state = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": list(shape)}
+    scales = (generator.random(count // 64) * 0.05).astype(np.float32)
+    if nested:
+        known = np.sort(generator.random(256) * 2 - 1).astype(np.float32)
+        eight, own = (
+            generator.integers(0, 256, count // 64),
+            (generator.random(-(-count // 64 // 256)) * 0.05).astype(np.float32),
+        )
+        offset = np.float32(0.0625)
+        scales = known[eight] * np.repeat(own, 256)[: len(eight)] + offset
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": float(offset)}
+        stored |= {"weight.nested_absmax": torch.from_numpy(own), "weight.nested_quant_map": torch.from_numpy(known)}
+    stored["weight.absmax"] = torch.from_numpy(eight.astype(np.uint8) if nested else scales)
+    stored["weight.quant_map"] = torch.from_numpy(numbers)
+    said = np.frombuffer(json.dumps(state).encode(), dtype=np.uint8)
+    stored[f"weight.quant_state.bitsandbytes__{kind}"] = torch.from_numpy(said.copy())
+    values = numbers[places].reshape(shape) * np.repeat(scales, 64).reshape(shape)
+    return stored, values, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+
+
+def row_maxima(shape, generator):
+    numbers, maxima = generator.integers(-127, 128, shape), (generator.random(shape[0]) * 0.2).astype(np.float32)
+    stored = {"weight": torch.from_numpy(numbers.astype(np.int8)), "SCB": torch.from_numpy(maxima)}
+    stored["weight_format"] = torch.tensor(0, dtype=torch.uint8)
+    values = numbers.astype(np.float32) * maxima[:, None] * np.float32(7.874015718698502e-3)
+    return stored, values, {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
 FORMATS = {
+    "nf4": four_bits,
+    "nf4 plain scales": partial(four_bits, nested=False),
+    "fp4": partial(four_bits, kind="fp4"),
+    "bitsandbytes int8": row_maxima,
     "gptq": gptq,
     "gptq desc_act": partial(gptq, order=True),
     "gptq v2": partial(gptq, version="gptq_v2"),
@@ -227,6 +274,42 @@ def test_what_compressed_tensors_itself_makes_of_them(tmp_path):
         assert torch.equal(theirs, torch.from_numpy(values).bfloat16())
 
 
+@pytest.mark.parametrize("decoder", ["torch", "native"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(64, 192), (33, 70)])
+def test_what_bitsandbytes_itself_makes_of_them(shape, nested, kind, decoder):
+    """Packed by it, and unpacked by it."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=kind)
+    stored = state.as_dict(packed=True)
+    said = json.loads(bytes(stored.pop(f"quant_state.bitsandbytes__{kind}").tolist()))
+    names = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if nested else [])]
+    parts = [part.contiguous().view(torch.uint8).view(-1) for part in (packed, *(stored[name] for name in names))]
+    codec = FourBits(kind, 64, said.get("nested_blocksize", 0), said.get("nested_offset", 0.0))
+    out = torch.empty(shape)
+    with compiled_decoders() if decoder == "native" else contextlib.nullcontext():
+        codec.decode(parts, out)
+    assert torch.equal(out, functional.dequantize_4bit(packed, state))
+
+
+def test_a_state_that_is_no_json_is_named(tmp_path):
+    folder, _ = integer_checkpoint(tmp_path, MAKERS["llama"], four_bits)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "quant_state" in name)
+    whole = tensors[name]
+    changes = {"is no JSON object": whole[:-3], "sizes of blocks": whole.clone(), "they do not fit": whole.clone()}
+    for old, new, said in ((b"64", b"-1", "sizes of blocks"), (b"64", b"32", "they do not fit")):
+        text = bytes(whole.tolist()).replace(old, new, 1)
+        changes[said] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    for said, state in changes.items():
+        save_file(tensors | {name: state.contiguous()}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CorruptCheckpoint, match=said), offload(folder, device="cpu"):
+            pass
+
+
 @pytest.mark.parametrize(
     ("form", "changed", "said"),
     [
@@ -246,11 +329,11 @@ def test_other_layouts_are_named(form, changed, said, tmp_path):
         pass
 
 
-@pytest.mark.parametrize("form", [gptq, awq, compressed])
+@pytest.mark.parametrize("form", [gptq, awq, compressed, four_bits, row_maxima])
 def test_parts_that_do_not_fit_are_named(form, tmp_path):
     folder, _ = integer_checkpoint(tmp_path, MAKERS["llama"], form)
     tensors = load_file(folder / "model.safetensors")
-    part = next(name for name in tensors if name.endswith(("qweight", "weight_packed")))
+    part = next(name for name in tensors if name.endswith(("qweight", "weight_packed", "proj.weight")))
     save_file(tensors | {part: tensors[part][:-8].contiguous()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CorruptCheckpoint, match="they do not fit"), offload(folder, device="cpu"):
         pass

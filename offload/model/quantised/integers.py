@@ -1,24 +1,15 @@
 """Checkpoints of compressed-tensors, GPTQ and AWQ: a weight in words of 32 bits, and beside it scales and zero points."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+from offload.model.quantised.parts import Found, Shapes, Stored, check_fit, collected
 from offload.model.quantised.weights import StoredWeights
-from offload.storage.blocks import FileRange, TensorSpec
 from offload.storage.checkpoint import StoredTensor
 from offload.storage.codecs.packed_integers import PackedColumns, PackedRows
 from offload.storage.codecs.scaled_numbers import ScaledNumbers
-from offload.storage.codecs.weights import Cast, EncodedTensor, WeightCodec
 from offload.storage.errors import CorruptCheckpoint, UnsupportedCheckpoint
-
-Stored = Mapping[str, StoredTensor]
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shapes of the model's parameters, by name."""
-
-Found = tuple[WeightCodec, tuple[FileRange, ...]]
-Reader = Callable[[Stored, str, tuple[int, ...]], Found | None]
-"""Given a module's path and its weight's shape, how that is stored; None if it is a tensor as it is."""
 
 _COMPRESSED = ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized")
 _GPTQ = ("gptq", "gptq_v2")
@@ -53,7 +44,7 @@ def compressed_tensors_weights(stored: Stored, method: Mapping[str, Any], dtype:
                 and packed.spec.shape == (shape[0], words)
                 and (not groups or not shape[1] % groups)
             )
-            _check(fits and (zeros is None or groups > 0), path, shape, packed, scales)
+            check_fit(fits and (zeros is None or groups > 0), path, shape, packed, scales)
             parts = [packed, scales, *([] if zeros is None else [zeros])]
             codec = PackedRows(count, _scales(scales), groups, zeros is not None)
             return codec, tuple(part.range for part in parts)
@@ -62,10 +53,10 @@ def compressed_tensors_weights(stored: Stored, method: Mapping[str, Any], dtype:
             return None
         found = scales.spec.shape
         grid = (found[0], found[1]) if len(found) == 2 else (1, 1) if prod(found) == 1 else (found[0], 1)
-        _check(weight.spec.shape == shape and not shape[0] % grid[0] and not shape[1] % grid[1], path, shape, weight, scales)
+        check_fit(weight.spec.shape == shape and not shape[0] % grid[0] and not shape[1] % grid[1], path, shape, weight, scales)
         return ScaledNumbers(weight.spec.dtype, _scales(scales), grid), (weight.range, scales.range)
 
-    return _collected(stored, dtype, shapes, read)
+    return collected(stored, dtype, shapes, read)
 
 
 def gptq_weights(stored: Stored, method: Mapping[str, Any], dtype: str, shapes: Shapes) -> StoredWeights:
@@ -89,11 +80,11 @@ def gptq_weights(stored: Stored, method: Mapping[str, Any], dtype: str, shapes: 
         groups = scales.spec.shape[0]
         fits = words.spec.shape == (shape[1] * bits // 32, shape[0]) and scales.spec.shape == (groups, shape[0])
         fits = fits and zeros.spec.shape == (groups, shape[0] * bits // 32) and not shape[1] % groups
-        _check(fits and (index is None or index.spec.shape == (shape[1],)), path, shape, words, scales)
+        check_fit(fits and (index is None or index.spec.shape == (shape[1],)), path, shape, words, scales)
         parts = [words, zeros, scales, *([] if index is None else [index])]
         return PackedColumns(bits, _scales(scales), groups, added, False), tuple(part.range for part in parts)
 
-    return _collected(stored, dtype, shapes, read)
+    return collected(stored, dtype, shapes, read)
 
 
 def awq_weights(stored: Stored, method: Mapping[str, Any], dtype: str, shapes: Shapes) -> StoredWeights:
@@ -112,29 +103,10 @@ def awq_weights(stored: Stored, method: Mapping[str, Any], dtype: str, shapes: S
         zeros, scales = (_there(stored.get(f"{path}.{name}"), f"{path}.{name}") for name in ("qzeros", "scales"))
         groups = scales.spec.shape[0]
         fits = words.spec.shape == (shape[1], shape[0] // 8) and scales.spec.shape == (groups, shape[0])
-        _check(fits and zeros.spec.shape == (groups, shape[0] // 8) and not shape[1] % groups, path, shape, words, scales)
+        check_fit(fits and zeros.spec.shape == (groups, shape[0] // 8) and not shape[1] % groups, path, shape, words, scales)
         return PackedColumns(4, _scales(scales), groups, 0, True), (words.range, zeros.range, scales.range)
 
-    return _collected(stored, dtype, shapes, read)
-
-
-def _collected(stored: Stored, dtype: str, shapes: Shapes, read: Reader) -> StoredWeights:
-    """All parameters that the model has, each as `read` finds it, or as it is."""
-    plain: dict[str, StoredTensor] = {}
-    encoded: dict[str, EncodedTensor] = {}
-    for name, shape in shapes.items():
-        path, _, own = name.rpartition(".")
-        found = read(stored, path, shape) if own == "weight" and len(shape) == 2 else None
-        tensor = stored.get(name)
-        if found is not None:
-            encoded[name] = EncodedTensor(TensorSpec(name, dtype, shape), *found)
-        elif tensor is None:
-            continue
-        elif tensor.spec.dtype == dtype:
-            plain[name] = tensor
-        else:
-            encoded[name] = EncodedTensor(TensorSpec(name, dtype, tensor.spec.shape), Cast(tensor.spec.dtype), (tensor.range,))
-    return StoredWeights(plain, encoded)
+    return collected(stored, dtype, shapes, read)
 
 
 def _there(tensor: StoredTensor | None, name: str) -> StoredTensor:
@@ -147,11 +119,3 @@ def _scales(tensor: StoredTensor) -> str:
     if tensor.spec.dtype not in _SCALES:
         raise UnsupportedCheckpoint(f"{tensor.spec.name} is {tensor.spec.dtype}; scales are read in {', '.join(_SCALES)}")
     return tensor.spec.dtype
-
-
-def _check(fits: bool, path: str, shape: tuple[int, ...], words: StoredTensor, scales: StoredTensor) -> None:
-    if not fits:
-        raise CorruptCheckpoint(
-            f"{words.range.path}: {path}.weight is {list(shape)} in the model, and stored as {words.spec.dtype}"
-            f"{list(words.spec.shape)} with scales {list(scales.spec.shape)}: they do not fit"
-        )
