@@ -3,6 +3,7 @@
 from typing import Literal
 
 Exactness = Literal["identical", "rounding"]
+WeightEncoding = Literal["as-is", "int8", "int4", "nf4"]
 WeightDtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 KvPolicy = Literal["none", "int8", "int4", "window", "retrieve"]

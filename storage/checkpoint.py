@@ -135,6 +135,9 @@ def identity(path: str) -> dict[str, Any]:
     real = os.path.realpath(path)
     if os.path.basename(os.path.dirname(real)) == "blobs":
         return {"blob": os.path.basename(real)}
+    if not os.path.exists(real):
+        # A file without a name is reached by its descriptor alone.
+        real = path
     status = os.stat(real)
     return {
         "fingerprint": fingerprint_of(real),

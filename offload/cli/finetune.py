@@ -142,6 +142,8 @@ def _opened(job: _Job, show: ProgressCall) -> Session:
         training=_training(request),
         progress=show,
         dtype=request.loading.dtype,
+        weights=request.loading.weights,
+        weights_head=request.loading.weights_head,
         trust_remote_code=request.loading.trust_remote_code,
     )
 

@@ -165,6 +165,8 @@ class _Run:
             ),
             progress=show,
             dtype=request.loading.dtype,
+            weights=request.loading.weights,
+            weights_head=request.loading.weights_head,
             trust_remote_code=request.loading.trust_remote_code,
         )
 

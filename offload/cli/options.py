@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from offload.choices import ExpertPolicy, KvPolicy, WeightDtype
+from offload.choices import ExpertPolicy, KvPolicy, WeightDtype, WeightEncoding
 from offload.cli.option import Group, argument, option, size_option
 
 Model = Annotated[str, argument("a folder with a safetensors checkpoint, a hub id, or `demo`", "MODEL")]
@@ -18,6 +18,12 @@ class LoadingGroup(Group):
     title: ClassVar[str] = "Model"
 
     dtype: Annotated[WeightDtype, option("dtype of the weights")] = "auto"
+    weights: Annotated[
+        WeightEncoding, option("encode the weights of a plain checkpoint's layers, once: lossy; with --disk they are kept")
+    ] = "as-is"
+    weights_head: Annotated[WeightEncoding | None, option("the same for the head (default: int8 where layers are encoded)")] = (
+        None
+    )
     trust_remote_code: Annotated[bool, option("run model code that comes with the checkpoint")] = False
     gguf_file: Annotated[str | None, option("which GGUF file of the folder or repository, if it has several", "NAME")] = None
 

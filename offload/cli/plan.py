@@ -38,13 +38,15 @@ def run(request: PlanArguments) -> None:
         loading = request.loading
         planner = Planner(
             request.model,
-            loading.dtype,
             hardware,
             memory.device,
             memory.disk,
-            loading.trust_remote_code,
             show,
-            loading.gguf_file,
+            dtype=loading.dtype,
+            weights=loading.weights,
+            weights_head=loading.weights_head,
+            trust_remote_code=loading.trust_remote_code,
+            gguf_file=loading.gguf_file,
         )
     planned = planner.plan(asked)
     if output.output:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from offload.model.encoding import AS_IS, KINDS, Encoding
 from offload.storage.errors import CheckpointError, ConfigError, foreign_file
 
 HUB = frozenset({"revision", "cache_dir", "token", "local_files_only", "force_download"})
@@ -15,13 +16,14 @@ HUB = frozenset({"revision", "cache_dir", "token", "local_files_only", "force_do
 MODEL = frozenset({"attn_implementation", "experts_implementation", "generation_config", "key_mapping", "weights_only"})
 """Handed on to the model as they are."""
 
-TAKEN = (
-    HUB | MODEL | {"config", "dtype", "torch_dtype", "trust_remote_code", "code_revision", "subfolder", "variant", "gguf_file"}
-)
-"""These do what they do there."""
+_OWN = frozenset({"config", "dtype", "torch_dtype", "trust_remote_code", "code_revision", "subfolder", "variant", "gguf_file"})
+_ENCODED = frozenset({"weights", "weights_head"})
+
+TAKEN = HUB | MODEL | _OWN | _ENCODED
+"""These do what they do there, but for `_ENCODED`, which are ours."""
 
 _PLACES = "offload decides what lives where; give gpu_memory=, cpu_memory= and disk_dir= instead"
-_QUANTISED = "weights are streamed as the checkpoint has them; give a checkpoint in the dtype that you want, or dtype="
+_QUANTISED = "a quantised checkpoint is streamed as it is; of a plain one, weights='int8', 'int4' or 'nf4' encodes the weights"
 _ONE_DEVICE = "one device computes here"
 _WHOLE = "parameters are views of safetensors files, so that all of them must be there, in the shapes that the config says"
 _KERNELS = "modules are streamed as the model's own code has them"
@@ -83,6 +85,8 @@ class LoadingOptions:
         subfolder: of the folder or the hub's repository, where config and weights are.
         variant: of the weights' file names, like `fp16`.
         gguf_file: the name of a GGUF file in the folder or the hub's repository; the first of several parts.
+        weights: how the weights of the layers of a plain checkpoint are encoded; `as-is` for not at all.
+        weights_head: the same for the head; None for int8, where the layers are encoded.
         config: instead of the checkpoint's own: a config object, or the path or hub id of one.
         hub, model: by `HUB` and `MODEL`.
         overrides: of the config, by attribute.
@@ -95,11 +99,19 @@ class LoadingOptions:
     subfolder: str = ""
     variant: str | None = None
     gguf_file: str | None = None
+    weights: str = AS_IS
+    weights_head: str | None = None
     config: Any = None
     hub: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     siblings: frozenset[str] = frozenset()
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """What is encoded; None if nothing is."""
+        head = self.weights_head or (AS_IS if self.weights == AS_IS else "int8")
+        return None if self.weights == head == AS_IS else Encoding(self.weights, head)
 
     @classmethod
     def of(cls, given: Mapping[str, Any], siblings: frozenset[str] = frozenset()) -> "LoadingOptions":
@@ -120,6 +132,9 @@ class LoadingOptions:
         own = {name: asked.pop(name) for name in TAKEN - HUB - MODEL if name in asked}
         hub = {name: asked.pop(name) for name in HUB if name in asked}
         model = {name: asked.pop(name) for name in MODEL if name in asked}
+        for name in _ENCODED & own.keys():
+            if own[name] not in (AS_IS, *KINDS):
+                raise ConfigError(f"{name}={own[name]!r} is not known; give {', '.join((AS_IS, *KINDS[:-1]))} or {KINDS[-1]}")
         if asked and own.get("config") is not None:
             raise ConfigError(f"config= is given, so that {', '.join(asked)}= must be set in it")
         return cls(**own, hub=hub, model=model, overrides=asked, siblings=siblings)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,11 +22,13 @@ from offload.model.conversions import Conversions
 from offload.model.expert_loading import SingleExperts
 from offload.model.experts import ExpertPieces
 from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, read_config
+from offload.model.loading_settings import bar_off, threads_off
+from offload.model.quantised.encoding import Forms, encoded_weights, expected_source, forms_of
 from offload.model.quantised.gguf import GgufFile
 from offload.model.quantised.gguf_files import SUFFIX, parts_of
 from offload.model.quantised.gguf_metadata import metadata_folder
 from offload.model.quantised.methods import READERS
-from offload.model.quantised.weights import ModelState, StoredWeights, size_of_sources
+from offload.model.quantised.weights import FileViews, ModelState, StoredWeights, size_of_sources
 from offload.storage.block_file import BlockFile, key_of
 from offload.storage.checkpoint import cache_first_pages, dtypes_of, identity, read_checkpoint
 from offload.storage.codecs.weights import Source
@@ -116,6 +119,14 @@ class CheckpointLoader:
         self._method = None if quantization is None else _method_of(quantization)
         self.dtype = self._resolve_dtype(options.dtype)
         self._weights = self._small_weights() if self._method in READERS and self.stored else None
+        self.encoding = options.encoding
+        """What of a plain checkpoint is encoded when it is loaded; None if nothing is."""
+        if self.encoding is not None and (quantization is not None or self._gguf is not None):
+            raise ConfigError(
+                f"{folder} is quantised already: weights={options.weights!r} encodes plain checkpoints; leave it out"
+            )
+        self._forms: Forms | None = None
+        self._encoded_file: BlockFile | None = None
 
     @property
     def sources(self) -> frozenset[str]:
@@ -184,6 +195,9 @@ class CheckpointLoader:
     def size_of(self, unit: Unit) -> StoredSize:
         """What a block of the outline will take: exact where the files hold its tensors as they are, or encoded."""
         tensors = unit.block.tensors
+        forms = self._forms_of_outline()
+        if forms and any(tensor.name in forms for tensor in tensors):
+            return size_of_sources([expected_source(tensor, forms) for tensor in tensors])
         if self.weights is not None:
             sources = [self.weights.source_of(tensor.name) for tensor in tensors]
         else:
@@ -195,6 +209,37 @@ class CheckpointLoader:
         found = [source for source in sources if source is not None]
         return size_of_sources(found) if len(found) == len(tensors) else estimated_size(unit)
 
+    def _forms_of_outline(self) -> "Forms":
+        """How weights will be stored that are to be encoded; nothing once they are."""
+        if self.encoding is None or self._weights is not None:
+            return {}
+        if self._forms is None:
+            outline = self.outline()
+            assert outline is not None
+            self._forms = forms_of(outline, self.encoding)
+        return self._forms
+
+    def _encode(self, disk_dir: str | None, progress: Progress) -> list[str]:
+        """Encode the weights, or find them in the disk folder; what was slower than it could be."""
+        outline, forms = self.outline(), self._forms_of_outline()
+        assert outline is not None
+        known = outline.state_dict().keys()
+        if strange := next((name for name in (*forms, *self.stored) if name not in known or name not in self.stored), None):
+            raise ConfigError(
+                f"weights={self._options.weights!r} encodes tensors that the model has as they are, and {strange} is converted "
+                "when it is loaded; leave weights= out"
+            )
+        view, dtype = FileViews().of, str(self.dtype).removeprefix("torch.")
+        self._weights, file = encoded_weights(
+            self.stored, view, forms, dtype, disk_dir, self.key, lambda done, total: progress("encoding", done, total)
+        )
+        self._encoded_file = file
+        if disk_dir is not None:
+            return []
+        return [
+            f"{len(forms)} weights are encoded at each start, since no disk folder was named to keep them (--disk, disk_dir=)"
+        ]
+
     def load(
         self, disk_dir: str | None, progress: Progress, experts: Mapping[str, tuple[int, ...]] | None = None
     ) -> LoadedModel:
@@ -205,13 +250,19 @@ class CheckpointLoader:
             experts: shapes of the parameters whose experts will be brought one by one, by name: stand-ins will do for them.
             progress: told of the conversion, which is all that takes long here.
         """
+        said = [] if self.encoding is None else self._encode(disk_dir, progress)
         if self.weights is not None:
-            return self._load_encoded(self.weights)
+            loaded = self._load_encoded(self.weights)
+            loaded.fallbacks += said
+            if self._encoded_file is not None:
+                # The model's weights are read from there for as long as it lives.
+                weakref.finalize(loaded.model, self._encoded_file.close)
+            return loaded
         total_bytes = sum(item.spec.nbytes for item in self.stored.values())
         singles = SingleExperts(dict(experts or {}))
         conversions = Conversions(self.key, disk_dir, lambda done: progress("converting", done, total_bytes), singles)
         cache_first_pages(item.range for item in self.stored.values())
-        with _loading, _threads_off(), _bar_off(), conversions:
+        with _loading, threads_off(), bar_off(), conversions:
             model, found = self._from_pretrained()
             self._check_whole(found)
         model.eval()
@@ -237,7 +288,7 @@ class CheckpointLoader:
         state = ModelState(weights)
         asked, kind = self._options, self._class()
         options = {"config": self.config, "dtype": self.dtype, "state_dict": state.tensors, **asked.model}
-        with _loading, _threads_off(), _bar_off(), foreign_file(f"{self.folder} cannot be loaded", CheckpointError):
+        with _loading, threads_off(), bar_off(), foreign_file(f"{self.folder} cannot be loaded", CheckpointError):
             model, found = kind.from_pretrained(None, **options, output_loading_info=True, ignore_mismatched_sizes=True)
         self._check_whole(found)
         if model.can_generate() and "generation_config" not in asked.model:
@@ -290,7 +341,7 @@ class CheckpointLoader:
         remote = getattr(self.config, "auto_map", None) and self._options.trust_remote_code
         if isinstance(known, type) and issubclass(known, PreTrainedModel) and not remote:
             return known
-        if self._gguf is not None and type(self.config) in AutoModelForCausalLM._model_mapping:
+        if not remote and type(self.config) in AutoModelForCausalLM._model_mapping:
             return AutoModelForCausalLM._model_mapping[type(self.config)]
         return AutoModelForCausalLM
 
@@ -324,6 +375,7 @@ class CheckpointLoader:
             "dtype": str(self.dtype),
             "transformers": transformers.__version__,
             "layout": _LAYOUT_VERSION,
+            "encoding": str(self.encoding),
         }
         return key_of(facts)
 
@@ -337,30 +389,3 @@ def _said_of(unused: Iterable[str]) -> list[str]:
 def _method_of(quantization: Any) -> str:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", None)
     return str(getattr(method, "value", method) or "an unnamed method")
-
-
-@contextlib.contextmanager
-def _threads_off() -> Iterator[None]:
-    """Tensors are made one at a time: transformers' loading threads would hold many converted ones in memory at once."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _bar_off() -> Iterator[None]:
-    """Opening a checkpoint reads nothing: transformers' bar for it would only flicker."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()

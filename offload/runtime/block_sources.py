@@ -166,7 +166,8 @@ class DividedSource:
 
 
 def _bytes(memory: memoryview) -> torch.Tensor:
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    with torch.inference_mode(False):
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def views_of(homes: Sequence[ParameterHome], offsets: Sequence[int], memory: torch.Tensor) -> list[torch.Tensor]:

@@ -103,7 +103,8 @@ class Opening:
 
     def _open(self, loader: CheckpointLoader | None) -> Opened:
         request, stack, budgets, hardware = self.request, self.stack, self.budgets, self.hardware
-        if loader is not None and loader.weights is not None and request.training is not None and request.training.full:
+        encoded = loader is not None and (loader.weights is not None or loader.encoding is not None)
+        if loader is not None and encoded and request.training is not None and request.training.full:
             raise ConfigError(
                 f"the weights of {loader.folder} are quantised: adapters can be trained on them (LoRA), they cannot"
             )
@@ -143,6 +144,8 @@ class Opening:
         root = _attach(stack, model, machine, residency, kernels)
         name = request.target if isinstance(request.target, str) else type(model).__name__
         subject = Subject.of(model, name, self.before_bytes, self.held_bytes)
+        if loader is not None and loader.encoding is not None:
+            subject = replace(subject, exactness=f"lossy: {loader.encoding}")
         return Opened(
             model=model,
             machine=machine,

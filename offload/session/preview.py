@@ -95,16 +95,14 @@ class Planner:
     def __init__(
         self,
         name: str,
-        dtype: str = "auto",
         hardware: HardwareProfile | None = None,
         device: str = "auto",
         disk_dir: str | None = None,
-        trust_remote_code: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
-        gguf_file: str | None = None,
+        **loading: Any,
     ) -> None:
         self._name = name
-        self._loader: CheckpointLoader = find_outline(name, LoadingOptions(dtype, trust_remote_code, gguf_file=gguf_file))
+        self._loader: CheckpointLoader = find_outline(name, LoadingOptions.of(loading))
         outline = self._loader.outline()
         if outline is None:
             raise ConfigError(f"{name} is quantised: its plan is known once it is loaded; run `offload generate`")

@@ -39,6 +39,7 @@ class Subject:
         process_bytes: what the process held before the session.
         held_bytes: of these, weights that the session moved.
         major_faults: of the process before the session.
+        exactness: of the weights themselves.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Subject:
     process_bytes: int
     held_bytes: int
     major_faults: int
+    exactness: str = IDENTICAL
 
     @classmethod
     def of(cls, model: nn.Module, name: str, process_bytes: int, held_bytes: int) -> "Subject":
@@ -147,10 +149,10 @@ class Reporter:
         )
 
     def _exactness(self) -> str:
-        levels = [component.exactness for component in self._residency.components]
-        lossy = next((level for level in levels if level not in (IDENTICAL, ROUNDING)), None)
-        if lossy is not None:
-            return lossy
+        levels = [self._subject.exactness, *(component.exactness for component in self._residency.components)]
+        lossy = [level for level in levels if level not in (IDENTICAL, ROUNDING)]
+        if lossy:
+            return "; ".join((lossy[0], *(level.removeprefix("lossy: ") for level in lossy[1:])))
         rounds = self._residency.plan.rounds or self._residency.compiled.used or ROUNDING in levels
         return ROUNDING if rounds else IDENTICAL
 

@@ -45,6 +45,8 @@ def test_equal_to_transformers_reading(architecture, tied, dtype, budget, tmp_pa
         wanted_text = plain.generate(TOKENS, max_new_tokens=6, do_sample=False)
         with offload(path, device="cpu", cpu_memory=budget, **options) as session:
             poison_homes(session)
+            with torch.inference_mode():
+                assert torch.equal(session.model(TOKENS).logits, wanted)
             assert torch.equal(session.model(TOKENS).logits, wanted)
             assert torch.equal(session.model.generate(TOKENS, max_new_tokens=6, do_sample=False), wanted_text)
             assert bool(session.plan.weights.streamed) == (budget == "3MiB")

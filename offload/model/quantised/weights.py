@@ -59,7 +59,7 @@ class ModelState:
     _placeholders: dict[int, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        views = _Views()
+        views = FileViews()
         self.tensors = {name: views.of(item) for name, item in self.weights.plain.items()}
         placeholders = {
             name: placeholder(item.spec.shape, getattr(torch, item.spec.dtype)) for name, item in self.weights.encoded.items()
@@ -95,7 +95,7 @@ class ModelState:
         return found
 
 
-class _Views:
+class FileViews:
     """Private views of files: no memory until they are read."""
 
     def __init__(self) -> None:
