@@ -9,7 +9,9 @@ from torch import nn
 from offload.budgets import Budgets
 from offload.config import ROUNDING
 from offload.model.blocks import TakenApart
+from offload.model.encoding import KINDS
 from offload.planning.dry_run import DryRun
+from offload.planning.encoded_spec import encoded_layers
 from offload.planning.estimate import estimated_pass
 from offload.planning.operations import DryRunFailed
 from offload.planning.pass_splits import ways_to_split
@@ -180,7 +182,7 @@ class Predictor:
         budgets, hardware, found = order.budgets, self.hardware, []
         base = now.total_seconds(order.new_tokens) / order.workload.batch_size
 
-        def attempt(change: str, order: PlanGoal, hardware: HardwareProfile | None = None) -> None:
+        def attempt(change: str, order: PlanGoal, hardware: HardwareProfile | None = None, spec: ModelSpec = spec) -> None:
             try:
                 _, prediction = self.best(spec, order, hardware)
             except BudgetTooSmall:
@@ -200,6 +202,9 @@ class Predictor:
         if order.exactness != ROUNDING:
             what = "the batch or the prompt in parts" if alone else "layers on the CPU, the batch or the prompt in parts"
             attempt(f"exactness rounding ({what})", replace(order, exactness=ROUNDING))
+        for kind in () if any(block.encoded_bytes for block in spec.blocks) else KINDS:
+            encoded = encoded_layers(spec, kind, self._dtype)
+            attempt(f"weights {kind} (lossy)", order, spec=encoded)
         if batch:
             larger_batch = replace(order.workload, batch_size=4 * order.workload.batch_size)
             attempt(f"batch size {larger_batch.batch_size}", replace(order, workload=larger_batch))
