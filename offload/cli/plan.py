@@ -89,8 +89,8 @@ def _print(planned: PlanResult, asked: PlanRequest) -> None:
         changes.add_row(item.change, f"{item.speedup:.2f}x as fast")
     encodings = {item.change.split()[1]: item.speedup for item in planned.what_if if item.change.startswith("weights ")}
     if encodings and all(speedup < _HELPS for speedup in encodings.values()):
-        told = ", ".join(f"{kind} {speedup:.2f}x" for kind, speedup in encodings.items())
-        print(f"encoding the weights (--weights) would not make it faster here: {told}\n")
+        given = ", ".join(f"{kind} {speedup:.2f}x" for kind, speedup in encodings.items())
+        print(f"encoding the weights (--weights) would not make it faster here: {given}\n")
     if changes.row_count:
         print_table(changes)
     for note in planned.notes:

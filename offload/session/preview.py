@@ -87,9 +87,11 @@ class Planner:
 
     Args:
         name: a checkpoint folder, `demo`, or a hub id, of which only the config is fetched.
-        dtype: as `from_pretrained` takes it.
         hardware: the machine; None for this one.
         device: what computes, on this machine.
+        disk_dir: a folder on the disk that weights are read from.
+        progress: told (what, done, total) while the machine is measured.
+        loading: what `offload` takes of `from_pretrained`, and `weights`.
     """
 
     def __init__(

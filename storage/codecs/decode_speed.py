@@ -19,7 +19,7 @@ CODECS = (*_GGML, "fp8", "int4", "int8", "gptq int4", "gptq int8", "awq int4", "
 """Names of what can be timed, beside dtypes."""
 
 _ROWS, _COLUMNS = 2048, 512
-_ROUNDS = 3
+_ROUNDS = 6
 _BYTE = 0x3C
 """Ordinary numbers in every format; zeros or what is next to them would take longer."""
 
