@@ -8,12 +8,15 @@ from transformers.utils import logging as transformers_logging
 
 from offload.cli.arguments.plan import PlanArguments
 from offload.cli.terminal import check_writable, print_table, progress_bar, say
+from offload.finetune.recipe import FULL
 from offload.kv.options import KvOptions
 from offload.moe.options import ExpertOptions
 from offload.scheduler.hardware import HardwareProfile
 from offload.scheduler.plan import Plan
 from offload.session.preview import Planner, PlanRequest, PlanResult
+from offload.session.training_preview import TrainingPlan
 from offload.storage.errors import counted, duration, gib
+from offload.training.options import Training
 
 _HELPS = 1.01
 """Times as fast: less is none."""
@@ -48,6 +51,9 @@ def run(request: PlanArguments) -> None:
             trust_remote_code=loading.trust_remote_code,
             gguf_file=loading.gguf_file,
         )
+    if request.training.train is not None:
+        _show_training(planner, asked, request)
+        return
     planned = planner.plan(asked)
     if output.output:
         Path(output.output).write_text(planned.plan.to_json())
@@ -59,6 +65,30 @@ def run(request: PlanArguments) -> None:
             given = {"--device": memory.device, "--gpu-memory": memory.gpu_memory, "--cpu-memory": memory.cpu_memory}
             budgets = "".join(f" {name} {value}" for name, value in given.items() if value not in (None, "auto"))
             say(f"written to {output.output}; run it with: offload generate {request.model} --plan {output.output}{budgets}")
+
+
+def _show_training(planner: Planner, asked: PlanRequest, request: PlanArguments) -> None:
+    chosen = request.training
+    training = Training(
+        full=chosen.train == FULL,
+        optimizer=chosen.optimizer,
+        state_tier=chosen.state_tier,
+        activation_tier=chosen.activation_tier,
+    )
+    planned = planner.plan_training(asked, training, chosen.rank, chosen.gradient_accumulation)
+    if request.output.json:
+        print(json.dumps(planned.to_dict()))
+        return
+    sequences = counted(asked.batch_size * chosen.gradient_accumulation, "sequence")
+    print(f"{planned.model}: {gib(planned.weight_bytes)} of weights, on {planned.hardware}")
+    print(f"a step of {chosen.train} on {sequences} of {asked.prompt_tokens:,} tokens\n\n{planned.estimate}\n")
+    print_table(_places(planned))
+    for tier, peak in planned.peak_bytes.items():
+        print(f"{tier}: {gib(peak)} at the peak, of {gib(planned.budget_bytes[tier])}")
+    weights = planned.plan.weights
+    print(f"{gib(weights.streamed_bytes)} streamed in each of two passes over the layers")
+    for note in planned.notes:
+        print(f"note: {note}")
 
 
 def _print(planned: PlanResult, asked: PlanRequest) -> None:
@@ -116,7 +146,7 @@ def _print_hit_rates(planned: PlanResult) -> None:
     print_table(table)
 
 
-def _places(planned: PlanResult) -> Table:
+def _places(planned: PlanResult | TrainingPlan) -> Table:
     plan = planned.plan
     disk = [key for key in plan.weights.streamed if key not in plan.weights.in_host_memory]
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -1,13 +1,13 @@
 """A plan without loading: from a model's config and headers, for this machine or for one that is described."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from offload.budgets import HOST_MARGIN_BYTES, Budgets, resolve_budgets
-from offload.config import parse_bytes
+from offload.config import IDENTICAL, parse_bytes
 from offload.kv.options import PLAIN, KvOptions
 from offload.model.from_pretrained import LoadingOptions
 from offload.model.loading import CheckpointLoader, find_outline
@@ -22,8 +22,10 @@ from offload.scheduler.model_spec import ModelSpec, Workload
 from offload.scheduler.plan import Plan
 from offload.scheduler.prediction import Prediction, WhatIf
 from offload.session.prepare import PlanInput, prepare
+from offload.session.training_preview import Adapters, TrainingPlan, planned_step
 from offload.storage.devices.resolve import resolve_device
-from offload.storage.errors import ConfigError, gib
+from offload.storage.errors import BudgetTooSmall, ConfigError, gib
+from offload.training.options import Training
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,44 @@ class Planner:
             expected_hit_rate=None if fitted.spec.experts is None else fitted.spec.experts.hit_rate(plan.experts.slots),
             what_if=tuple(predictor.what_if(fitted.spec, prepared.goal, prediction, batch=True)),
             notes=tuple(notes),
+        )
+
+    def plan_training(
+        self, asked: PlanRequest, training: Training | None = None, rank: int = 16, micro_batches: int = 1
+    ) -> TrainingPlan:
+        """Plan fine-tuning, and estimate a step of sequences of `prompt_tokens`.
+
+        Args:
+            training: how; adapters are trained, unless all weights are.
+            rank: of the adapters, on every linear layer.
+            micro_batches: whose gradients a step adds up.
+
+        Raises:
+            BudgetTooSmall: if none fits; its `least_bytes` would do, beside the adapters.
+        """
+        training = replace(training or Training(), micro_batches=micro_batches)
+        budgets, workload = self._budgets(asked), Workload(asked.batch_size, asked.prompt_tokens, asked.prompt_tokens)
+        adapters = Adapters((), training) if training.full else Adapters.of(self._model, rank, training)
+        left = adapters.left_of(budgets)
+        given = PlanInput(left, workload, 1, IDENTICAL, asked.experts, PLAIN, training, hardware=self.hardware)
+        activations = count_activations(self._model, workload)
+        try:
+            prepared = prepare(self._model, given, self._loader.size_of, activations)
+        except BudgetTooSmall as error:
+            raise adapters.refused(error, budgets) from error
+        assert prepared.memory is not None
+        plan, memory, (on_device, on_host) = prepared.plan, prepared.memory, adapters.held(budgets)
+        host = on_host + memory.beside_device_bytes(budgets) + _host_bytes(plan, prepared.fitted.spec)
+        tiers = ("cpu",) if budgets.host_bytes is None else ("gpu", "cpu")
+        return TrainingPlan(
+            model=self._name,
+            hardware=self.hardware.description,
+            weight_bytes=sum(value.nbytes for value in self._model.parameters()),
+            plan=plan,
+            estimate=planned_step(self._model, prepared, adapters, micro_batches),
+            peak_bytes=dict(zip(tiers, (plan.device_bytes + memory.device_bytes(budgets) + on_device, host), strict=False)),
+            budget_bytes=dict(zip(tiers, (budgets.device_bytes, budgets.host_bytes or 0), strict=False)),
+            notes=prepared.notes,
         )
 
     def _budgets(self, asked: PlanRequest) -> Budgets:

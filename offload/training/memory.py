@@ -75,6 +75,8 @@ class TrainingMemory:
         """The refusal of what was left for the model, as one of the whole budget."""
         discrete = budgets.host_bytes is not None
         taken = self.beside_device_bytes(budgets) if error.of_host else self.device_bytes(budgets)
+        if not taken:
+            return error
         budget = budgets.host_bytes if error.of_host else budgets.device_bytes
         holds = []
         if not discrete or error.of_host:
@@ -155,7 +157,7 @@ def training_memory(
     chosen = chosen_parameters(model, training)
     if not chosen:
         return memory
-    layout = _layout(structure, training, {id(value) for value in chosen})
+    layout = trained_layout(structure, training, {id(value) for value in chosen})
     on_nvme = training.state_tier != CPU
     return replace(
         memory,
@@ -203,7 +205,7 @@ def _input_width(unit: Unit, hidden: int) -> int:
     return max([hidden, *own])
 
 
-def _layout(structure: Structure, training: Training, chosen: set[int]) -> StateLayout:
+def trained_layout(structure: Structure, training: Training, chosen: set[int]) -> StateLayout:
     """Where the states of the chosen weights would lie."""
     blocks = [(unit.key, list(unit.parameters.items())) for unit in structure.units if unit.parameters]
     blocks.append(("", list(structure.always_resident.items())))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from offload.choices import Exactness
+from offload.choices import ActivationTier, Exactness, Optimizer, StateTier, TrainingMethod
 from offload.cli.option import Arguments, Group, argument, option
 from offload.cli.options import AsJson, BatchSize, ExpertGroup, KvGroup, LoadingGroup, MemoryGroup
 
@@ -37,6 +37,20 @@ class PlannedMemory(MemoryGroup):
 
 
 @dataclass(frozen=True)
+class TrainGroup(Group):
+    """What a step of fine-tuning would take, of sequences of --prompt-tokens."""
+
+    title: ClassVar[str] = "Training"
+
+    train: Annotated[TrainingMethod | None, option("estimate training: of adapters, or of all weights", "METHOD")] = None
+    rank: Annotated[int, option("rank of the adapters", "N")] = 16
+    optimizer: Annotated[Optimizer, option("as `finetune` takes it")] = "adamw"
+    state_tier: Annotated[StateTier, option("where optimizer state would live")] = "cpu"
+    activation_tier: Annotated[ActivationTier, option("where layer inputs would be kept for backward")] = "recompute"
+    gradient_accumulation: Annotated[int, option("micro-batches per optimizer step", "N")] = 1
+
+
+@dataclass(frozen=True)
 class PlanOutput(Group):
     """What is printed and written."""
 
@@ -56,4 +70,5 @@ class PlanArguments(Arguments):
     memory: PlannedMemory
     experts: ExpertGroup
     kv: KvGroup
+    training: TrainGroup
     output: PlanOutput

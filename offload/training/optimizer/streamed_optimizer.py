@@ -307,10 +307,6 @@ class StreamedTraining:
         """Bytes that gradients and states hold at most: one gradient more while it is added."""
         return self._host_bytes() + max(value.nbytes for value in self.trainable)
 
-    def trains_most_of(self, weight_bytes: int) -> bool:
-        """Whether most of a model's weights are trained."""
-        return 2 * self.trainable.nbytes > weight_bytes
-
     def _host_bytes(self) -> int:
         """Bytes that gradients and states will hold."""
         states = self.layout.state_bytes
