@@ -35,20 +35,19 @@ class PackedRows:
     def decode(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         rows, columns = out.shape
         words = parts[0].view(torch.int32).view(rows, -1)
-        scales = parts[1].view(getattr(torch, self.scales)).view(rows if self.groups else 1, -1).float()
-        scales = scales.expand(rows, -1).contiguous()
+        scales = parts[1].view(getattr(torch, self.scales)).view(rows if self.groups else 1, -1)
+        zeros = None
         if self.zeros:
             zeros = _unpacked(parts[2].view(torch.int32).view(-1, self.groups).t(), self.bits)[:, :rows].t().contiguous()
-        else:
-            zeros = torch.full_like(scales, 1 << (self.bits - 1))
         if decode_packed_rows(self.bits, words, scales, zeros, out):
             return
+        scales = scales.float().expand(rows, -1)
         step = max(1, piece_numbers(out.device) // columns)
         for begin in range(0, rows, step):
             piece = slice(begin, min(begin + step, rows))
             numbers = _unpacked(words[piece], self.bits)[:, :columns]
             grouped = numbers.reshape(len(numbers), max(1, self.groups), -1)
-            grouped.sub_(zeros[piece, :, None]).mul_(scales[piece, :, None])
+            grouped.sub_(1 << (self.bits - 1) if zeros is None else zeros[piece, :, None]).mul_(scales[piece, :, None])
             out[piece].copy_(grouped.view(len(numbers), columns))
 
     def rows_together(self, shape: Sequence[int]) -> int:

@@ -308,14 +308,16 @@ void decode_four_bits(const uint8_t* in, int64_t first, int64_t last, int64_t co
 
 // ---- Integers in words of 32 bits.
 
-template <int Bits, class Out>
+// `shared`: all rows have the same scales. `zeros`: none where the number in the middle of the range is zero for all.
+template <int Bits, class Scale, class Out>
 void decode_packed_rows(const uint8_t* in, int64_t first, int64_t last, int64_t columns, int64_t row_bytes,
-                        const float* scales, const float* zeros, int64_t groups, Out* out) {
+                        const Scale* scales, bool shared, const float* zeros, int64_t groups, Out* out) {
   const int64_t together = columns / groups;
   for (int64_t row = first; row < last; ++row) {
     const uint8_t* data = in + row * row_bytes;
     for (int64_t group = 0; group < groups; ++group) {
-      const float scale = scales[row * groups + group], zero = zeros[row * groups + group];
+      const float scale = to_float(scales[(shared ? 0 : row * groups) + group]);
+      const float zero = zeros ? zeros[row * groups + group] : float(1 << (Bits - 1));
       const int64_t begin = group * together, end = begin + together;
       Out* to = out + row * columns;
       if (Bits == 8) {
@@ -387,7 +389,7 @@ struct Awq {
   }
 };
 
-// Calls `work` with a pointer of the dtype that comes out: 0 fp32, 1 bf16, 2 fp16.
+// Calls `work` with a pointer of a dtype: 0 fp32, 1 bf16, 2 fp16.
 template <class Work>
 int with_output(void* out, int dtype, Work work) {
   switch (dtype) {
@@ -462,12 +464,15 @@ int offload_four_bits(int, const uint8_t* in, int64_t count, int64_t block, cons
   });
 }
 
-int offload_packed_rows(int bits, const uint8_t* in, int64_t rows, int64_t columns, int64_t row_bytes, const float* scales,
-                        const float* zeros, int64_t groups, void* out, int dtype, int threads) {
+int offload_packed_rows(int bits, const uint8_t* in, int64_t rows, int64_t columns, int64_t row_bytes, const void* scales,
+                        int64_t scale_dtype, int64_t shared, const float* zeros, int64_t groups, void* out, int dtype,
+                        int threads) {
   return with_output(out, dtype, [=](auto* to) {
-    in_threads(rows, threads, [=](int64_t begin, int64_t end) {
-      if (bits == 4) decode_packed_rows<4>(in, begin, end, columns, row_bytes, scales, zeros, groups, to);
-      if (bits == 8) decode_packed_rows<8>(in, begin, end, columns, row_bytes, scales, zeros, groups, to);
+    with_output(const_cast<void*>(scales), int(scale_dtype), [=](auto* of) {
+      in_threads(rows, threads, [=](int64_t begin, int64_t end) {
+        if (bits == 4) decode_packed_rows<4>(in, begin, end, columns, row_bytes, of, shared, zeros, groups, to);
+        if (bits == 8) decode_packed_rows<8>(in, begin, end, columns, row_bytes, of, shared, zeros, groups, to);
+      });
     });
   });
 }

@@ -58,16 +58,21 @@ def decode_four_bits(data: torch.Tensor, block: int, scales: torch.Tensor, numbe
     return _call("offload_four_bits", 4, [data], [out.numel(), block, scales, numbers], out)
 
 
-def decode_packed_rows(bits: int, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, out: torch.Tensor) -> bool:
+def decode_packed_rows(
+    bits: int, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, out: torch.Tensor
+) -> bool:
     """Decode integers in words along the rows.
 
     Args:
         words: int32 [rows, words].
-        scales, zeros: fp32 [rows, groups].
+        scales: floats [rows, groups], or [1, groups] for all rows.
+        zeros: fp32 [rows, groups]; None where half of the range stands for zero.
     """
+    if scales.dtype not in _DTYPES:
+        return False
     rows, columns = out.shape
-    sizes: list[_Argument] = [rows, columns, words.shape[1] * 4, scales, zeros, scales.shape[1]]
-    return _call("offload_packed_rows", bits, [words], sizes, out)
+    kinds: list[_Argument] = [scales, _DTYPES[scales.dtype], int(len(scales) == 1), zeros, scales.shape[1]]
+    return _call("offload_packed_rows", bits, [words], [rows, columns, words.shape[1] * 4, *kinds], out)
 
 
 def decode_packed_columns(
@@ -83,7 +88,7 @@ def decode_packed_columns(
     return _call("offload_packed_columns", layout, [words], [*out.shape, scales, zeros, group_of], out)
 
 
-_Argument = int | float | torch.Tensor
+_Argument = int | float | torch.Tensor | None
 
 
 def _call(name: str, kind: int, data: Sequence[torch.Tensor], rest: Sequence[_Argument], out: torch.Tensor) -> bool:
@@ -108,6 +113,6 @@ def _call(name: str, kind: int, data: Sequence[torch.Tensor], rest: Sequence[_Ar
 
 
 def _as_c(item: _Argument) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64:
-    if isinstance(item, torch.Tensor):
-        return ctypes.c_void_p(item.data_ptr())
+    if item is None or isinstance(item, torch.Tensor):
+        return ctypes.c_void_p(None if item is None else item.data_ptr())
     return ctypes.c_float(item) if isinstance(item, float) else ctypes.c_int64(item)
