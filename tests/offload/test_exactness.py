@@ -184,7 +184,8 @@ def _loaded_ahead(session: Any) -> int:
     executor = session._parts.executor
     for arrival in executor._arrivals.values():
         arrival.wait()
-    return sum(executor.blocks[key].source.payload_bytes for key in executor._schedule._leases)
+    stored = {block.key: block.stored_bytes for block in session.plan.weights.blocks}
+    return sum(stored[key] for key in executor._schedule._leases)
 
 
 def test_these_tests_fail_when_nothing_is_loaded(folders, monkeypatch):
