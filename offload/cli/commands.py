@@ -59,7 +59,7 @@ COMMANDS = {
         "ReplayArguments",
     ),
     "native build": Command(
-        "Compile the decoders, which are in C++: quantised weights are decoded two to seven times as fast from then on, to the "
+        "Compile the decoders, which are in C++: quantised weights are decoded two to ten times as fast from then on, to the "
         "same bits. Needs a C++ compiler.",
         "others",
         "BuildArguments",

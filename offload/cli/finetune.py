@@ -20,6 +20,7 @@ from offload.finetune.loop import train
 from offload.finetune.recipe import FULL, LORA, Recipe
 from offload.generation.prompts import load_tokenizer
 from offload.model.checkpoint_folder import find_folder
+from offload.model.encoding import AS_IS
 from offload.model.from_pretrained import LoadingOptions
 from offload.report.record import Record
 from offload.report.report import Report
@@ -73,7 +74,7 @@ def run(request: FinetuneArguments) -> None:
         job.checkpoints.rmdir()
     if not request.output.quiet:
         report = Report.from_dict(record.report)
-        say(f"\n{report if request.output.verbose else report.summary()}\n{_said(job.recipe, request.model, job.output)}")
+        say(f"\n{report if request.output.verbose else report.summary()}\n{_said(job.recipe, request, job.output)}")
     if request.output.report:
         write_record(record, request.output.report)
 
@@ -234,7 +235,9 @@ def _batches(request: FinetuneArguments, source: str, tokenizer: Any) -> Batches
     return Batches(examples, request.data.batch_size, request.optimizer.seed, padding)
 
 
-def _said(recipe: Recipe, model: str, output: Path) -> str:
+def _said(recipe: Recipe, request: FinetuneArguments, output: Path) -> str:
     if recipe.method == LORA:
-        return f"the adapter is in {output}; `offload generate {model} --adapter {output}` uses it"
+        base = {"--weights": request.loading.weights, "--weights-head": request.loading.weights_head}
+        encoded = "".join(f" {name} {value}" for name, value in base.items() if value not in (None, AS_IS))
+        return f"the adapter is in {output}; `offload generate {request.model} --adapter {output}{encoded}` uses it"
     return f"the model is in {output}; `offload generate {output}` uses it"

@@ -8,7 +8,6 @@ from transformers.utils import logging as transformers_logging
 
 from offload.cli.arguments.plan import PlanArguments
 from offload.cli.terminal import check_writable, print_table, progress_bar, say
-from offload.finetune.recipe import FULL
 from offload.kv.options import KvOptions
 from offload.moe.options import ExpertOptions
 from offload.scheduler.hardware import HardwareProfile
@@ -70,7 +69,7 @@ def run(request: PlanArguments) -> None:
 def _show_training(planner: Planner, asked: PlanRequest, request: PlanArguments) -> None:
     chosen = request.training
     training = Training(
-        full=chosen.train == FULL,
+        full=chosen.train == "full",
         optimizer=chosen.optimizer,
         state_tier=chosen.state_tier,
         activation_tier=chosen.activation_tier,

@@ -23,7 +23,7 @@ from offload.model.expert_loading import SingleExperts
 from offload.model.experts import ExpertPieces
 from offload.model.from_pretrained import AS_IT_IS, LoadingOptions, read_config
 from offload.model.loading_settings import bar_off, threads_off
-from offload.model.quantised.encoding import Forms, encoded_weights, expected_source, forms_of
+from offload.model.quantised.encoding import Forms, as_found, encoded_weights, expected_source, forms_of
 from offload.model.quantised.gguf import GgufFile
 from offload.model.quantised.gguf_files import SUFFIX, parts_of
 from offload.model.quantised.gguf_metadata import metadata_folder
@@ -217,6 +217,11 @@ class CheckpointLoader:
             outline = self.outline()
             assert outline is not None
             self._forms = forms_of(outline, self.encoding)
+            self.encoding = as_found(self.encoding, outline, self._forms)
+            if not self._forms:
+                raise ConfigError(
+                    f"{self.folder} has nothing to encode: no linear layers, or only a head that is tied to the embeddings"
+                )
         return self._forms
 
     def _encode(self, disk_dir: str | None, progress: Progress) -> list[str]:

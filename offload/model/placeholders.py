@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -100,14 +100,25 @@ class Placeholders:
         self._module = module
         self._values = values
         self._on_filled = on_filled
-        self._identities = {path: identity(path) for item in values.values() for path in item.paths}
+        self._dtypes = {name: getattr(module, name).dtype for name in values}
+        self._identities = {path: identity(path) for path in {path for item in values.values() for path in item.paths}}
         self._filled = WeakSet[nn.Module]()
-        self._hooks = [module.register_state_dict_pre_hook(lambda owner, *call: self.fill(owner))]
+        self._hooks = [module.register_state_dict_pre_hook(self._before)]
 
     def keep(self) -> None:
         """The session is over: the first call of the module fills them, too."""
         if self._hooks:
-            self._hooks.append(self._module.register_forward_pre_hook(lambda owner, *call: self.fill(owner)))
+            self._hooks.append(self._module.register_forward_pre_hook(self._before))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Where the values are goes with a pickled module; what the session did with them is left behind."""
+        return {**vars(self), "_filled": None, "_on_filled": _nothing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _filled=WeakSet[nn.Module]())
+
+    def _before(self, owner: nn.Module, *call: Any) -> None:
+        self.fill(owner)
 
     def fill(self, module: nn.Module) -> None:
         """Give the parameters their values.
@@ -137,15 +148,20 @@ class Placeholders:
         writer = BlockFileWriter(spill_folder())
         try:
             for name, parameter in parameters.items():
-                writer.add_parts(name, parameter.dtype, parameter.shape, self._values[name].parts())
+                writer.add_parts(name, self._dtypes[name], parameter.shape, self._values[name].parts())
             file = writer.finish()
         except BaseException:
             writer.abandon()
             raise
         for name, parameter in parameters.items():
-            parameter.data = file.view(name)
+            # The model may have been moved, or given another dtype, since.
+            parameter.data = file.view(name).to(parameter.device, parameter.dtype)
             self._on_filled(parameter)
         file.close()
+
+
+def _nothing(parameter: nn.Parameter) -> None:
+    """Nobody is to be told."""
 
 
 def paths_of(pieces: Iterable[ExpertPieces]) -> set[str]:

@@ -106,7 +106,8 @@ class Opening:
         encoded = loader is not None and (loader.weights is not None or loader.encoding is not None)
         if loader is not None and encoded and request.training is not None and request.training.full:
             raise ConfigError(
-                f"the weights of {loader.folder} are quantised: adapters can be trained on them (LoRA), they cannot"
+                f"the weights of {loader.folder} {'would be encoded (weights=)' if loader.encoding else 'are quantised'}: "
+                "adapters can be trained on such weights (LoRA), the weights themselves cannot"
             )
         loaded, workload = self._load(loader)
         model = loaded.model

@@ -1,6 +1,7 @@
 """Plain checkpoints whose weights are encoded here: equal to the plain model with the decoded values, and near the original."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,39 @@ def test_equal_to_the_plain_model_with_the_decoded_weights(kind, head, tied, bud
         encoded = name.endswith("proj.weight") or (name.startswith("lm_head") and not head and not tied)
         assert not encoded or torch.equal(state[name], value), name
         assert torch.equal(value, original[name]) == (not encoded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_afterwards_the_model_takes_another_dtype(dtype, tmp_path):
+    """The values are read in the dtype that they were stored in, and converted."""
+    folder, _ = saved(tmp_path / "model")
+    with offload(folder, device="cpu", cpu_memory="4MiB", max_tokens=16, weights="int4") as session:
+        pass
+    wanted = {name: value.to(dtype) for name, value in copy.deepcopy(session.model).state_dict().items()}
+    for name, value in session.model.to(dtype).state_dict().items():
+        assert torch.equal(value, wanted[name]), name
+    assert not session.model(TOKENS).logits.isnan().any()
+
+
+def test_afterwards_the_model_is_pickled(tmp_path):
+    folder, _ = saved(tmp_path / "model")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    options = {"weights": "int4", "disk_dir": str(kept)}
+    with torch.no_grad(), offload(folder, device="cpu", cpu_memory="4MiB", max_tokens=16, **options) as session:
+        wanted = session.model(TOKENS[:1]).logits
+    again = pickle.loads(pickle.dumps(session.model))
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS[:1]).logits, wanted)
+        assert torch.equal(session.model(TOKENS[:1]).logits, wanted)
+
+
+def test_a_tied_head_is_not_said_to_be_encoded(tmp_path):
+    folder, _ = saved(tmp_path / "model", tie_word_embeddings=True)
+    with offload(folder, device="cpu", cpu_memory="4MiB", max_tokens=16, weights="int4") as session:
+        assert session.report().exactness == "lossy: int4 weights, groups of 64"
+    with pytest.raises(ConfigError, match="has nothing to encode"):
+        offload(folder, device="cpu", cpu_memory="4MiB", weights_head="nf4").__enter__()
 
 
 def test_it_is_encoded_once(tmp_path):

@@ -4,7 +4,7 @@ The linear weights of the layers, and the head; never routers, norms, biases, or
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -113,6 +113,13 @@ def forms_of(outline: nn.Module, encoding: Encoding) -> Forms:
         if form is not None:
             forms[name] = kind, form
     return forms
+
+
+def as_found(encoding: Encoding, outline: nn.Module, forms: Forms) -> Encoding:
+    """What is really encoded: a head that is tied to a table is not."""
+    head = _of(outline, "get_output_embeddings")
+    names = [name for name, module in outline.named_modules() if module is head]
+    return encoding if any(f"{name}.weight" in forms for name in names) else replace(encoding, head=AS_IS)
 
 
 def _of(outline: nn.Module, method: str) -> nn.Module | None:
