@@ -71,6 +71,8 @@ def _folder(name: str, options: LoadingOptions) -> str:
         folder = os.path.join(name, options.subfolder) if options.subfolder else name
         _check_regular(folder)
         return folder
+    if name.endswith(SUFFIX) and not os.path.exists(name):
+        raise CheckpointError(f"the file {name} is not there")
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; give the folder that holds the checkpoint, with its config.json")
     if options.gguf_file is not None:

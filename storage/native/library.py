@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -32,9 +33,9 @@ def library_path() -> Path:
 
 
 def compiler() -> str | None:
-    """`$CXX`, else the first of c++, g++ and clang++ that is there; None if none is."""
+    """`$CXX` (with options, if it has some), else the first of c++, g++ and clang++ that is there; None if none is."""
     chosen = os.environ.get("CXX")
-    return next((name for name in ((chosen,) if chosen else _COMPILERS) if shutil.which(name)), None)
+    return next((name for name in ((chosen,) if chosen else _COMPILERS) if shutil.which(shlex.split(name)[0])), None)
 
 
 def build() -> Path:
@@ -50,7 +51,7 @@ def build() -> Path:
     path = library_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    command = [found, *_FLAGS, "-o", str(partial), *map(str, _SOURCES)]
+    command = [*shlex.split(found), *_FLAGS, "-o", str(partial), *map(str, _SOURCES)]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:

@@ -255,6 +255,8 @@ def test_a_checkpoint_in_parts(tmp_path, capsys):
     assert main(["plan", str(folder), "--gguf-file", parts[0].name, "--device", "cpu", "--cpu-memory", "16MiB"]) == 0
     assert main(asked) == 1
     assert "--gguf-file" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"the file .*none\.gguf is not there"):
+        offload(str(folder / "none.gguf"), device="cpu").__enter__()
     parts[1].unlink()
     with pytest.raises(CheckpointError, match=r"00002-of-00004\.gguf is not there: .* is one of 4 parts"):
         offload(str(parts[0]), device="cpu").__enter__()
