@@ -4,16 +4,14 @@ The tables are transformers' (`modeling_gguf_pytorch_utils`): config, names, and
 converter did to the values, which is undone here: to rows before decoding, to values after it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from offload.model.quantised.gguf_files import parts_of
+from offload.model.quantised.gguf_files import made_once, parts_of
 from offload.model.quantised.weights import StoredWeights
 from offload.storage.blocks import TensorSpec
 from offload.storage.checkpoint import StoredTensor
@@ -149,23 +147,9 @@ class GgufFile:
                 "than the model's: not read yet. Use the safetensors checkpoint."
             )
         unknown = f"{self.path}: transformers knows no names for the tensors of {self.architecture!r}"
-        with _one_name_map(), foreign_file(unknown, UnsupportedCheckpoint):
+        with made_once("get_tensor_name_map"), foreign_file(unknown, UnsupportedCheckpoint):
             names: dict[str, str] = tables.get_gguf_hf_weights_map(outline, kind(config=config.to_dict()))
         return _UNDONE[kind.__name__], names
-
-
-@contextmanager
-def _one_name_map() -> Iterator[None]:
-    """transformers asks for the same map at every module: to make it takes longer than all else."""
-    import gguf
-
-    module: Any = gguf
-    made = module.get_tensor_name_map
-    module.get_tensor_name_map = lru_cache(maxsize=1)(made)
-    try:
-        yield
-    finally:
-        module.get_tensor_name_map = made
 
 
 def _codec_of(kind: str) -> WeightCodec:

@@ -2,7 +2,10 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
 
 from offload.storage.errors import CheckpointError, UnsupportedCheckpoint
 
@@ -60,3 +63,21 @@ def patterns_of(name: str) -> Sequence[str]:
     """Names of the hub's files that a GGUF checkpoint consists of, as patterns."""
     match = _PART.match(name)
     return [name] if match is None else [f"{match['stem']}-*-of-{match['count']}{SUFFIX}"]
+
+
+@contextmanager
+def made_once(name: str) -> Iterator[None]:
+    """What the package gguf makes under this name is made once: transformers asks for it again and again.
+
+    Raises:
+        ImportError: without the package.
+    """
+    import gguf
+
+    module: Any = gguf
+    maker = getattr(module, name)
+    setattr(module, name, lru_cache(maxsize=1)(maker))
+    try:
+        yield
+    finally:
+        setattr(module, name, maker)

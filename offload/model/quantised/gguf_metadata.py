@@ -8,12 +8,10 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
-from typing import Any
 
 import transformers
 
-from offload.model.quantised.gguf_files import SUFFIX, parts_of
+from offload.model.quantised.gguf_files import SUFFIX, made_once, parts_of
 from offload.storage.block_file import key_of
 from offload.storage.cache_folder import cache_folder
 from offload.storage.checkpoint import identity
@@ -74,10 +72,6 @@ def _one_reader(place: str) -> Iterator[None]:
         raise UnsupportedCheckpoint(
             f'{place} is a GGUF file, whose config and tokenizer the package gguf reads: pip install "offload[gguf]"'
         ) from error
-    module: Any = gguf
-    reader = module.GGUFReader
-    module.GGUFReader = lru_cache(maxsize=1)(reader)
-    try:
+    assert gguf
+    with made_once("GGUFReader"):
         yield
-    finally:
-        module.GGUFReader = reader
