@@ -33,8 +33,11 @@ def given_plan(plan: Plan, spec: ModelSpec, workload: Workload, budgets: Budgets
             f"by the plan {' and '.join(plan.rounds)}, whose results are rounded otherwise than the plain model's; "
             "give exactness='rounding' (--exactness rounding) to allow that"
         )
+    # Where the CPU is the device, its memory keeps only what is encoded there.
     encoded = {block.key for block in spec.blocks if block.encoded_bytes}
-    in_memory = {*plan.weights.computed_on_host, *plan.weights.in_host_memory} - encoded
+    weights = plan.weights
+    in_memory = {*weights.computed_on_host, *weights.cpu_gpu_split, *weights.tables_in_host_memory}
+    in_memory |= set(weights.in_host_memory) - encoded
     if in_memory and budgets.host_bytes is None:
         raise PlanError("the plan places layers in CPU memory beside a device, and the device that computes is the CPU")
     if plan.device_bytes > budgets.device_bytes:

@@ -10,6 +10,7 @@ from offload.budgets import Budgets
 from offload.config import ROUNDING
 from offload.model.blocks import TakenApart
 from offload.model.encoding import KINDS
+from offload.model.experts import find_experts
 from offload.planning.dry_run import DryRun
 from offload.planning.encoded_spec import encoded_layers
 from offload.planning.estimate import estimated_pass
@@ -105,6 +106,8 @@ class Predictor:
         self._known: dict[Shape, tuple[tuple[PassWork, ...], PassWork]] = {}
         self._parts: dict[Workload, list[Workload]] = {}
         self._whole = not by_submodule
+        # Experts that are merged on loading are not encoded.
+        self._encodable = not find_experts(model)
 
     def work(
         self, spec: ModelSpec, batch_size: int, prompt_tokens: int, context_tokens: int, chunk: int = 0
@@ -172,12 +175,12 @@ class Predictor:
         whole = self._whole and workload.paged is None
         return [way for way in self._parts[workload] if whole or not way.micro_batch]
 
-    def what_if(self, spec: ModelSpec, order: PlanGoal, now: Prediction, batch: bool = False) -> list[WhatIf]:
+    def what_if(self, spec: ModelSpec, order: PlanGoal, now: Prediction, further: bool = False) -> list[WhatIf]:
         """What changes would give: a plan is made for each (shadow prices, by trying). The largest help first.
 
         Args:
             now: without any change.
-            batch: try a larger batch too, for which the model's work must be counted again.
+            further: try what takes longer, too: encoded weights, and a larger batch, whose work must be counted again.
         """
         budgets, hardware, found = order.budgets, self.hardware, []
         base = now.total_seconds(order.new_tokens) / order.workload.batch_size
@@ -202,10 +205,10 @@ class Predictor:
         if order.exactness != ROUNDING:
             what = "the batch or the prompt in parts" if alone else "layers on the CPU, the batch or the prompt in parts"
             attempt(f"exactness rounding ({what})", replace(order, exactness=ROUNDING))
-        for kind in () if any(block.encoded_bytes for block in spec.blocks) else KINDS:
-            encoded = encoded_layers(spec, kind, self._dtype)
-            attempt(f"weights {kind} (lossy)", order, spec=encoded)
-        if batch:
+        if further and self._encodable and not any(block.encoded_bytes for block in spec.blocks):
+            for kind in KINDS:
+                attempt(f"weights {kind} (lossy)", order, spec=encoded_layers(spec, kind, self._dtype))
+        if further:
             larger_batch = replace(order.workload, batch_size=4 * order.workload.batch_size)
             attempt(f"batch size {larger_batch.batch_size}", replace(order, workload=larger_batch))
         return sorted(found, key=lambda item: -item.speedup)

@@ -151,7 +151,7 @@ class Planner:
             budget_bytes=dict(zip(tiers, (budgets.device_bytes, budgets.host_bytes or 0), strict=False)),
             by_hit_rate=predictor.predict_by_hit_rate(plan, fitted.spec, prepared.goal),
             expected_hit_rate=None if fitted.spec.experts is None else fitted.spec.experts.hit_rate(plan.experts.slots),
-            what_if=tuple(predictor.what_if(fitted.spec, prepared.goal, prediction, batch=True)),
+            what_if=tuple(predictor.what_if(fitted.spec, prepared.goal, prediction, further=True)),
             notes=tuple(notes),
         )
 

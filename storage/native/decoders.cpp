@@ -405,8 +405,14 @@ template <class Work>
 void in_threads(int64_t count, int threads, Work work) {
   std::vector<std::thread> others;
   const int64_t part = (count + threads - 1) / threads;
-  for (int64_t begin = part; begin < count; begin += part)
-    others.emplace_back(work, begin, begin + part < count ? begin + part : count);
+  for (int64_t begin = part; begin < count; begin += part) {
+    const int64_t end = begin + part < count ? begin + part : count;
+    try {
+      others.emplace_back(work, begin, end);
+    } catch (...) {
+      work(begin, end);  // No more threads may be had.
+    }
+  }
   work(int64_t(0), part < count ? part : count);
   for (auto& other : others) other.join();
 }
@@ -415,37 +421,32 @@ void in_threads(int64_t count, int threads, Work work) {
 
 extern "C" {
 
-// All return 0, or 1 for a dtype that they do not know. `threads`: at least one.
+// All return 0, or 1 for a kind, a layout or a dtype that they do not know: nothing is written then. `threads`: at least one.
+
+#define BLOCK_TYPES(DO)                                                                                             \
+  DO(2, Q4_0) DO(3, Q4_1) DO(6, Q5_0) DO(7, Q5_1) DO(8, Q8_0) DO(10, Q2_K) DO(11, Q3_K) DO(12, Q4_K) DO(13, Q5_K) \
+  DO(14, Q6_K) DO(20, IQ4_NL) DO(23, IQ4_XS) DO(39, MXFP4)
 
 int offload_ggml(int kind, const uint8_t* in, int64_t rows, int64_t row_blocks, int64_t head_rows, void* out, int dtype,
                  int threads) {
-  return with_output(out, dtype, [=](auto* to) {
-    in_threads(rows, threads, [=](int64_t begin, int64_t end) {
-      switch (kind) {
-#define CASE(number, name) \
-  case number: decode_blocks<name>(in, begin, end, row_blocks, head_rows, to); return
-        CASE(2, Q4_0);
-        CASE(3, Q4_1);
-        CASE(6, Q5_0);
-        CASE(7, Q5_1);
-        CASE(8, Q8_0);
-        CASE(10, Q2_K);
-        CASE(11, Q3_K);
-        CASE(12, Q4_K);
-        CASE(13, Q5_K);
-        CASE(14, Q6_K);
-        CASE(20, IQ4_NL);
-        CASE(23, IQ4_XS);
-        CASE(39, MXFP4);
-#undef CASE
-      }
+  switch (kind) {
+#define DO(number, name)                                                           \
+  case number:                                                                     \
+    return with_output(out, dtype, [=](auto* to) {                                 \
+      in_threads(rows, threads, [=](int64_t begin, int64_t end) {                  \
+        decode_blocks<name>(in, begin, end, row_blocks, head_rows, to);            \
+      });                                                                          \
     });
-  });
+    BLOCK_TYPES(DO)
+#undef DO
+    default: return 1;
+  }
 }
 
 // `kind`: 0 e4m3fn, 1 e5m2, 2 int8.
 int offload_tiles(int kind, const uint8_t* in, int64_t rows, int64_t columns, const float* scales, float factor,
                   int64_t tile_rows, int64_t tile_columns, void* out, int dtype, int threads) {
+  if (kind < 0 || kind > 2) return 1;
   return with_output(out, dtype, [=](auto* to) {
     in_threads(rows, threads, [=](int64_t begin, int64_t end) {
       if (kind == 0) decode_tiles<e4m3>(in, begin, end, columns, scales, factor, tile_rows, tile_columns, to);
@@ -467,6 +468,7 @@ int offload_four_bits(int, const uint8_t* in, int64_t count, int64_t block, cons
 int offload_packed_rows(int bits, const uint8_t* in, int64_t rows, int64_t columns, int64_t row_bytes, const void* scales,
                         int64_t scale_dtype, int64_t shared, const float* zeros, int64_t groups, void* out, int dtype,
                         int threads) {
+  if ((bits != 4 && bits != 8) || scale_dtype < 0 || scale_dtype > 2) return 1;
   return with_output(out, dtype, [=](auto* to) {
     with_output(const_cast<void*>(scales), int(scale_dtype), [=](auto* of) {
       in_threads(rows, threads, [=](int64_t begin, int64_t end) {
@@ -480,6 +482,7 @@ int offload_packed_rows(int bits, const uint8_t* in, int64_t rows, int64_t colum
 // `layout`: 4 or 8 bits of GPTQ, or 0 for AWQ.
 int offload_packed_columns(int layout, const uint32_t* words, int64_t outputs, int64_t inputs, const float* scales,
                            const float* zeros, const int32_t* group_of, void* out, int dtype, int threads) {
+  if (layout != 0 && layout != 4 && layout != 8) return 1;
   return with_output(out, dtype, [=](auto* to) {
     const int64_t tiles = (outputs + TILE - 1) / TILE;
     in_threads(tiles, threads, [=](int64_t begin, int64_t end) {

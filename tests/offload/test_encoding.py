@@ -1,6 +1,7 @@
 """Plain checkpoints whose weights are encoded here: equal to the plain model with the decoded values, and near the original."""
 
 import copy
+import json
 import pickle
 from pathlib import Path
 
@@ -183,6 +184,33 @@ def test_the_plan_of_what_is_not_encoded_yet(tmp_path, capsys):
         folder, device="cpu", cpu_memory="3MiB", weights="int4", max_tokens=16, plan=tmp_path / "plan.json"
     ) as session:
         assert session.plan.weights.streamed
+
+
+def test_the_plan_says_what_encoding_would_give_where_it_can_be_done(tmp_path, capsys):
+    plain, mixture = saved(tmp_path / "model")[0], saved(tmp_path / "mixture", hf.MixtralConfig, num_local_experts=4)[0]
+    said = {}
+    for folder in (plain, mixture):
+        assert (
+            main(
+                [
+                    "plan",
+                    folder,
+                    "--device",
+                    "cpu",
+                    "--cpu-memory",
+                    "6MiB",
+                    "--new-tokens",
+                    "8",
+                    "--prompt-tokens",
+                    "8",
+                    "--json",
+                ]
+            )
+            == 0
+        )
+        said[folder] = {item["change"] for item in json.loads(capsys.readouterr().out)["what_if"]}
+    assert {f"weights {kind} (lossy)" for kind in KINDS} <= said[plain]
+    assert not any(change.startswith("weights") for change in said[mixture])
 
 
 def test_what_cannot_be_encoded_is_named(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from offload import Training, offload
 from offload.cli.main import main
-from offload.errors import CheckpointError, ConfigError, UnsupportedCheckpoint
+from offload.errors import CheckpointError, ConfigError, PlanError, UnsupportedCheckpoint
 from offload.model.placeholders import is_placeholder
 from offload.planning.fit import decode_workspace_bytes
 from tests.budgets import NONE, budget_for, spec_of
@@ -94,6 +94,24 @@ def test_layers_are_kept_in_their_stored_form(count, tmp_path, decoders):
         for model in (plain, session.model):
             model.get_parameter(name).data = changed.clone()
         assert torch.equal(session.model(TOKENS).logits, plain(TOKENS).logits)
+
+
+@pytest.mark.parametrize("place", ["computed_on_host", "cpu_gpu_split"])
+def test_on_a_cpu_a_plan_cannot_compute_encoded_layers_beside_it(place, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", "llama", ["Q4_0"])
+    plan = keeping_layers(path, "3MiB", 1, max_tokens=16)
+    (kept,) = plan.weights.in_host_memory
+    changes = {place: (kept,)}
+    if place == "computed_on_host":
+        changes |= {"streamed": tuple(key for key in plan.weights.streamed if key != kept), "in_host_memory": ()}
+    else:
+        changes["cpu_percent"] = 50
+    wrong = replace(plan, weights=replace(plan.weights, **changes))
+    with (
+        pytest.raises(PlanError),
+        offload(path, device="cpu", cpu_memory="5MiB", plan=wrong, max_tokens=16, exactness="rounding"),
+    ):
+        pass
 
 
 def test_what_is_kept_gives_way_to_a_longer_sequence(tmp_path):

@@ -14,6 +14,7 @@ from offload.storage.codecs.weights import Cast, EncodedTensor, parts_of
 from offload.storage.errors import ConfigError
 from offload.storage.gguf_header import GGML_TYPES
 from offload.storage.load_plan import decoded_pieces, piece_rows, plan_load
+from offload.storage.native.decoders import decode_ggml, decode_packed_columns, decode_packed_rows
 from offload.storage.native.library import build, library
 from tests.compiled import compiled_decoders
 
@@ -94,6 +95,15 @@ def test_what_is_compiled_unpacks_the_same_bits(codec):
         with compiled_decoders():
             codec.decode(parts, out)
         assert same_bits(out, wanted)
+
+
+def test_a_kind_that_was_not_compiled_is_not_taken_for_decoded():
+    data, out, scales = torch.zeros(64, dtype=torch.uint8), torch.full((2, 32), 7.0), torch.ones(2, 1)
+    with compiled_decoders():
+        assert not decode_ggml(9, data, 2, 1, out)
+        assert not decode_packed_rows(3, data.view(torch.int32).view(2, -1), scales, None, out)
+        assert not decode_packed_columns(5, data.view(torch.int32), scales, scales, torch.zeros(32, dtype=torch.int32), out)
+    assert (out == 7.0).all()
 
 
 def test_what_is_not_built_is_not_used(tmp_path, monkeypatch):
